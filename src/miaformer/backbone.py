@@ -1,0 +1,250 @@
+"""The static ViT: which timm models are supported, how to write one down, and how to build it again."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import timm.layers
+import torch
+from timm.layers import Attention, AttentionPoolLatent, GluMlp, LayerScale, Mlp, PatchEmbed, RmsNorm, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+MLPS = {layer.__name__: layer for layer in (Mlp, SwiGLU, GluMlp)}
+SUPPORTED = "Block + Attention + Mlp (or SwiGLU, GluMlp), with LayerNorm or RmsNorm, as in timm's VisionTransformer"
+
+
+def check_supported(backbone: nn.Module) -> VisionTransformer:
+    """The backbone, if it is a ViT that can be adapted.
+
+    Raises TypeError for what is no timm ViT, ValueError naming the part of it that is not supported.
+    """
+    if type(backbone) not in (VisionTransformer, VisionTransformerDistilled):
+        raise TypeError(
+            f"adapt() takes a timm VisionTransformer or VisionTransformerDistilled, got {type(backbone).__name__}. "
+            "Create one with timm.create_model, e.g. 'deit_small_patch16_224'"
+        )
+    if not len(backbone.blocks):
+        raise ValueError("adapt() needs a backbone with at least one block, this one has none")
+    for index, block in enumerate(backbone.blocks):
+        problem = _unsupported(block)
+        if problem:
+            raise ValueError(
+                f"Block {index} of the backbone has {problem}, which is not supported. Supported: {SUPPORTED}"
+            )
+    if len({(block.attn.num_heads, block.attn.head_dim) for block in backbone.blocks}) > 1:
+        raise ValueError("All blocks must have the same number of heads and channels a head")
+    if type(backbone.patch_embed) is not PatchEmbed:
+        raise ValueError(
+            f"The backbone's patch embedding is {type(backbone.patch_embed).__name__}, supported: PatchEmbed"
+        )
+    return cast(VisionTransformer, backbone)
+
+
+def _unsupported(block: nn.Module) -> str | None:
+    if type(block) is not Block:
+        return f"type {type(block).__name__}"
+    if type(block.attn) is not Attention:
+        return f"attention {type(block.attn).__name__}"
+    if block.attn.gate is not None:
+        return "gated attention"
+    if type(block.mlp).__name__ not in MLPS or isinstance(getattr(block.mlp, "fc1", None), nn.Conv2d):
+        return f"MLP {type(block.mlp).__name__}"
+    for norm in (block.attn.norm, block.mlp.norm):
+        if not isinstance(norm, nn.Identity | nn.LayerNorm | RmsNorm):
+            return f"norm {type(norm).__name__} over a width that shrinks"
+    if not isinstance(block.ls1, nn.Identity | LayerScale) or not isinstance(block.ls2, nn.Identity | LayerScale):
+        return f"layer scale {type(block.ls1).__name__}"
+    return None
+
+
+def describe(backbone: VisionTransformer) -> dict[str, Any]:
+    """Constructor arguments, as JSON knows them, that `build` makes an equally shaped backbone from.
+
+    Read off the module itself, not off how it was made, so that fine-tuned, resized and hand-built ones work.
+    """
+    block, first = backbone.blocks[-1], backbone.blocks[0]
+    attn, mlp, embed = first.attn, first.mlp, backbone.patch_embed
+    hidden = (mlp.fc1_x if hasattr(mlp, "fc1_x") else mlp.fc1).out_features
+    identity = nn.Identity
+    return {
+        "class": type(backbone).__name__,
+        "img_size": list(embed.img_size) if embed.img_size else None,
+        "patch_size": list(embed.patch_size),
+        "in_chans": backbone.in_chans,
+        "num_classes": backbone.num_classes,
+        "global_pool": backbone.global_pool,
+        "embed_dim": backbone.embed_dim,
+        "depth": len(backbone.blocks),
+        "num_heads": attn.num_heads,
+        "mlp_ratio": (hidden + 0.5) / backbone.embed_dim,  # timm rounds down
+        "qkv_bias": attn.qkv.bias is not None,
+        "qk_norm": not isinstance(attn.q_norm, identity),
+        "scale_attn_norm": not isinstance(attn.norm, identity),
+        "scale_mlp_norm": not isinstance(mlp.norm, identity),
+        "proj_bias": attn.proj.bias is not None,
+        "init_values": None if isinstance(first.ls1, identity) else 1e-5,
+        "class_token": backbone.cls_token is not None,
+        "pos_embed": "none" if backbone.pos_embed is None else "learn",
+        "no_embed_class": backbone.no_embed_class,
+        "reg_tokens": backbone.num_reg_tokens,
+        "pre_norm": not isinstance(backbone.norm_pre, identity),
+        "final_norm": not (isinstance(backbone.norm, identity) and isinstance(backbone.fc_norm, identity)),
+        "fc_norm": not isinstance(backbone.fc_norm, identity),
+        "pool_include_prefix": backbone.pool_include_prefix,
+        "dynamic_img_size": backbone.dynamic_img_size,
+        "dynamic_img_pad": embed.dynamic_img_pad,
+        "drop_rate": backbone.head_drop.p,
+        "pos_drop_rate": backbone.pos_drop.p,
+        "patch_drop_rate": getattr(backbone.patch_drop, "prob", 0.0),
+        "proj_drop_rate": attn.proj_drop.p,
+        "attn_drop_rate": attn.attn_drop.p,
+        "drop_path_rate": getattr(block.drop_path1, "drop_prob", 0.0) or 0.0,
+        "norm_layer": [type(first.norm1).__name__, first.norm1.eps],
+        "act_layer": type(mlp.act).__name__,
+        "mlp_layer": type(mlp).__name__,
+        "gate_last": getattr(mlp, "gate_last", None),
+    }
+
+
+def build(description: dict[str, Any]) -> VisionTransformer:
+    """A backbone of the shape described, its weights not initialised to anything in particular."""
+    args = dict(description)
+    model_class = {c.__name__: c for c in (VisionTransformer, VisionTransformerDistilled)}[args.pop("class")]
+    norm_name, eps = args.pop("norm_layer")
+    norm_layer = partial(_named_layer(norm_name), eps=eps)
+    mlp_layer: Any = MLPS[args.pop("mlp_layer")]
+    gate_last = args.pop("gate_last")
+    if gate_last is not None:
+        mlp_layer = partial(mlp_layer, gate_last=gate_last)
+    act_layer = _named_layer(args.pop("act_layer"))
+    # Drawing weights takes longer than all else, most of all on the meta device.
+    model = model_class(
+        **args, norm_layer=norm_layer, act_layer=act_layer, mlp_layer=mlp_layer, weight_init="skip"
+    )
+    return cast(VisionTransformer, model)
+
+
+def rebuild(description: Any) -> VisionTransformer:
+    """The same of a description that was read from a file, and may lack something.
+
+    Raises KeyError, TypeError or ValueError naming what is missing, unknown or out of range.
+    """
+    if not isinstance(description, dict):
+        raise TypeError(f"the backbone's settings must be an object, not {description!r}")
+    try:
+        backbone = build(description)
+    except AssertionError as error:  # how timm says that settings do not fit each other
+        raise ValueError(f"no ViT has these settings: {error}") from error
+    for name in describe(backbone):  # timm would have put its default
+        description[name]
+    return backbone
+
+
+def build_on_meta(description: dict[str, Any]) -> VisionTransformer:
+    """The same without any memory for weights: for shapes, and for counting."""
+    with torch.device("meta"):
+        return build(description)
+
+
+def check_describes(description: dict[str, Any], backbone: nn.Module) -> VisionTransformer:
+    """Raise ValueError unless `build` gives the backbone's parameters, name by name; else the meta model."""
+    copy = build_on_meta(description)
+    found, built = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (backbone, copy))
+    if found != built:
+        odd = sorted(k for k in found.keys() | built.keys() if found.get(k) != built.get(k))
+        raise ValueError(f"The backbone has parameters that a timm ViT of its settings has not: {', '.join(odd[:5])}")
+    return copy
+
+
+def _named_layer(name: str) -> Any:
+    for module in (timm.layers, nn):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ValueError(f"Neither timm.layers nor torch.nn has a layer named {name!r}")
+
+
+# Orders -------------------------------------------------------------------------------------------------------------
+# Heads, MLP units and channels may stand in any order without changing the full model's output. `apply_orders` brings
+# them into a given one, so that nested choices ("the first k") keep the most important.
+
+
+def apply_orders(backbone: VisionTransformer, orders: dict[str, Tensor]) -> None:
+    """Permute in place. orders: `heads` (L, H), `hidden` (L, units), `channels` (C,), each a permutation."""
+    with torch.no_grad():
+        for index, block in enumerate(backbone.blocks):
+            _order_heads(block.attn, orders["heads"][index])
+            _order_hidden(block.mlp, orders["hidden"][index])
+        _order_channels(backbone, orders["channels"])
+
+
+def inverse_orders(orders: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: order.argsort(dim=-1) for name, order in orders.items()}
+
+
+def _permute(tensor: Tensor | None, order: Tensor, dim: int) -> None:
+    if tensor is not None:
+        tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
+
+
+def _permute_affine(layer: nn.Module | None, order: Tensor) -> None:
+    """Weight and bias of a norm, gamma of a layer scale."""
+    for name in ("weight", "bias", "gamma"):
+        _permute(getattr(layer, name, None), order, 0)
+
+
+def _permute_outputs(layer: nn.Module, order: Tensor) -> None:
+    _permute(layer.weight, order, 0)  # type: ignore[arg-type]
+    _permute(layer.bias, order, 0)  # type: ignore[arg-type]
+
+
+def _order_heads(attn: Any, order: Tensor) -> None:
+    channels = (order[:, None] * attn.head_dim + torch.arange(attn.head_dim, device=order.device)).flatten()
+    rows = torch.cat([channels + part * attn.attn_dim for part in range(3)])
+    _permute_outputs(attn.qkv, rows)
+    _permute_affine(attn.norm, channels)
+    _permute(attn.proj.weight, channels, 1)
+
+
+def _order_hidden(mlp: Any, order: Tensor) -> None:
+    if isinstance(mlp, SwiGLU):
+        _permute_outputs(mlp.fc1_g, order)
+        _permute_outputs(mlp.fc1_x, order)
+    elif isinstance(mlp, GluMlp):
+        _permute_outputs(mlp.fc1, torch.cat([order, order + len(order)]))
+    else:
+        _permute_outputs(mlp.fc1, order)
+    _permute_affine(mlp.norm, order)
+    _permute(mlp.fc2.weight, order, 1)
+
+
+def _order_channels(backbone: Any, order: Tensor) -> None:
+    _permute_outputs(backbone.patch_embed.proj, order)
+    _permute_affine(backbone.patch_embed.norm, order)
+    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+        _permute(getattr(backbone, name, None), order, 2)
+    for block in backbone.blocks:
+        inputs = [block.mlp.fc1_g, block.mlp.fc1_x] if isinstance(block.mlp, SwiGLU) else [block.mlp.fc1]
+        for norm in (block.norm1, block.ls1, block.norm2, block.ls2):
+            _permute_affine(norm, order)
+        for layer in (block.attn.qkv, *inputs):
+            _permute(layer.weight, order, 1)
+        _permute_outputs(block.attn.proj, order)
+        _permute_outputs(block.mlp.fc2, order)
+    _permute_affine(backbone.norm_pre, order)
+    _permute_affine(backbone.norm, order)
+    pool = backbone.attn_pool
+    if isinstance(pool, AttentionPoolLatent):  # its output has an order of its own
+        _permute(pool.kv.weight, order, 1)
+        _permute(pool.pos_embed, order, 1)
+        return
+    _permute_affine(backbone.fc_norm, order)
+    for name in ("head", "head_dist"):
+        _permute(getattr(getattr(backbone, name, None), "weight", None), order, 1)
+
+
+def channels_are_free(backbone: VisionTransformer) -> bool:
+    """Whether channels may change places: not where pooling reads them in groups (`global_pool="prr"`)."""
+    return backbone.attn_pool is None or isinstance(backbone.attn_pool, AttentionPoolLatent)

@@ -1,0 +1,224 @@
+"""What a decision means: one transformer block under gates, executed masked (the reference) or on kept rows only.
+
+Both read the parameters of timm's own `Block`, in timm's layout, so the static model remains runnable beside them.
+Widths: of H head groups, group j holds head j, its share of MLP units and (`mlp_width="coupled"`) its share of
+channels. Norms inside attention or MLP take their statistics over what is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miaformer.cost import group_sizes
+from miaformer.decisions import Gates, MlpWidth
+from miaformer.engine.attention import attend_masked, attend_packed
+
+Index = slice | Tensor  # nested heads are slices (views), subsets are indices (gathers)
+
+
+@dataclass(frozen=True)
+class Width:
+    """The part of a block's units that one choice of heads executes."""
+
+    num_heads: int  # kept
+    heads: Index  # of head_dim channels each, in units of channels of the attention
+    hidden: Index  # MLP units
+    dim: Index  # input and output channels of the MLP
+
+    @staticmethod
+    def of(kept: Sequence[int], block: nn.Module, mlp_width: MlpWidth, device: torch.device) -> Width:
+        """kept: indices of the kept heads, ascending; the first k of them become slices."""
+        total = block.attn.num_heads
+        everything = slice(None)
+        if len(kept) == total:
+            return Width(total, everything, everything, everything)
+        hidden = _units(kept, block.mlp.fc2.in_features, total, device)
+        dim = _units(kept, block.mlp.fc2.out_features, total, device)
+        return Width(
+            len(kept),
+            _units(kept, block.attn.attn_dim, total, device),
+            everything if mlp_width == "full" else hidden,
+            dim if mlp_width == "coupled" else everything,
+        )
+
+
+def _units(kept: Sequence[int], width: int, num_heads: int, device: torch.device) -> Index:
+    sizes = group_sizes(width, num_heads)
+    if list(kept) == list(range(len(kept))):
+        return slice(0, sum(sizes[: len(kept)]))
+    of_group = torch.arange(num_heads).repeat_interleave(torch.tensor(sizes))
+    return torch.isin(of_group, torch.tensor(list(kept))).nonzero().flatten().to(device)
+
+
+def packed_block(
+    block: nn.Module,
+    x: Tensor,
+    width: Width,
+    lengths: list[int],
+    read_prefix: int | None,
+    mlp_width: MlpWidth,
+) -> Tensor:
+    """The rows that one block changes, after it. Nothing that is not kept is computed.
+
+    x: (T, C), the kept rows of several images, one image after the other, prefix rows first; lengths: rows of each
+    image, T in all; read_prefix: None, or P where only the P prefix rows of each image are read afterwards: then
+    those alone come back.
+    """
+    attn = block.attn
+    y = block.norm1(x)
+    prefix = None if read_prefix is None else _prefix_rows(lengths, read_prefix, x.device)
+    q_rows = y if prefix is None else y[prefix]
+    q, k, v = _query_key_value(attn, q_rows, y, width)
+    q_lengths = lengths if read_prefix is None else [read_prefix] * len(lengths)
+    out = attend_packed(attn.q_norm(q), attn.k_norm(k), v, q_lengths, lengths).flatten(1)
+    out = _norm_part(attn.norm, out, width.heads)
+    out = F.linear(out, attn.proj.weight[:, width.heads], attn.proj.bias)
+    x = x if prefix is None else x[prefix]
+    x = x + block.ls1(out)
+    return _packed_mlp(block, x, width, mlp_width)
+
+
+def _query_key_value(attn: Any, q_rows: Tensor, rows: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
+    """Each (rows, kept heads, head_dim)."""
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    if q_rows is rows and width.num_heads == attn.num_heads:
+        q, k, v = F.linear(rows, weight, bias).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+        return q, k, v
+    weights = weight.unflatten(0, (3, attn.attn_dim))[:, width.heads].unbind(0)
+    biases = [None] * 3 if bias is None else bias.view(3, attn.attn_dim)[:, width.heads].unbind(0)
+    sources = (q_rows, rows, rows)
+    q, k, v = (
+        F.linear(source, w, b).unflatten(1, (width.num_heads, attn.head_dim))
+        for source, w, b in zip(sources, weights, biases, strict=True)
+    )
+    return q, k, v
+
+
+def _packed_mlp(block: nn.Module, x: Tensor, width: Width, mlp_width: MlpWidth) -> Tensor:
+    mlp, dim, hidden = block.mlp, width.dim, width.hidden
+    y = block.norm2(x)[:, dim]
+    y = _hidden(mlp, y, lambda layer: (layer.weight[hidden][:, dim], _part(layer.bias, hidden)))
+    y = _norm_part(mlp.norm, y, hidden)
+    y = F.linear(y, mlp.fc2.weight[dim][:, hidden], _part(mlp.fc2.bias, dim))
+    if isinstance(dim, slice) and dim == slice(None):
+        return x + block.ls2(y)
+    if not isinstance(block.ls2, nn.Identity):
+        y = y * block.ls2.gamma[dim]
+    x = x.clone()
+    x[:, dim] += y
+    return x
+
+
+def _hidden(mlp: Any, y: Tensor, part: Any) -> Tensor:
+    """Activated hidden units of a plain or gated MLP. part(layer): the weight and bias to use of that layer."""
+    value, gate, activate_value = mlp_inputs(mlp)
+    if gate is None:
+        return mlp.act(F.linear(y, *part(value)))
+    value, gate = F.linear(y, *part(value)), F.linear(y, *part(gate))
+    return mlp.act(value) * gate if activate_value else value * mlp.act(gate)
+
+
+@dataclass(frozen=True)
+class LinearView:
+    """Rows of a linear layer, seen as a layer of its own."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def mlp_inputs(mlp: Any) -> tuple[LinearView, LinearView | None, bool]:
+    """The input layers of timm's `Mlp`, `SwiGLU` and `GluMlp`: value, gate, and whether the value is activated."""
+    if hasattr(mlp, "fc1_g"):
+        return (
+            LinearView(mlp.fc1_x.weight, mlp.fc1_x.bias),
+            LinearView(mlp.fc1_g.weight, mlp.fc1_g.bias),
+            False,
+        )
+    if not hasattr(mlp, "gate_last"):
+        return LinearView(mlp.fc1.weight, mlp.fc1.bias), None, True
+    weights = mlp.fc1.weight.chunk(2)
+    biases = (None, None) if mlp.fc1.bias is None else mlp.fc1.bias.chunk(2)
+    first, second = (LinearView(w, b) for w, b in zip(weights, biases, strict=True))
+    return first, second, not mlp.gate_last
+
+
+def _part(bias: Tensor | None, index: Index) -> Tensor | None:
+    return None if bias is None else bias[index]
+
+
+def _prefix_rows(lengths: list[int], num_prefix_tokens: int, device: torch.device) -> Tensor:
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    return (starts[:, None] + torch.arange(num_prefix_tokens)).flatten().to(device)
+
+
+def _norm_part(norm: nn.Module, x: Tensor, index: Index) -> Tensor:
+    """`norm` over a part of its features. x: (T, kept features)."""
+    if isinstance(norm, nn.Identity):
+        return x
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, x.shape[-1:], _part(norm.weight, index), _part(norm.bias, index), norm.eps)
+    return F.rms_norm(x, x.shape[-1:], _part(norm.weight, index), norm.eps)
+
+
+def masked_block(block: nn.Module, x: Tensor, gates: Gates, num_prefix_tokens: int, mlp_width: MlpWidth) -> Tensor:
+    """The reference: every row and head is computed, gates multiply, attention is masked. Differentiable in gates.
+
+    x: (B, P+N, C) -> (B, P+N, C).
+    """
+    attn = block.attn
+    heads = gates.heads.to(x.dtype)
+    keys = torch.cat([gates.tokens.new_ones(len(x), num_prefix_tokens), gates.tokens], dim=1)
+    rows = (keys.to(x.dtype) * gates.depth.to(x.dtype)[:, None])[:, :, None]
+    num_rows = x.shape[1]
+
+    y = block.norm1(x)
+    qkv = attn.qkv(y).reshape(-1, num_rows, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    y = attend_masked(attn.q_norm(q), attn.k_norm(k), v, keys, dropout)
+    y = (y * heads[:, :, None, None]).transpose(1, 2).reshape(-1, num_rows, attn.attn_dim)
+    y = _gated_norm(attn.norm, y, _spread(heads, attn.attn_dim))
+    y = attn.proj_drop(attn.proj(y))
+    x = x + rows * block.drop_path1(block.ls1(y))
+
+    mlp = block.mlp
+    y = block.norm2(x)
+    if mlp_width == "coupled":
+        y = y * _spread(heads, x.shape[2])
+    y = mlp.drop1(_hidden(mlp, y, lambda layer: (layer.weight, layer.bias)))
+    if mlp_width == "full":
+        y = mlp.norm(y)
+    else:
+        kept = _spread(heads, y.shape[2])
+        y = _gated_norm(mlp.norm, y * kept, kept)
+    y = mlp.drop2(mlp.fc2(y))
+    if mlp_width == "coupled":
+        y = y * _spread(heads, x.shape[2])
+    return x + rows * block.drop_path2(block.ls2(y))
+
+
+def _spread(heads: Tensor, width: int) -> Tensor:
+    """Head gates (B, H) over the units of their groups, (B, 1, width)."""
+    sizes = torch.tensor(group_sizes(width, heads.shape[1]), device=heads.device)
+    return heads.repeat_interleave(sizes, dim=1, output_size=width).unsqueeze(1)
+
+
+def _gated_norm(norm: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+    """`norm` with statistics over kept features only. x: (B, rows, F), zero where not kept; kept: (B, 1, F)."""
+    if isinstance(norm, nn.Identity):
+        return x
+    count = kept.sum(dim=-1, keepdim=True).clamp(min=1)
+    if isinstance(norm, nn.LayerNorm):
+        x = (x - x.sum(dim=-1, keepdim=True) / count) * kept
+    x = x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) / count + norm.eps)
+    if norm.weight is not None:
+        x = x * norm.weight
+    if getattr(norm, "bias", None) is not None:
+        x = x + norm.bias
+    return x * kept

@@ -1,0 +1,115 @@
+"""Budgets: the table, measured on a calibration set, from the mean compute asked for to the price that brings it."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from miaformer.controller import LOG_PRICE_RANGE
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Prices and the mean MACs fraction that each led to on the calibration images, both strictly monotone."""
+
+    prices: tuple[float, ...]  # rising
+    fractions: tuple[float, ...]  # falling
+    num_images: int
+    data: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.prices) != len(self.fractions) or not self.prices:
+            raise ValueError(
+                f"Calibration needs as many prices as fractions, got {len(self.prices)} and {len(self.fractions)}"
+            )
+        if any(a >= b for a, b in pairwise(self.prices)) or any(a <= b for a, b in pairwise(self.fractions)):
+            raise ValueError("Calibration prices must rise and fractions fall")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest budget that the table reaches."""
+        return self.fractions[-1], self.fractions[0]
+
+    def price(self, budget: float) -> float:
+        """The price of a budget, interpolated in log-price; the nearest end of the table outside of its range.
+
+        Raises ValueError where the budget is not a number in (0, 1].
+        """
+        check_fraction("budget", budget)
+        if budget >= self.fractions[0]:
+            return self.prices[0]
+        if budget <= self.fractions[-1]:
+            return self.prices[-1]
+        upper = bisect_left([-f for f in self.fractions], -budget)
+        (f0, f1), (p0, p1) = self.fractions[upper - 1 : upper + 1], self.prices[upper - 1 : upper + 1]
+        share = (f0 - budget) / (f0 - f1)
+        return math.exp(math.log(p0) + share * (math.log(p1) - math.log(p0)))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> Calibration:
+        try:
+            return Calibration(
+                tuple(map(float, content["prices"])),
+                tuple(map(float, content["fractions"])),
+                int(content["num_images"]),
+                str(content.get("data", "")),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"calibration.json is not a calibration table: {error!r}") from error
+
+
+def check_fraction(name: str, value: float) -> float:
+    """A budget or a cap: a fraction of the backbone's MACs, in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name}={value!r} must be a fraction of the backbone's MACs, more than 0 and at most 1")
+    return float(value)
+
+
+def calibrate(
+    mean_fraction: Callable[[float], float],
+    num_images: int,
+    data: str = "",
+    tolerance: float = 0.01,
+    prices: tuple[float, float] = (math.exp(LOG_PRICE_RANGE[0]), math.exp(LOG_PRICE_RANGE[1])),
+    coarse: int = 13,
+    most: int = 48,
+) -> Calibration:
+    """Measure the table between two prices: evenly spaced log-prices, then more between distant neighbours.
+
+    mean_fraction(price) runs the calibration images and gives their mean MACs fraction; tolerance: how far apart
+    neighbouring fractions may be.
+    """
+    low, high = map(math.log, prices)
+    points = {x: mean_fraction(math.exp(x)) for x in _spaced(low, high, coarse)}
+    while len(points) < most:
+        grid = sorted(points)
+        neighbours = [(a, b) for a, b in pairwise(grid) if b - a > 1e-4]
+        gap, left, right = max((abs(points[a] - points[b]), a, b) for a, b in neighbours)
+        if gap <= tolerance:
+            break
+        middle = (left + right) / 2
+        points[middle] = mean_fraction(math.exp(middle))
+    return _monotone(points, num_images, data)
+
+
+def _spaced(low: float, high: float, count: int) -> Sequence[float]:
+    return [low + (high - low) * i / (count - 1) for i in range(count)]
+
+
+def _monotone(points: dict[float, float], num_images: int, data: str) -> Calibration:
+    """Strictly monotone points only: of those that spend no less than a cheaper price did, the cheapest."""
+    prices: list[float] = []
+    fractions: list[float] = []
+    for log_price in sorted(points):
+        fraction = points[log_price]
+        if not fractions or fraction < fractions[-1] - 1e-9:
+            prices.append(math.exp(log_price))
+            fractions.append(fraction)
+    return Calibration(tuple(prices), tuple(fractions), num_images, data)

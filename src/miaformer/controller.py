@@ -1,0 +1,114 @@
+"""Who decides: one tiny network a block reads the block's input and the price, and gives the logits of its gates.
+
+A factorised Bernoulli policy, coarse to fine: execute the block? then how many heads, then which tokens. Pooled
+active tokens and the prefix tokens give a context; the context and the price give the depth and head logits; context
+and token give the token logits, by a product of rank `rank`. The log-price has a path of its own to every logit, with
+a positive slope: whatever the context says, a higher price means less compute.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KEEP_LOGIT = 3.0  # untrained controllers keep with probability 0.95 at a log-price of 0
+LOGIT_BOUND = 6.0  # what content can say; bounded, so that no gate saturates beyond return
+PRICE_FEATURES = 8
+LOG_PRICE_RANGE = (-6.0, 6.0)
+
+
+def price_features(log_price: Tensor) -> Tensor:
+    """Radial features (B, PRICE_FEATURES) of a log-price (B,)."""
+    low, high = LOG_PRICE_RANGE
+    centres = torch.linspace(low, high, PRICE_FEATURES, device=log_price.device, dtype=log_price.dtype)
+    width = (high - low) / (PRICE_FEATURES - 1)
+    return torch.exp(-0.5 * ((log_price[:, None] - centres) / width) ** 2)
+
+
+class Controller(nn.Module):
+    """Logits of one block's gates.
+
+    embed_dim: C; num_heads: H; hidden: width of the context; rank: of the token product, 0 where tokens are not
+    decided. With `nested`, head j is kept only if head j-1 is: head logits are those of going on.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, hidden: int, rank: int, nested: bool) -> None:
+        super().__init__()
+        self.rank = rank
+        self.nested = nested
+        self.pooled = nn.Linear(2 * embed_dim, hidden)
+        self.price = nn.Linear(PRICE_FEATURES, hidden, bias=False)
+        self.gates = nn.Linear(hidden, 1 + num_heads)
+        self.slope = nn.Parameter(torch.full((3,), math.log(math.expm1(1.0))))  # depth, heads, tokens
+        if rank:
+            self.query = nn.Linear(hidden, rank + 1)  # + 1: a bias that all tokens share
+            self.key = nn.Linear(embed_dim, rank, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gates.weight)
+        nn.init.zeros_(self.gates.bias)
+        nn.init.zeros_(self.price.weight)
+        if self.rank:
+            nn.init.zeros_(self.query.weight)
+            nn.init.normal_(self.query.bias, std=0.02)
+            nn.init.zeros_(self.query.bias[-1:])
+            nn.init.normal_(self.key.weight, std=self.key.in_features**-0.5)
+
+    @property
+    def context_macs(self) -> int:
+        """For each image: pooling's product, the price's, the gates', and the token query's."""
+        layers = [self.pooled, self.price, self.gates] + ([self.query] if self.rank else [])
+        return sum(layer.in_features * layer.out_features for layer in layers)
+
+    @property
+    def token_score_macs(self) -> int:
+        """For each token scored."""
+        return self.key.in_features * self.rank if self.rank else 0
+
+    def context(self, x: Tensor, active: Tensor, num_prefix_tokens: int, log_price: Tensor) -> Tensor:
+        """What the logits are read from. x: (B, P+N, C); active: (B, N); log_price: (B,) -> (B, hidden)."""
+        patches = x[:, num_prefix_tokens:]
+        weight = active.to(x.dtype).unsqueeze(-1)
+        pooled = (patches * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        prefix = x[:, :num_prefix_tokens].mean(dim=1) if num_prefix_tokens else pooled
+        seen = torch.cat([_normalise(pooled), _normalise(prefix)], dim=1)
+        return F.gelu(self.pooled(seen) + self.price(price_features(log_price)))
+
+    def depth_and_heads(self, context: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B,) of executing the block and (B, H) of its heads; the first nested head is always kept."""
+        logits = _bounded(self.gates(context)) + KEEP_LOGIT
+        slope = F.softplus(self.slope)
+        depth = logits[:, 0] - slope[0] * log_price
+        heads = logits[:, 1:] - (slope[1] * log_price)[:, None]
+        return depth, heads
+
+    def most_likely_heads(self, logits: Tensor) -> Tensor:
+        """The heads (B, H) bool that are kept rather than not, at least one. logits: (B, H)."""
+        kept = logits > 0
+        best = torch.zeros_like(kept)
+        if self.nested:
+            best[:, 0] = True
+            return (kept | best).cumprod(dim=1).bool()
+        return kept | best.scatter_(1, logits.argmax(dim=1, keepdim=True), True)
+
+    def token_query(self, context: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens are compared with: (B, rank), and the part of their logits that they share, (B,)."""
+        query = self.query(context)
+        shift = KEEP_LOGIT + _bounded(query[:, -1]) - F.softplus(self.slope[2]) * log_price
+        return query[:, :-1], shift
+
+    def token_logits(self, tokens: Tensor, query: Tensor, shift: Tensor) -> Tensor:
+        """Logits (...) of keeping tokens (..., C), given query (..., rank) and shift (...) of their images."""
+        return _bounded((self.key(_normalise(tokens)) * query).sum(dim=-1)) + shift
+
+
+def _normalise(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def _bounded(logits: Tensor) -> Tensor:
+    return LOGIT_BOUND * torch.tanh(logits / LOGIT_BOUND)

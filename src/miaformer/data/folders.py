@@ -1,0 +1,81 @@
+"""Class folders: ROOT/cat/1.png, or ROOT/train/cat/1.png, ROOT/val/cat/2.png, and so on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from miaformer.data.source import ImageData
+from miaformer.data.splits import UNSPLIT, canonical_part
+from miaformer.images import ImageError, find_images, open_image
+
+
+class FolderImages(ImageData):
+    """The pictures below the class folders of `root`, in sorted order; label k is `classes[k]`."""
+
+    def __init__(self, root: Path, classes: list[str]) -> None:
+        self.name = str(root)
+        self.classes = classes
+        self.paths: list[Path] = []
+        labels: list[int] = []
+        for folder in _subfolders(root):
+            paths = _pictures(folder)
+            if not paths:
+                continue
+            if folder.name not in classes:
+                raise ValueError(f"{folder}: class {folder.name!r} is not among the {len(classes)} classes to train on")
+            self.paths += paths
+            labels += [classes.index(folder.name)] * len(paths)
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return open_image(self.paths[index]), int(self.labels[index])
+
+
+class ClassFolders:
+    """A folder of class folders, or of split folders that hold class folders.
+
+    Classes are the names of the class folders that hold pictures, sorted as
+    `torchvision.datasets.ImageFolder` does; with split folders, those of train where it exists.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.name = str(root)
+        self._folders: dict[str, Path] = {}
+        for folder in _subfolders(root):
+            part = canonical_part(folder.name)
+            if part is None or not _subfolders(folder):  # a class may be called "train"
+                continue
+            if part in self._folders:
+                raise ValueError(
+                    f"{root}: both {self._folders[part].name!r} and {folder.name!r} could be its {part} part"
+                )
+            self._folders[part] = folder
+        if not self._folders:
+            self._folders[UNSPLIT] = root
+
+    @property
+    def parts(self) -> set[str]:
+        return set(self._folders)
+
+    def read(self, part: str) -> FolderImages:
+        named = self._folders.get("train", self._folders[part])
+        classes = [folder.name for folder in _subfolders(named) if _pictures(folder)]
+        if not classes:
+            raise ValueError(
+                f"{named}: no class folders with pictures in them; expected {named / 'CLASS' / 'picture.png'}"
+            )
+        return FolderImages(self._folders[part], classes)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    try:
+        return find_images(folder)
+    except ImageError:
+        return []

@@ -1,0 +1,48 @@
+"""What every image data set looks like to the rest of miaformer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+Split = Literal["train", "calibration", "test"]
+
+
+def check_split(split: str) -> None:
+    """Raise `ValueError` unless `split` is one of the three."""
+    if split not in get_args(Split):
+        raise ValueError(f"unknown split {split!r}: use one of {', '.join(get_args(Split))}")
+
+
+class ImageData(Dataset[tuple[Image.Image, int]]):
+    """Labelled images with random access.
+
+    `name` says where they come from, `classes` names the labels, `labels` is (n,) int64 and known without
+    decoding. `data[i]` is an RGB 8-bit picture and its label; one that cannot be decoded raises an
+    `ImageError` naming it.
+    """
+
+    name: str
+    classes: list[str]
+    labels: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        raise NotImplementedError
+
+
+class Subset(ImageData):
+    """Some of the images of `whole`: those numbered `indices`, in that order."""
+
+    def __init__(self, whole: ImageData, indices: NDArray[Any], name: str) -> None:
+        self.whole, self.indices, self.name = whole, indices, name
+        self.classes = whole.classes
+        self.labels = whole.labels[indices]
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.whole[int(self.indices[index])]

@@ -1,0 +1,19 @@
+"""Masked execution: dense tensors, gates multiply. The reference, and what training differentiates through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from miaformer.block import masked_block
+from miaformer.cost import Cost
+from miaformer.decisions import Gates
+
+
+@dataclass(frozen=True)
+class Masked:
+    cost: Cost
+
+    def __call__(self, index: int, block: nn.Module, x: Tensor, gates: Gates) -> Tensor:
+        return masked_block(block, x, gates, self.cost.num_prefix_tokens, self.cost.mlp_width)

@@ -1,0 +1,34 @@
+"""How good is it: calibration, accuracy per compute against controls of equal cost, time, pictures."""
+
+from miaformer.evaluation.calibration import calibrate
+from miaformer.evaluation.controls import (
+    KeepRates,
+    Simulation,
+    cls_attention_policy,
+    macs_of,
+    random_policy,
+    static_policy,
+)
+from miaformer.evaluation.environment import describe_environment
+from miaformer.evaluation.evaluate import POLICIES, Contender, compare, contenders, evaluate, spearman
+from miaformer.evaluation.timing import PairTimes, time_against_dense, time_pairs
+
+__all__ = [
+    "POLICIES",
+    "Contender",
+    "KeepRates",
+    "PairTimes",
+    "Simulation",
+    "calibrate",
+    "cls_attention_policy",
+    "compare",
+    "contenders",
+    "describe_environment",
+    "evaluate",
+    "macs_of",
+    "random_policy",
+    "spearman",
+    "static_policy",
+    "time_against_dense",
+    "time_pairs",
+]

@@ -1,0 +1,311 @@
+"""Accuracy per compute: the learned policy against the dense model and against controls of equal cost.
+
+One pass over the data: each batch is run dense, then by every contender. So all of them see the same images,
+and what an image costs can be compared with how hard it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miaformer.budget import check_fraction
+from miaformer.evaluation.calibration import LabelledBatch, OnProgress
+from miaformer.evaluation.controls import (
+    KeepRates,
+    Simulation,
+    cls_attention_policy,
+    random_policy,
+    static_policy,
+)
+from miaformer.evaluation.environment import describe_environment
+from miaformer.model import MIAFormer, Trace
+from miaformer.policy import Full, Policy
+
+POLICIES = ("learned", "static", "random", "cls-attention", "full")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy at a budget. `price` is what the learned policy is conditioned on, None for the others."""
+
+    name: str
+    budget: float
+    policy: Policy
+    price: float | None = None
+
+
+@dataclass
+class LeftOut:
+    """A policy that cannot meet a budget, and why."""
+
+    name: str
+    budget: float
+    reason: str
+
+
+def evaluate(
+    model: MIAFormer,
+    batches: Iterable[LabelledBatch],
+    budgets: Sequence[float],
+    policies: Sequence[str] = ("learned", "static", "random"),
+    cap: float | None = None,
+    calibration: Iterable[LabelledBatch] | None = None,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """The report of `miaformer eval` (DESIGN.md, section 9), ready for JSON.
+
+    batches: of the test set, passed over once. budgets: fractions of the backbone's MACs. policies: of
+    `POLICIES`; "full" is one point whatever the budgets. calibration: batches of the calibration set, passed
+    over once, from which static and random take the learned policy's mean decisions. cap: the most MACs any
+    image takes, a fraction. A policy that cannot meet a budget is named under `left_out`.
+
+    Raises ValueError for unknown policies, budgets and labels, for no images, and where nothing can be
+    compared.
+    """
+    found, left_out = contenders(model, budgets, policies, cap, calibration, seed, on_progress)
+    return compare(model, batches, found, cap, seed, on_progress, left_out)
+
+
+def contenders(
+    model: MIAFormer,
+    budgets: Sequence[float],
+    policies: Sequence[str] = ("learned", "static", "random"),
+    cap: float | None = None,
+    calibration: Iterable[LabelledBatch] | None = None,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> tuple[list[Contender], list[LeftOut]]:
+    """The policies at the budgets, budget by budget, and those that cannot meet theirs. See `evaluate`."""
+    policies = list(dict.fromkeys(policies))
+    unknown = sorted(set(policies) - set(POLICIES))
+    if unknown:
+        raise ValueError(f"unknown policy {', '.join(unknown)}: use some of {', '.join(POLICIES)}")
+    budgets = sorted({check_fraction("budget", budget) for budget in budgets})
+    if not policies or (not budgets and policies != ["full"]):
+        raise ValueError("give at least one policy and one budget to evaluate")
+    knows_budgets = model.calibration is not None
+    if not knows_budgets and {"learned", "static"} & set(policies):
+        raise ValueError(
+            "the model is not calibrated, so its learned policy (and static, which is made from it) knows no "
+            "budget: calibrate it (miaformer.calibrate), or evaluate other policies"
+        )
+    traces: dict[float, Trace] = {}
+    if knows_budgets and {"static", "random"} & set(policies):
+        if calibration is None:
+            raise ValueError(
+                "policies static and random need calibration batches: they imitate the learned policy's means"
+            )
+        traces = _learned_traces(model, calibration, [b for b in budgets if _reaches(model, b)], cap, on_progress)
+    simulation = Simulation.of(model)
+
+    def contender(name: str, budget: float) -> Contender:
+        if name == "learned":
+            price = model.price_of(budget)
+            assert isinstance(price, float)
+            return Contender(name, budget, model.learned(price), price)
+        if name == "cls-attention":
+            return Contender(name, budget, cls_attention_policy(model, budget))
+        trace = traces.get(budget)
+        if knows_budgets and trace is None:
+            model.price_of(budget)  # raises, saying why there is no trace
+        target = budget
+        if trace is not None:
+            spent = trace.macs_fraction.double().mean().item()
+            if spent < budget - 0.01:  # under a cap, or above the table's end: equal cost is what is spent
+                target = spent
+        if name == "static":
+            assert trace is not None
+            return Contender(name, budget, static_policy(simulation, target, trace))
+        rates = None if trace is None else KeepRates.of(trace)
+        return Contender(name, budget, random_policy(simulation, target, rates, cap, seed))
+
+    found = [Contender("full", 1.0, Full())] if "full" in policies else []
+    left_out = []
+    for budget in budgets:
+        for name in policies:
+            if name == "full":
+                continue
+            try:
+                found.append(contender(name, budget))
+            except ValueError as error:
+                left_out.append(LeftOut(name, budget, str(error)))
+    if not found:
+        raise ValueError(left_out[0].reason)
+    return found, left_out
+
+
+def _reaches(model: MIAFormer, budget: float) -> bool:
+    try:
+        model.price_of(budget)
+    except ValueError:
+        return False
+    return True
+
+
+@torch.inference_mode()
+def _learned_traces(
+    model: MIAFormer,
+    batches: Iterable[LabelledBatch],
+    budgets: Sequence[float],
+    cap: float | None,
+    on_progress: OnProgress | None,
+) -> dict[float, Trace]:
+    """What the learned policy executes on these batches at each budget, on the CPU."""
+    if not budgets:
+        return {}
+    parts: dict[float, list[Trace]] = {budget: [] for budget in budgets}
+    done = 0
+    for images, _ in _passed(model, batches):
+        for budget in budgets:
+            parts[budget].append(model.run(images, budget=budget, cap=cap).trace)
+        done += len(images)
+        if on_progress is not None:
+            on_progress("controls", done)
+    if not done:
+        raise ValueError("there are no calibration images")
+    names = ("depth", "heads", "tokens", "macs", "macs_fraction")
+    return {
+        budget: Trace(*(torch.cat([getattr(trace, name) for trace in traces]).cpu() for name in names))
+        for budget, traces in parts.items()
+    }
+
+
+@torch.inference_mode()
+def compare(
+    model: MIAFormer,
+    batches: Iterable[LabelledBatch],
+    contenders: Sequence[Contender],
+    cap: float | None = None,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+    left_out: Sequence[LeftOut] = (),
+) -> dict[str, Any]:
+    """Run the contenders, and the dense model, over the same batches; the report of `evaluate`."""
+    losses: list[Tensor] = []
+    dense_correct: list[Tensor] = []
+    tallies = [_Tally() for _ in contenders]
+    done = 0
+    for images, labels in _passed(model, batches):
+        logits = model.backbone(images).float()
+        if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
+            raise ValueError(f"label {int(labels.max())} does not fit a model of {logits.shape[1]} classes")
+        losses.append(F.cross_entropy(logits, labels, reduction="none").cpu())
+        dense_correct.append((logits.argmax(dim=1) == labels).cpu())
+        for contender, tally in zip(contenders, tallies, strict=True):
+            output = model.run(images, policy=contender.policy, cap=cap)
+            tally.add(output.trace, output.logits.argmax(dim=1) == labels)
+        done += len(images)
+        if on_progress is not None:
+            on_progress("evaluate", done)
+    if not done:
+        raise ValueError("there are no images to evaluate on")
+    cost = model.cost()
+    parameter = next(model.parameters())
+    return {
+        "dense": {"accuracy": _mean(torch.cat(dense_correct)), "macs": cost.backbone},
+        "points": [
+            {"policy": c.name, "budget": c.budget, "price": c.price, **tally.summary()}
+            for c, tally in zip(contenders, tallies, strict=True)
+        ],
+        "adaptivity": _adaptivity(contenders, tallies, torch.cat(losses)),
+        "left_out": [{"policy": o.name, "budget": o.budget, "reason": o.reason} for o in left_out],
+        "controllers": {
+            "macs": model.controller_macs(),
+            "macs_fraction": model.controller_macs() / cost.backbone,
+        },
+        "num_images": done,
+        "cap": cap,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "environment": describe_environment(parameter.device, seed),
+    }
+
+
+@dataclass
+class _Tally:
+    """What one contender did on each image, batch by batch."""
+
+    correct: list[Tensor] = field(default_factory=list)
+    macs_fraction: list[Tensor] = field(default_factory=list)
+    depth: list[Tensor] = field(default_factory=list)  # shares of an image's blocks
+    heads: list[Tensor] = field(default_factory=list)  # (B, L), shares of a block's heads
+    tokens: list[Tensor] = field(default_factory=list)
+
+    def add(self, trace: Trace, correct: Tensor) -> None:
+        self.correct.append(correct.cpu())
+        self.macs_fraction.append(trace.macs_fraction.double().cpu())
+        self.depth.append(trace.depth.double().cpu())
+        self.heads.append(trace.heads.double().mean(dim=2).cpu())
+        self.tokens.append(trace.tokens.double().mean(dim=2).cpu())
+
+    def summary(self) -> dict[str, float]:
+        """Shares of heads and tokens are means over executed blocks."""
+        fraction, executed = torch.cat(self.macs_fraction), torch.cat(self.depth)
+        blocks = max(executed.sum().item(), 1.0)
+        return {
+            "accuracy": _mean(torch.cat(self.correct)),
+            "macs_fraction": _mean(fraction),
+            "macs_fraction_p95": fraction.quantile(0.95).item(),
+            "macs_fraction_max": fraction.max().item(),
+            "macs_fraction_std": fraction.std(correction=0).item(),
+            "depth_kept": _mean(executed),
+            "heads_kept": torch.cat(self.heads).sum().item() / blocks,
+            "tokens_kept": torch.cat(self.tokens).sum().item() / blocks,
+        }
+
+
+def _adaptivity(contenders: Sequence[Contender], tallies: Sequence[_Tally], losses: Tensor) -> dict[str, Any]:
+    """Does compute follow difficulty? Each learned point, and their mean; None without a learned point."""
+    by_budget = [
+        {
+            "budget": contender.budget,
+            "spearman_difficulty_macs": spearman(losses, torch.cat(tally.macs_fraction)),
+            "macs_fraction_std": torch.cat(tally.macs_fraction).std(correction=0).item(),
+        }
+        for contender, tally in zip(contenders, tallies, strict=True)
+        if contender.name == "learned"
+    ]
+    values = [point["spearman_difficulty_macs"] for point in by_budget]
+    return {
+        "spearman_difficulty_macs": math.fsum(values) / len(values) if values else None,
+        "by_budget": by_budget,
+    }
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Spearman's rank correlation of x and y (n,), ties sharing their mean rank; 0 where one is constant."""
+    if x.shape != y.shape or x.ndim != 1:
+        raise ValueError(f"spearman() takes two vectors of equal length, got {tuple(x.shape)} and {tuple(y.shape)}")
+    a, b = (_ranks(values) - (len(values) - 1) / 2 for values in (x, y))
+    scale = (a.square().sum() * b.square().sum()).sqrt()
+    return ((a * b).sum() / scale).item() if scale > 0 else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks (n,) float64 from 0 up; equal values share the mean of their ranks."""
+    _, group, counts = values.unique(return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts
+    return (first + (counts - 1) / 2).double()[group]
+
+
+def _passed(model: MIAFormer, batches: Iterable[LabelledBatch]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Images and labels where the model is, for inference; the model's mode is put back at the end."""
+    parameter = next(model.parameters())
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            yield batch.images.to(parameter), batch.labels.to(parameter.device)
+    finally:
+        model.train(training)
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()

@@ -1,0 +1,534 @@
+"""The adaptive ViT: a timm ViT, a controller for each of its blocks, and one way through them.
+
+`MIAFormer` holds the backbone as timm made it (`model.backbone(images)` is the static model at any time), decides
+per image which blocks, heads and tokens to execute, executes only those, and says what it did.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_data_config
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from miaformer import backbone as static
+from miaformer.budget import Calibration, check_fraction
+from miaformer.controller import LOG_PRICE_RANGE, Controller
+from miaformer.cost import Cost, count_macs
+from miaformer.decisions import Decisions, HeadChoice, MlpWidth, TokenScope
+from miaformer.engine.masked import Masked
+from miaformer.engine.sparse import Sparse
+from miaformer.engine.walk import Execution, Steps, walk
+from miaformer.importance import identity_orders, importance_orders
+from miaformer.policy import Full, Learned, Policy
+
+Budget = float | Sequence[float] | Tensor
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """How a backbone is made adaptive. See DESIGN.md, section 3, for what the choices mean."""
+
+    mlp_width: MlpWidth = "hidden"
+    token_scope: TokenScope = "progressive"
+    head_choice: HeadChoice = "nested"
+    controller_hidden: int = 32  # width of a controller's context
+    controller_rank: int | None = None  # of the token product; None: an eighth of the channels, 4 to 16
+    first_token_block: int | None = None  # tokens are decided from this block on; None: 2, or 1 of up to 4 blocks
+    default_budget: float | None = None  # used where a call names none; None: everything is executed
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("mlp_width", MlpWidth),
+            ("token_scope", TokenScope),
+            ("head_choice", HeadChoice),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
+        for name in ("controller_hidden", "controller_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1")
+        if self.default_budget is not None:
+            check_fraction("default_budget", self.default_budget)
+
+
+@dataclass(frozen=True)
+class Trace(Decisions):
+    """The decisions that were executed, and what they cost. A skipped block shows no head and no token."""
+
+    macs: Tensor  # (B,) int64
+    macs_fraction: Tensor  # (B,) float32, of the backbone's MACs
+
+
+@dataclass(frozen=True)
+class Output:
+    logits: Tensor  # (B, classes)
+    trace: Trace
+
+
+class MIAFormer(
+    nn.Module,
+    ModelHubMixin,
+    library_name="miaformer",
+    tags=["image-classification", "dynamic-inference", "vision-transformer"],
+    license="apache-2.0",
+    paper_url="https://arxiv.org/abs/2112.11542",
+):
+    """A ViT that adapts its depth, heads and tokens to each image. Make one with `miaformer.adapt`."""
+
+    price_scale: Tensor  # (2,): controllers see price_scale[0] * log(price) + price_scale[1]
+
+    def __init__(self, backbone: VisionTransformer, config: AdaptConfig, orders: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapt_config = config
+        self.calibration: Calibration | None = None
+        self._describes_itself()
+        block = backbone.blocks[0]
+        dim, depth = backbone.embed_dim, len(backbone.blocks)
+        first = config.first_token_block
+        if first is None:
+            first = 2 if depth > 4 else 1
+        rank = config.controller_rank or min(16, max(4, dim // 8))
+        self.controllers = nn.ModuleList(
+            Controller(
+                dim,
+                block.attn.num_heads,
+                config.controller_hidden,
+                rank if index >= first else 0,
+                config.head_choice == "nested",
+            )
+            for index in range(depth)
+        )
+        self.order_channels: Tensor
+        for name, order in orders.items():
+            self.register_buffer(f"order_{name}", order)
+        self.register_buffer("price_scale", torch.tensor([1.0, 0.0]))
+
+    # What it is ------------------------------------------------------------------------------------------------
+
+    def _describes_itself(self) -> None:
+        self._description = static.describe(self.backbone)
+        self._meta = [static.check_describes(self._description, self.backbone)]  # a list: not a submodule
+        self._costs: dict[tuple[int, int], Cost] = {}
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def embed_dim(self) -> int:
+        return self.backbone.embed_dim
+
+    @property
+    def num_features(self) -> int:
+        return self.backbone.num_features
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.backbone.num_prefix_tokens
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's data configuration and more, as `timm.data.resolve_model_data_config` reads it."""
+        return cast(dict[str, Any], getattr(self.backbone, "pretrained_cfg", None) or {})
+
+    default_cfg = pretrained_cfg
+
+    def data_config(self) -> dict[str, Any]:
+        """timm's data configuration, for images of the size that the backbone takes."""
+        config = cast(dict[str, Any], resolve_data_config({}, pretrained_cfg=self.pretrained_cfg))
+        size = (self.backbone.in_chans, *self.image_size())
+        if tuple(config["input_size"]) != size:  # made for another size than its pretrained weights
+            config.update(input_size=size, crop_pct=1.0)
+        return config
+
+    def orders(self) -> dict[str, Tensor]:
+        return {name: cast(Tensor, getattr(self, f"order_{name}")) for name in ("heads", "hidden", "channels")}
+
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images that the backbone was made for."""
+        size = self.backbone.patch_embed.img_size
+        if size is None:
+            size = self.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
+        return int(size[0]), int(size[1])
+
+    def cost(self, image_size: tuple[int, int] | None = None) -> Cost:
+        """What decisions cost for images of this size (H, W); the backbone's own size by default."""
+        size = tuple(image_size or self.image_size())
+        if size not in self._costs:
+            self._costs[size] = self._count(size)
+        return self._costs[size]
+
+    def _count(self, size: tuple[int, int]) -> Cost:
+        meta, block = self._meta[0].eval(), self.backbone.blocks[0]
+        image = torch.empty(1, meta.in_chans, *size, device="meta")
+        embedded = meta.patch_embed(image).flatten(1, -2)
+        num_patches, prefix = embedded.shape[1], self.num_prefix_tokens
+        features = torch.empty(1, prefix + num_patches, self.embed_dim, device="meta")
+        only_prefix = isinstance(meta, VisionTransformerDistilled) or (
+            meta.global_pool == "token" and meta.attn_pool is None
+        )
+        mlp = block.mlp
+        return Cost(
+            depth=len(self.backbone.blocks),
+            embed_dim=self.embed_dim,
+            num_heads=block.attn.num_heads,
+            head_dim=block.attn.head_dim,
+            mlp_hidden=mlp.fc2.in_features,
+            mlp_inputs=1 if type(mlp).__name__ == "Mlp" else 2,
+            num_prefix_tokens=prefix,
+            num_patches=num_patches,
+            mlp_width=self.adapt_config.mlp_width,
+            trims_last_block=only_prefix,
+            embed_macs=count_macs(lambda: meta.patch_embed(image)),
+            head_macs=count_macs(lambda: meta.forward_head(features)),
+        )
+
+    def controller_macs(self, image_size: tuple[int, int] | None = None) -> int:
+        """MACs an image of all controllers when everything is executed: the most they can take."""
+        patches = self.cost(image_size).num_patches
+        return sum(c.context_macs + patches * c.token_score_macs for c in self._controllers())
+
+    def _controllers(self) -> list[Controller]:
+        return [cast(Controller, controller) for controller in self.controllers]
+
+    # What it does ----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        images: Tensor,
+        budget: Budget | None = None,
+        price: Budget | None = None,
+        cap: float | None = None,
+    ) -> Tensor:
+        """Logits (B, classes) of images (B, 3, H, W), spending what `budget` (or `price`) says; see `run`.
+
+        In training mode without budget and price this is the backbone, so that any training loop can fine-tune it.
+        """
+        if self.training and budget is None and price is None and cap is None:
+            return self._head(self.backbone.forward_features(self._checked(images)))
+        return self.run(images, budget=budget, price=price, cap=cap).logits
+
+    def run(
+        self,
+        images: Tensor,
+        policy: Policy | None = None,
+        budget: Budget | None = None,
+        price: Budget | None = None,
+        cap: float | None = None,
+        execution: Literal["sparse", "masked"] = "sparse",
+    ) -> Output:
+        """Classify, and say what was executed.
+
+        images: (B, 3, H, W), normalised as the backbone expects. policy: what decides; by default the controllers
+        where a budget or a price is known, else everything is executed. budget: mean MACs over data like the
+        calibration set, as a fraction of the backbone's; one for all images or one each. price: what a dense
+        forward costs, in units of loss, instead of a budget. cap: the most MACs any one image takes, as a fraction:
+        hard. execution: "sparse" computes nothing that is skipped; "masked" computes all and is the reference.
+
+        Raises ValueError or TypeError, naming what was wrong, for images of wrong shape, type or with NaN, for a
+        budget without calibration, and for a cap below what embedding, controllers and classifier take.
+        """
+        images = self._checked(images)
+        if execution not in ("sparse", "masked"):
+            raise ValueError(f"execution={execution!r} must be 'sparse' or 'masked'")
+        cost = self.cost((images.shape[-2], images.shape[-1]))
+        x, steps = self._walk(images, cost, self._policy(policy, budget, price, len(images)), cap, execution)
+        logits = self._head(self.backbone.norm(x))
+        taken = steps.decisions()
+        macs_fraction = steps.macs.double() / cost.backbone
+        return Output(logits, Trace(taken.depth, taken.heads, taken.tokens, steps.macs, macs_fraction.float()))
+
+    def forward_features(
+        self,
+        images: Tensor,
+        budget: Budget | None = None,
+        price: Budget | None = None,
+        cap: float | None = None,
+    ) -> Tensor:
+        """All tokens (B, P+N, C) after the final norm, for dense tasks; skipped tokens keep their value."""
+        images = self._checked(images)
+        cost = replace(self.cost((images.shape[-2], images.shape[-1])), trims_last_block=False)
+        x, _ = self._walk(images, cost, self._policy(None, budget, price, len(images)), cap, "sparse")
+        return self._in_first_order(self.backbone.norm(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits, or pooled features, of what `forward_features` gives."""
+        return self._head(x[..., self.order_channels] if self._orders_channels else x, pre_logits)
+
+    def _head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The same of tokens whose channels stand in the blocks' order."""
+        out = self.backbone.forward_head(x, pre_logits=pre_logits)
+        pooled_channels = (pre_logits or not self.num_classes) and self.backbone.attn_pool is None
+        return self._in_first_order(out) if pooled_channels else out
+
+    def _in_first_order(self, features: Tensor) -> Tensor:
+        """Features (..., C) as the backbone would give them, its channels not permuted."""
+        return features[..., self.order_channels.argsort()] if self._orders_channels else features
+
+    @property
+    def _orders_channels(self) -> bool:
+        return self.adapt_config.head_choice == "nested" and self.adapt_config.mlp_width == "coupled"
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens (B, P+N, C) that enter the first block."""
+        backbone = self.backbone
+        return cast(Tensor, backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images)))))
+
+    def walk(
+        self, x: Tensor, policy: Policy, execution: Execution, cost: Cost, cap_macs: Tensor | None = None
+    ) -> tuple[Tensor, Steps]:
+        """Take embedded tokens through the blocks, leaving x itself as it is: what `run` and training share."""
+        config = self.adapt_config
+        x = x.clone()  # sparse execution writes in place where it may
+        return walk(self.backbone.blocks, x, policy, execution, cost, config.token_scope, config.head_choice, cap_macs)
+
+    def _walk(
+        self, images: Tensor, cost: Cost, policy: Policy, cap: float | None, execution: str
+    ) -> tuple[Tensor, Steps]:
+        cap_macs = None
+        if cap is not None:
+            limit = int(check_fraction("cap", cap) * cost.backbone)
+            cap_macs = torch.full((len(images),), limit, dtype=torch.int64, device=images.device)
+        carried_out = Sparse(cost) if execution == "sparse" else Masked(cost)
+        return self.walk(self.embed(images), policy, carried_out, cost, cap_macs)
+
+    def _policy(self, policy: Policy | None, budget: Budget | None, price: Budget | None, batch: int) -> Policy:
+        given = [
+            name for name, value in (("policy", policy), ("budget", budget), ("price", price)) if value is not None
+        ]
+        if len(given) > 1:
+            raise ValueError(f"Give one of policy, budget and price, not {' and '.join(given)}")
+        if policy is not None:
+            return policy
+        if price is None:
+            if budget is None:
+                budget = self.adapt_config.default_budget
+                if budget is None or self.calibration is None:
+                    return Full()
+            price = self.price_of(budget)
+        return self.learned(price, batch)
+
+    def learned(self, price: Budget, batch: int = 1) -> Learned:
+        """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each."""
+        prices = torch.atleast_1d(torch.as_tensor(price, dtype=torch.float32))
+        if prices.shape not in ((1,), (batch,)) or not bool((prices >= 0).all()):
+            raise ValueError(f"price={price!r} must be at least 0: a number, or one for each of {batch} images")
+        return Learned(self.controllers, self._log_price(prices))
+
+    def set_price_scale(self, slope: float, shift: float) -> None:
+        """Give prices their unit: controllers see slope * log(price) + shift."""
+        if not slope > 0:
+            raise ValueError(f"slope={slope!r} must be positive: a higher price means less compute")
+        self.price_scale.copy_(torch.tensor([slope, shift]))
+
+    def _log_price(self, price: Tensor) -> Tensor:
+        """What controllers see of prices (B,), within the range that they know."""
+        slope, shift = self.price_scale
+        return (slope * price.to(slope.device).clamp(min=1e-9).log() + shift).clamp(*LOG_PRICE_RANGE)
+
+    def price_range(self) -> tuple[float, float]:
+        """The prices between which controllers differ."""
+        slope, shift = self.price_scale.tolist()
+        low, high = (math.exp((end - shift) / slope) for end in LOG_PRICE_RANGE)
+        return low, high
+
+    def price_of(self, budget: Budget) -> Budget:
+        """The price that brings a budget, by the calibration table.
+
+        Raises ValueError for an uncalibrated model, and for a budget below the least that the table reaches.
+        """
+        if self.calibration is None:
+            raise ValueError(
+                "This model is not calibrated, so it knows no budget: train it (miaformer.train), calibrate it "
+                "(miaformer.calibrate), or pass price= or policy="
+            )
+        least = self.calibration.range[0]
+        values = budget.tolist() if isinstance(budget, Tensor) else budget
+        if not isinstance(values, int | float):
+            return [self._price_of(float(value), least) for value in values]
+        return self._price_of(values, least)
+
+    def _price_of(self, budget: float, least: float) -> float:
+        assert self.calibration is not None
+        if check_fraction("budget", budget) < least - 0.01:
+            raise ValueError(
+                f"budget={budget:.3f} is below {least:.3f}, the least that this model spends; use cap= for a hard limit"
+            )
+        return self.calibration.price(budget)
+
+    def _checked(self, images: Tensor) -> Tensor:
+        backbone = self.backbone
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor (B, {backbone.in_chans}, H, W), got {type(images).__name__}")
+        if images.ndim != 4 or images.shape[1] != backbone.in_chans:
+            raise ValueError(f"images must have shape (B, {backbone.in_chans}, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point, normalised as the backbone expects, got {images.dtype}")
+        wanted_dtype = backbone.patch_embed.proj.weight.dtype
+        if images.dtype != wanted_dtype and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(f"images are {images.dtype}, the model's weights {wanted_dtype}: convert one of them")
+        height, width = images.shape[-2:]
+        patch = backbone.patch_embed.patch_size
+        if not backbone.dynamic_img_size:
+            if (height, width) != self.image_size():
+                wanted = " x ".join(map(str, self.image_size()))
+                raise ValueError(
+                    f"images are {height} x {width}, this backbone takes {wanted} (or dynamic_img_size=True)"
+                )
+        elif not backbone.patch_embed.dynamic_img_pad and (height % patch[0] or width % patch[1]):
+            raise ValueError(f"images are {height} x {width}, not a multiple of the patch size {patch[0]} x {patch[1]}")
+        if images.device.type != "meta" and not bool(images.isfinite().all()):
+            bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+            raise ValueError(f"images {bad[:8]} of the batch hold NaN or infinite values")
+        return images
+
+    # What it becomes -------------------------------------------------------------------------------------------
+
+    def to_timm(self) -> VisionTransformer:
+        """The (fine-tuned) backbone as a timm model of its own, heads, units and channels in their first order."""
+        twin = static.build(self._description).to(next(self.parameters()).device)
+        twin.load_state_dict(self.backbone.state_dict())
+        for name in ("pretrained_cfg", "default_cfg"):
+            if hasattr(self.backbone, name):
+                setattr(twin, name, getattr(self.backbone, name))
+        static.apply_orders(twin, static.inverse_orders(self.orders()))
+        return twin.train(self.training)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        config = {
+            "model_type": "miaformer",
+            "format": 1,
+            "backbone": self._description,
+            "adapt": asdict(self.adapt_config),
+            "pretrained_cfg": _json_only(self.pretrained_cfg),
+        }
+        _write_json(save_directory / "config.json", config)
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, save_directory / "model.safetensors", metadata={"format": "pt"})
+        table = save_directory / "calibration.json"
+        if self.calibration is not None:
+            _write_json(table, self.calibration.to_json())
+        else:
+            table.unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MIAFormer:
+        """A model from its directory, or by its id from the hub; kwargs are the hub mixin's.
+
+        Raises ValueError naming the file that is missing, damaged, or not a MIA-Former's.
+        """
+        directory = Path(pretrained_model_name_or_path)
+        if directory.is_dir():
+            _read_json(directory / "config.json")  # before the mixin reads it, whose errors name no file
+        elif directory.exists() or str(pretrained_model_name_or_path).startswith((".", "/", "~")):
+            raise ValueError(f"{directory} is not a model directory: it should hold config.json and model.safetensors")
+        return cast(MIAFormer, super().from_pretrained(pretrained_model_name_or_path, **kwargs))
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **model_kwargs: Any,
+    ) -> MIAFormer:
+        directory = Path(model_id)
+        if not directory.is_dir():
+            directory = Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=["config.json", "model.safetensors", "calibration.json"],
+                )
+            )
+        config = _read_json(directory / "config.json")
+        if config.get("model_type") != "miaformer" or config.get("format") != 1:
+            raise ValueError(f"{directory / 'config.json'} does not describe a MIA-Former model of format 1")
+        try:
+            backbone = static.rebuild(config["backbone"])
+            backbone.pretrained_cfg = backbone.default_cfg = config["pretrained_cfg"]
+            settings = AdaptConfig(**config["adapt"])
+        except KeyError as error:
+            raise ValueError(f"{directory / 'config.json'} lacks {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{directory / 'config.json'} has settings that do not fit this version: {error}"
+            ) from error
+        model = cls(backbone, settings, identity_orders(backbone))
+        weights = directory / "model.safetensors"
+        try:
+            model.load_state_dict(load_file(weights))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{weights} is missing or damaged ({error}): copy or download it again") from error
+        except RuntimeError as error:
+            raise ValueError(f"{weights} does not fit config.json beside it: {error}") from error
+        if (directory / "calibration.json").exists():
+            model.calibration = Calibration.from_json(_read_json(directory / "calibration.json"))
+        return model.eval()
+
+
+def adapt(backbone: nn.Module, calibration_images: Tensor | None = None, **config: Any) -> MIAFormer:
+    """Make a timm ViT adaptive. Its weights are kept; executing everything gives the backbone's output.
+
+    backbone: any timm VisionTransformer of `Block` + `Attention` + `Mlp` (or a gated MLP). It is taken over, not copied:
+    with nested heads its heads, MLP units and channels are reordered by importance, which changes no output.
+    calibration_images: (B, 3, H, W), to measure that importance on; without them it is read off the weights.
+    config: fields of `AdaptConfig`.
+
+    Raises TypeError or ValueError naming the part of the backbone, or the setting, that is not supported.
+    """
+    known = [field.name for field in fields(AdaptConfig)]
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise TypeError(f"adapt() does not know {', '.join(unknown)}; settings are {', '.join(known)}")
+    settings = AdaptConfig(**config)
+    vit = static.check_supported(backbone)
+    nested = settings.head_choice == "nested"
+    orders = importance_orders(vit, calibration_images) if nested else identity_orders(vit)
+    if settings.mlp_width != "coupled":  # nothing chooses among channels
+        orders["channels"] = identity_orders(vit)["channels"]
+    static.check_describes(static.describe(vit), vit)
+    static.apply_orders(vit, orders)
+    return MIAFormer(vit, settings, orders)
+
+
+def _json_only(config: dict[str, Any]) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(json.dumps(dict(config), default=str)))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: {path.parent} is not a model directory") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object")
+    return content

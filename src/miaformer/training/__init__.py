@@ -1,0 +1,9 @@
+"""Training: a static ViT goes in, an adaptive one that knows its budgets comes out."""
+
+from __future__ import annotations
+
+from miaformer.training.recipes import RECIPES, Recipe, Stage, get_recipe
+from miaformer.training.run import train, train_recipe
+from miaformer.training.trainer import Interrupted
+
+__all__ = ["RECIPES", "Interrupted", "Recipe", "Stage", "get_recipe", "train", "train_recipe"]

@@ -1,0 +1,236 @@
+"""Gates in training: random (elastic), relaxed (supervised), and sampled with their log-probability (reinforce).
+
+Everything random is drawn for the global batch from a generator of the step, then cut to this process's images: the
+same training whatever the number of processes, and from wherever it is resumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miaformer.controller import Controller
+from miaformer.cost import Cost
+from miaformer.decisions import Decisions, Gates
+from miaformer.engine.walk import State
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The randomness of one training step, for this process's images."""
+
+    full: Tensor  # (B,) bool: images that execute everything, so that weights do not drift from the full model
+    budgets: Tensor  # (B,) in (0, 1), what each other image is asked to spend
+    depth: Tensor  # (B, L) uniform in (0, 1)
+    heads: Tensor  # (B, L, H)
+    tokens: Tensor  # (B, L, N)
+    rates: Tensor  # (B, 4): image-wide keep rates of elastic training, before scaling
+
+    @staticmethod
+    def of_step(
+        generator: torch.Generator,
+        batch: int,
+        cost: Cost,
+        full_share: float,
+        budgets: tuple[float, float],
+        part: slice,
+    ) -> Draws:
+        """generator: of the step; batch: images of the global batch; part: those of this process."""
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+
+        low, high = budgets
+        # Stratified, so that every step sees the whole range of budgets.
+        strata = (torch.randperm(batch, generator=generator) + uniform(batch)) / batch
+        full = torch.randperm(batch, generator=generator) < round(full_share * batch)
+        return Draws(
+            full[part],
+            (low + (high - low) * strata)[part],
+            uniform(batch, cost.depth)[part],
+            uniform(batch, cost.depth, cost.num_heads)[part],
+            uniform(batch, cost.depth, cost.num_patches)[part],
+            uniform(batch, 4)[part],
+        )
+
+    def again(self, generator: torch.Generator, batch: int, part: slice) -> Draws:
+        """The same images asked for the same budgets, with gates drawn anew."""
+
+        def uniform(like: Tensor) -> Tensor:
+            return torch.rand((batch, *like.shape[1:]), generator=generator).clamp(1e-6, 1 - 1e-6)[part]
+
+        return replace(self, depth=uniform(self.depth), heads=uniform(self.heads), tokens=uniform(self.tokens))
+
+    def to(self, device: torch.device) -> Draws:
+        return Draws(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def elastic_decisions(draws: Draws, cost: Cost, keep: tuple[float, float, float], first_token_block: int) -> Decisions:
+    """Random decisions at every grain: each image draws its own keep rates, down to `keep` (depth, heads, tokens).
+
+    Tokens leave one after the other, the same ones in all blocks from their leaving on, as in a progressive scope.
+    """
+    lowest = torch.tensor(keep, device=draws.rates.device)
+    rates = lowest + (1 - lowest) * draws.rates[:, :3]
+    depth = draws.depth < rates[:, :1]
+    heads = draws.heads < rates[:, 1, None, None]
+    block = torch.arange(cost.depth, device=depth.device)
+    # From a block drawn per image on, the share of kept tokens is the image's rate, and all before it.
+    onset = first_token_block + (cost.depth - first_token_block) * draws.rates[:, 3:] * 0.8
+    share = torch.where(block >= onset, rates[:, 2:], torch.ones_like(rates[:, 2:]))
+    tokens = draws.tokens[:, :1] < share[:, :, None]
+    everything = draws.full[:, None]
+    return Decisions(depth | everything, heads | everything[:, :, None], tokens | everything[:, :, None])
+
+
+@dataclass
+class Relaxed:
+    """Gumbel-sigmoid gates: hard forward, straight-through backward; temperature 0 means no noise.
+
+    The controllers' logits get logistic noise of scale `temperature` and are cut at 0; gradients flow as if they had
+    been passed through a sigmoid.
+    """
+
+    controllers: nn.ModuleList
+    log_price: Tensor  # (B,)
+    draws: Draws
+    temperature: float
+
+    def decide(self, state: State) -> Gates:
+        depth, heads, tokens = _logits(self.controllers, state, self.log_price)
+        index, draws = state.index, self.draws
+        d_hard, d_soft = self._gate(depth, draws.depth[:, index])
+        h_hard, h_soft = self._gate(heads, draws.heads[:, index])
+        if cast(Controller, self.controllers[index]).nested:
+            h_hard, h_soft = _chain(h_hard), _chain(h_soft)
+        else:
+            h_hard = _at_least_one(h_hard, heads)
+        active = state.active.to(depth.dtype)
+        if tokens is None:
+            kept = active
+        else:
+            t_hard, t_soft = self._gate(tokens, draws.tokens[:, index])
+            kept = _straight_through(t_hard, t_soft) * active
+        full = draws.full
+        return Gates(
+            _where_full(full, _straight_through(d_hard, d_soft)),
+            _where_full(full, _straight_through(h_hard, h_soft)),
+            _where_full(full, kept),
+        )
+
+    def _gate(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        noisy = logits + self.temperature * torch.logit(uniform)
+        return (noisy > 0).to(logits.dtype), torch.sigmoid(noisy)
+
+    def context_macs(self, cost: Cost, index: int) -> int:
+        return cast(Controller, self.controllers[index]).context_macs
+
+    def token_score_macs(self, cost: Cost, index: int) -> int:
+        return cast(Controller, self.controllers[index]).token_score_macs
+
+
+@dataclass
+class Sampled:
+    """Real decisions, sampled; remembers their log-probability and the expected cost, both differentiable.
+
+    log_prob: (B,), of all decisions that were executed. expected_macs: (B,), of the blocks, in closed form from the
+    probabilities along the sampled path; a token's probability carries on into later blocks.
+    """
+
+    controllers: nn.ModuleList
+    log_price: Tensor  # (B,)
+    draws: Draws
+    temperature: float
+    cost: Cost
+    progressive: bool
+    log_prob: Tensor = field(init=False)
+    expected_macs: Tensor = field(init=False)
+    _still_active: Tensor = field(init=False)  # (B, N) probability that a token is active
+
+    def decide(self, state: State) -> Gates:
+        index, draws = state.index, self.draws
+        depth, heads, tokens = (
+            None if logits is None else logits / self.temperature
+            for logits in _logits(self.controllers, state, self.log_price)
+        )
+        assert depth is not None
+        assert heads is not None
+        if index == 0:
+            self.log_prob = torch.zeros_like(depth)
+            self.expected_macs = torch.zeros_like(depth)
+            self._still_active = torch.ones_like(state.active, dtype=depth.dtype)
+        nested = cast(Controller, self.controllers[index]).nested
+        executed, depth_p = draws.depth[:, index] < depth.sigmoid(), depth.sigmoid()
+        going_on = draws.heads[:, index] < heads.sigmoid()
+        head_log_prob = _log_prob(heads, going_on)
+        if nested:
+            kept_heads, head_p = _chain(going_on.to(depth.dtype)).bool(), _chain(heads.sigmoid())
+            reached = torch.cat([torch.zeros_like(kept_heads[:, :1]), kept_heads[:, :-1]], dim=1)
+            head_log_prob = head_log_prob * reached  # head j is decided where j-1 is kept; the first never
+        else:
+            kept_heads, head_p = _at_least_one(going_on.to(depth.dtype), heads).bool(), heads.sigmoid()
+        chosen = head_log_prob.sum(dim=1)
+        kept_tokens, token_p = state.active, self._still_active
+        if tokens is not None:
+            kept_tokens = (draws.tokens[:, index] < tokens.sigmoid()) & state.active
+            chosen = chosen + (_log_prob(tokens, kept_tokens) * state.active).sum(dim=1)
+            token_p = tokens.sigmoid() * self._still_active
+        sampled = ~draws.full
+        self.log_prob = self.log_prob + (_log_prob(depth, executed) + chosen * executed) * sampled
+        self.expected_macs = self.expected_macs + self.cost.block(index, Gates(depth_p, head_p, token_p)) * sampled
+        if self.progressive:
+            stays = depth_p[:, None]
+            self._still_active = stays * token_p + (1 - stays) * self._still_active
+        full = draws.full
+        return Gates(executed | full, kept_heads | full[:, None], kept_tokens | full[:, None])
+
+    def context_macs(self, cost: Cost, index: int) -> int:
+        return cast(Controller, self.controllers[index]).context_macs
+
+    def token_score_macs(self, cost: Cost, index: int) -> int:
+        return cast(Controller, self.controllers[index]).token_score_macs
+
+
+def _logits(controllers: nn.ModuleList, state: State, log_price: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Dense logits of one block: depth (B,), heads (B, H), tokens (B, N) or None where they are not decided.
+
+    Controllers read the residual stream without changing what it learns: gradients stop at their input.
+    """
+    controller = cast(Controller, controllers[state.index])
+    x = state.x.detach()
+    context = controller.context(x, (state.active > 0).detach(), state.num_prefix_tokens, log_price)
+    depth, heads = controller.depth_and_heads(context, log_price)
+    if not controller.rank:
+        return depth, heads, None
+    query, shift = controller.token_query(context, log_price)
+    return (
+        depth,
+        heads,
+        controller.token_logits(x[:, state.num_prefix_tokens :], query[:, None], shift[:, None]),
+    )
+
+
+def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    return hard + soft - soft.detach()
+
+
+def _chain(kept: Tensor) -> Tensor:
+    """Nested heads: head j is kept if all before it are; the first always is. kept: (B, H)."""
+    return torch.cat([torch.ones_like(kept[:, :1]), kept[:, 1:].cumprod(dim=1)], dim=1)
+
+
+def _at_least_one(hard: Tensor, logits: Tensor) -> Tensor:
+    best = F.one_hot(logits.argmax(dim=1), logits.shape[1]).to(hard.dtype)
+    return torch.where(hard.any(dim=1, keepdim=True), hard, best)
+
+
+def _where_full(full: Tensor, gate: Tensor) -> Tensor:
+    return torch.where(full if gate.ndim == 1 else full[:, None], torch.ones_like(gate), gate)
+
+
+def _log_prob(logits: Tensor, kept: Tensor) -> Tensor:
+    return -F.binary_cross_entropy_with_logits(logits, kept.to(logits.dtype), reduction="none")

@@ -1,0 +1,128 @@
+"""One objective throughout: task loss, and the cost of what was executed at the price that the budget implies.
+
+Every stage is a way of choosing decisions for it. Each image stands for itself: the loss is a mean over images, so
+that it is the same however a batch is spread over processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miaformer.cost import Cost
+from miaformer.engine.masked import Masked
+from miaformer.engine.walk import Policy, Steps
+from miaformer.model import MIAFormer
+from miaformer.policy import Fixed
+from miaformer.training.gates import Draws, Relaxed, Sampled, elastic_decisions
+from miaformer.training.recipes import Recipe, Stage
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the objective is given beside images and labels."""
+
+    draws: Draws
+    other_draws: Draws  # independent of the first, for the second sample of an image
+    log_prices: Tensor  # (B,), what controllers see
+    values: Tensor  # (B,), lambda: the weight of the cost, loss per dense forward
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a step. All but `loss` are detached and (B,)."""
+
+    loss: Tensor  # ()
+    correct: Tensor  # share of the label's weight on the predicted class
+    macs_fraction: Tensor
+    full: Tensor  # bool
+    task_loss: Tensor
+
+
+class Objective(nn.Module):
+    """The loss of one stage. A module, so that data-parallel wrappers see one forward pass a step.
+
+    teacher: the frozen backbone, held in a list so that it is not a submodule; empty without distillation.
+    """
+
+    def __init__(self, model: MIAFormer, stage: Stage, recipe: Recipe, teacher: nn.Module | None) -> None:
+        super().__init__()
+        self.model = model
+        self.stage = stage
+        self.recipe = recipe
+        self.teacher = [] if teacher is None else [teacher]
+        self.first_token_block = next((i for i, c in enumerate(model.controllers) if c.rank), len(model.controllers))
+
+    def forward(self, images: Tensor, labels: Tensor, step: Step) -> Outcome:
+        """images: (B, 3, H, W); labels: (B, classes), soft."""
+        cost = self.model.cost((images.shape[-2], images.shape[-1]))
+        if self.stage.kind == "backbone":
+            logits = self.model.backbone(images)
+            task = self._task(logits, labels, None)
+            everything = torch.ones_like(step.draws.full)
+            return self._outcome(task.mean(), logits, labels, torch.ones_like(task), everything, task)
+        soft = self._soft_labels(images)
+        if self.stage.kind == "reinforce":
+            return self._reinforce(images, labels, soft, step, cost)
+        if self.stage.kind == "elastic":
+            policy: Policy = Fixed(elastic_decisions(step.draws, cost, self.stage.keep, self.first_token_block))
+        else:
+            policy = Relaxed(self.model.controllers, step.log_prices, step.draws, step.temperature)
+        logits, steps = self._execute(images, policy, cost)
+        task = self._task(logits, labels, soft)
+        spent = steps.macs / cost.backbone
+        loss = task
+        if self.stage.decides:
+            loss = task + step.values * spent * ~step.draws.full
+        return self._outcome(loss.mean(), logits, labels, spent, step.draws.full, task)
+
+    def _reinforce(self, images: Tensor, labels: Tensor, soft: Tensor | None, step: Step, cost: Cost) -> Outcome:
+        """Two samples an image, each the other's baseline (leave one out); weights learn on both.
+
+        The task term of the controllers' gradient is estimated by sampling; the cost term is differentiated in closed
+        form. Williams 1992; Kool et al. 2019 for the baseline.
+        """
+        progressive = self.model.adapt_config.token_scope == "progressive"
+        x = self.model.embed(images)
+        samples = []
+        for draws in (step.draws, step.other_draws):
+            policy = Sampled(self.model.controllers, step.log_prices, draws, step.temperature, cost, progressive)
+            features, steps = self.model.walk(x, policy, Masked(cost), cost)
+            logits = self.model.backbone.forward_head(self.model.backbone.norm(features))
+            samples.append((policy, steps, logits, self._task(logits, labels, soft)))
+        (one, steps, logits, task), (other, steps_2, _, task_2) = samples
+        advantage = (task - task_2).detach()  # of the second sample's gain; the first one's is its negative
+        estimator = 0.5 * advantage * (one.log_prob - other.log_prob)
+        expected = 0.5 * (one.expected_macs + other.expected_macs) / cost.backbone
+        loss = 0.5 * (task + task_2) + estimator + step.values * expected
+        spent = 0.5 * (steps.macs + steps_2.macs) / cost.backbone
+        return self._outcome(loss.mean(), logits, labels, spent, step.draws.full, task)
+
+    def _execute(self, images: Tensor, policy: Policy, cost: Cost) -> tuple[Tensor, Steps]:
+        x, steps = self.model.walk(self.model.embed(images), policy, Masked(cost), cost)
+        return self.model.backbone.forward_head(self.model.backbone.norm(x)), steps
+
+    def _soft_labels(self, images: Tensor) -> Tensor | None:
+        if not self.teacher or not self.recipe.distill_weight:
+            return None
+        with torch.no_grad():
+            return F.softmax(self.teacher[0](images).float() / self.recipe.distill_temperature, dim=1)
+
+    def _task(self, logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
+        """Cross-entropy (B,) with the labels and, by `distill_weight`, with the teacher's soft labels."""
+        logits = logits.float()
+        hard = F.cross_entropy(logits, labels, reduction="none")
+        if soft is None:
+            return hard
+        scale = self.recipe.distill_temperature
+        distilled = F.cross_entropy(logits / scale, soft, reduction="none") * scale**2
+        return hard + self.recipe.distill_weight * (distilled - hard)
+
+    @staticmethod
+    def _outcome(loss: Tensor, logits: Tensor, labels: Tensor, spent: Tensor, full: Tensor, task: Tensor) -> Outcome:
+        correct = labels.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
+        return Outcome(loss, correct.detach(), spent.detach().float(), full, task.detach())

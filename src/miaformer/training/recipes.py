@@ -1,0 +1,130 @@
+"""Recipes: everything that a training run depends on, as typed dataclasses. A run is a recipe, data and a seed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+from miaformer.budget import check_fraction
+
+Kind = Literal["backbone", "elastic", "supervised", "reinforce"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of training, with an optimiser and a schedule of its own."""
+
+    kind: Kind
+    epochs: float
+    lr: float
+    controller_lr: float = 0.0
+    warmup: float = 0.05  # share of the stage
+    full_share: float = 0.25  # images of a batch that execute everything, so that the full model stays what it was
+    temperature: tuple[float, float] = (1.0, 1.0)  # of gate noise, from start to end of the stage
+    keep: tuple[float, float, float] = (0.5, 0.25, 0.15)  # elastic: the least share of blocks, heads, tokens
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"stage kind {self.kind!r} must be one of {', '.join(get_args(Kind))}")
+        if self.epochs < 0 or self.lr < 0 or self.controller_lr < 0:
+            raise ValueError(f"{self.kind} stage: epochs, lr and controller_lr must not be negative")
+
+    @property
+    def decides(self) -> bool:
+        """Whether controllers make the decisions."""
+        return self.kind in ("supervised", "reinforce")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: the backbone to start from, how to adapt it, and the stages."""
+
+    name: str
+    data: str
+    model: str  # a timm name
+    model_args: dict[str, Any] = field(default_factory=dict)  # of timm.create_model
+    adapt: dict[str, Any] = field(default_factory=dict)  # fields of AdaptConfig
+    stages: tuple[Stage, ...] = ()
+    batch_size: int = 256  # of all processes together
+    budgets: tuple[float, float] = (0.25, 0.9)  # controllers learn every budget between
+    optimizer: str = "adamw"
+    weight_decay: float = 0.05
+    clip_grad: float | None = 1.0
+    label_smoothing: float = 0.1
+    distill_weight: float = 0.5  # of the frozen backbone's soft labels against the true ones
+    distill_temperature: float = 1.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    augmentation: dict[str, Any] = field(default_factory=dict)  # fields of miaformer.data.Augmentation
+    ema_decay: float | None = None
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    num_workers: int = 0
+    checkpoint_every: int = 500  # steps
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        low, high = (check_fraction("budgets", value) for value in self.budgets)
+        if low >= high:
+            raise ValueError(f"budgets={self.budgets} must rise")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 2")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def with_changes(self, **changes: Any) -> Recipe:
+        """A copy with some settings changed; ValueError for one that no recipe has."""
+        known = [f.name for f in fields(Recipe)]
+        unknown = sorted(set(changes) - set(known))
+        if unknown:
+            raise ValueError(f"a recipe has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        return replace(self, **changes)
+
+    def scaled(self, factor: float) -> Recipe:
+        """The same with every stage `factor` times as long."""
+        return replace(self, stages=tuple(replace(s, epochs=s.epochs * factor) for s in self.stages))
+
+
+DIGITS = Recipe(
+    name="digits",
+    data="digits",
+    model="vit_tiny_patch16_224",
+    model_args={"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 2},
+    adapt={"mlp_width": "hidden"},
+    stages=(
+        Stage("backbone", epochs=4, lr=2e-3),
+        Stage("elastic", epochs=1.5, lr=1e-3),
+        Stage("supervised", epochs=1.5, lr=5e-4, controller_lr=4e-3, temperature=(1.0, 0.3)),
+        Stage("reinforce", epochs=0.5, lr=2e-4, controller_lr=5e-4, temperature=(0.3, 0.3)),
+    ),
+    batch_size=64,
+    label_smoothing=0.05,
+)
+
+IMAGE_FOLDER = Recipe(
+    name="finetune",
+    data="",
+    model="deit_small_patch16_224",
+    model_args={"pretrained": True},
+    stages=(
+        Stage("backbone", epochs=10, lr=1e-4),
+        Stage("elastic", epochs=10, lr=1e-4),
+        Stage("supervised", epochs=10, lr=5e-5, controller_lr=1e-3, temperature=(1.0, 0.3)),
+        Stage("reinforce", epochs=5, lr=2e-5, controller_lr=2e-4, temperature=(0.3, 0.3)),
+    ),
+    batch_size=256,
+    budgets=(0.3, 0.9),
+    mixup=0.2,
+    augmentation={"hflip": 0.5, "scale": (0.35, 1.0), "auto_augment": "rand-m7-mstd0.5-inc1"},
+    ema_decay=0.999,
+    precision="bf16",
+    num_workers=4,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (DIGITS, IMAGE_FOLDER)}
+
+
+def get_recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(sorted(RECIPES))}")
+    return RECIPES[name]

@@ -1,0 +1,165 @@
+"""A whole run: recipe and data in; trained, calibrated and saved model out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
+from rich.console import Console
+
+from miaformer.data import Augmentation, Batches, ImageData, build_transform, open_data
+from miaformer.evaluation.calibration import calibrate
+from miaformer.model import MIAFormer, adapt
+from miaformer.training.progress import Display
+from miaformer.training.recipes import Recipe, get_recipe
+from miaformer.training.trainer import Trainer, seed_everything
+
+
+def train(
+    model: MIAFormer,
+    data: str | Path | ImageData,
+    recipe: Recipe | str = "finetune",
+    out: str | Path = "runs/latest",
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    calibration_data: ImageData | None = None,
+    console: Console | None = None,
+    show_progress: bool = True,
+    device: str | None = None,
+) -> MIAFormer:
+    """Train an adapted model through a recipe's stages, calibrate its budgets and save it in `out`/model.
+
+    data: what `miaformer.data.open_data` takes (`digits`, a folder, a timm data set's name), or training images; then
+    `calibration_data` are needed too, and must not be among them. out: gets `recipe.json`, `metrics.jsonl`,
+    TensorBoard files, `checkpoints/` and `model/`. resume: go on from the newest checkpoint in `out`, exactly.
+    device: "cpu" to leave an accelerator alone.
+
+    Returns the model, in evaluation mode. Raises ValueError where `out` holds another run, or recipe and data do not
+    fit; `Interrupted` after Ctrl-C, with a checkpoint saved.
+    """
+    if isinstance(recipe, str):
+        recipe = get_recipe(recipe)
+    out = Path(out)
+    if isinstance(data, ImageData):
+        if calibration_data is None:
+            raise ValueError("train() was given images, not the name of a data set: give calibration_data too")
+        train_data, held_out = data, calibration_data
+    else:
+        train_data = open_data(data, "train")
+        held_out = calibration_data or open_data(data, "calibration")
+    if len(train_data.classes) != model.num_classes:
+        raise ValueError(
+            f"{train_data.name} has {len(train_data.classes)} classes, the model's classifier {model.num_classes}: "
+            "call backbone.reset_classifier(num_classes) before adapt(), or create it with num_classes"
+        )
+    AcceleratorState._reset_state()  # of an earlier run in this process, perhaps of another precision
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        cpu=device == "cpu",
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
+    )
+    main = accelerator.is_main_process
+    _claim(out, recipe, train_data, seed, resume, main)
+    accelerator.wait_for_everyone()
+    display = Display(console, enabled=show_progress and main)
+    accelerator.init_trackers("tensorboard")
+
+    data_config = model.data_config()
+    model.backbone.pretrained_cfg = {**model.pretrained_cfg, "label_names": list(train_data.classes)}
+    batches = Batches(
+        train_data,
+        build_transform(data_config, training=True, augment=Augmentation(**recipe.augmentation)),
+        recipe.batch_size,
+        seed=seed,
+        shuffle=True,
+        drop_last=True,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=recipe.num_workers,
+    )
+    model.to(accelerator.device)
+    trainer = Trainer(model, batches, recipe, out, seed, accelerator, display)
+    trainer.run(resume)
+    if any(stage.decides for stage in recipe.stages):
+        model.set_price_scale(*trainer.tariff.price_scale())
+        plain = build_transform(data_config, training=False)
+        held_out_batches = Batches(held_out, plain, recipe.batch_size, seed=seed, shuffle=False, drop_last=False)
+        display.say(f"Calibrating on {len(held_out)} images of {held_out.name} ...")
+        calibrate(model, held_out_batches.epoch(0), held_out.name)
+    if main:
+        model.save_pretrained(out / "model")
+    display.say(f"Saved {out / 'model'}")
+    accelerator.end_training()
+    return model.eval()
+
+
+def train_recipe(
+    recipe: Recipe | str,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    console: Console | None = None,
+    show_progress: bool = True,
+    device: str | None = None,
+) -> MIAFormer:
+    """The same from the recipe alone: makes the backbone that it names, for the classes of its data, and adapts it."""
+    if isinstance(recipe, str):
+        recipe = get_recipe(recipe)
+    source = data or recipe.data
+    if not source:
+        raise ValueError(f"recipe {recipe.name!r} has no data of its own: give data")
+    seed_everything(seed, 0, 0)
+    classes = open_data(source, "train").classes
+    backbone = timm.create_model(recipe.model, num_classes=len(classes), **recipe.model_args)
+    model = adapt(backbone, **recipe.adapt)
+    return train(
+        model,
+        source,
+        recipe,
+        out,
+        seed=seed,
+        resume=resume,
+        console=console,
+        show_progress=show_progress,
+        device=device,
+    )
+
+
+def _claim(out: Path, recipe: Recipe, data: ImageData, seed: int, resume: bool, main: bool) -> None:
+    """Write down what runs in `out`; refuse to mix it with another run."""
+    description: dict[str, Any] = json.loads(
+        json.dumps({"recipe": recipe.to_json(), "data": data.name, "num_images": len(data), "seed": seed})
+    )
+    path = out / "recipe.json"
+    if path.exists():
+        if not resume:
+            raise ValueError(f"{out} holds a run already: resume it (--resume), or choose another directory")
+        before = json.loads(path.read_text())
+        if before != description:
+            changed = _differences(before, description)
+            raise ValueError(
+                f"{out} holds another run, different in {', '.join(changed)}: it cannot be resumed as this one"
+            )
+    elif main:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**description}, indent=2) + "\n")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(f"{prefix}{key}")
+    return names

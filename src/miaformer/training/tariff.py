@@ -1,0 +1,92 @@
+"""The tariff: what a budget costs while training, two curves over budgets that follow from what is spent and felt.
+
+Controllers see a log-price. The tariff keeps the mean spending of images that were asked for a budget at that budget,
+by raising the log-price where too much is spent: images that share a budget share one price, and compete. Next to it
+it keeps the marginal value of compute at that budget, lambda in units of loss per dense forward: the weight of the
+cost in the objective, at which raising all gates together neither gains nor loses. Without it the task would push all
+logits up for ever, and the price after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miaformer.controller import LOG_PRICE_RANGE
+
+
+class Tariff:
+    """Piecewise linear in the budget, between knots evenly spaced over `budgets`."""
+
+    def __init__(
+        self, budgets: tuple[float, float], knots: int = 8, price_rate: float = 0.3, value_rate: float = 0.02
+    ) -> None:
+        self.knots = torch.linspace(*budgets, knots)
+        self.log_price = torch.zeros(knots)
+        self.log_value = torch.full((knots,), -1.0)  # log lambda
+        self.feeling = torch.zeros(knots)  # running scale of the price's gradient
+        self.price_rate = price_rate
+        self.value_rate = value_rate
+
+    def start(self, mean_fraction: Callable[[float], float]) -> None:
+        """Bisect the log-price of every knot on untrained controllers. mean_fraction(log_price) falls."""
+        for k, budget in enumerate(self.knots.tolist()):
+            low, high = LOG_PRICE_RANGE
+            for _ in range(12):
+                middle = (low + high) / 2
+                low, high = (middle, high) if mean_fraction(middle) > budget else (low, middle)
+            self.log_price[k] = (low + high) / 2
+        self._keep_monotone()
+
+    def _weights(self, budgets: Tensor) -> Tensor:
+        """Hat functions of the knots at budgets (B,): (B, knots), rows sum to 1."""
+        step = self.knots[1] - self.knots[0]
+        place = ((budgets.cpu() - self.knots[0]) / step).clamp(0, len(self.knots) - 1)
+        return (1 - (place[:, None] - torch.arange(len(self.knots))).abs()).clamp(min=0)
+
+    def prices(self, budgets: Tensor) -> Tensor:
+        """Log-prices (B,) of budgets (B,)."""
+        return (self._weights(budgets) @ self.log_price).to(budgets.device)
+
+    def values(self, budgets: Tensor) -> Tensor:
+        """Lambda (B,) of budgets (B,), in units of loss per dense forward."""
+        return (self._weights(budgets) @ self.log_value).exp().to(budgets.device)
+
+    def update(self, budgets: Tensor, spent: Tensor, gradient: Tensor | None) -> None:
+        """After a step. budgets, spent: (B,) fractions; gradient: (B,), of each image's objective by its log-price."""
+        weights = self._weights(budgets)
+        total = weights.sum(dim=0)
+        seen = total > 0
+        total = total.clamp(min=1e-6)
+        overspent = weights.T @ (spent - budgets).float().cpu() / total
+        self.log_price += self.price_rate * overspent * seen
+        self.log_price.clamp_(*LOG_PRICE_RANGE)
+        self._keep_monotone()
+        if gradient is not None:
+            felt = weights.T @ gradient.float().cpu() / total
+            self.feeling = torch.where(seen, 0.98 * self.feeling + 0.02 * felt.abs(), self.feeling)
+            self.log_value += self.value_rate * torch.where(seen, felt / self.feeling.clamp(min=1e-8), 0).clamp(-3, 3)
+            self.log_value.clamp_(-6.0, 3.0)
+
+    def _keep_monotone(self) -> None:
+        """A larger budget never has the higher price."""
+        self.log_price = self.log_price.flip(0).cummax(dim=0).values.flip(0)
+
+    def price_scale(self) -> tuple[float, float]:
+        """(a, b) of log-price = a log(lambda) + b, fitted over the knots: gives prices their unit, loss."""
+        value, price = self.log_value, self.log_price
+        spread = (value - value.mean()).square().sum()
+        slope = float(((value - value.mean()) * (price - price.mean())).sum() / spread.clamp(min=1e-6))
+        if not 0.2 <= slope <= 20:  # values did not fall with the budget: shift only
+            slope = 1.0
+        return slope, float(price.mean() - slope * value.mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).clone() for name in ("log_price", "log_value", "feeling")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.clone())

@@ -1,0 +1,367 @@
+"""The training loop: one for all stages, on `accelerate`.
+
+The state of a run is a step number and what `accelerate` saves at it. All randomness is a function of seed and step, so
+that a resumed run goes on exactly, and several processes do what one would.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from miaformer.data import Batch, Batches
+from miaformer.engine.masked import Masked
+from miaformer.model import MIAFormer
+from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
+from miaformer.training.gates import Draws, Relaxed
+from miaformer.training.objective import Objective, Outcome, Step
+from miaformer.training.progress import Display, Means, MetricsFile
+from miaformer.training.recipes import Recipe, Stage
+from miaformer.training.tariff import Tariff
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training stopped on request, its state saved."""
+
+    def __init__(self, checkpoint: Path, step: int) -> None:
+        super().__init__(f"stopped after step {step}, saved as {checkpoint}")
+        self.checkpoint, self.step = checkpoint, step
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a stage lies among the steps of a run: from `first` (included) to `last` (not)."""
+
+    stage: Stage
+    first: int
+    last: int
+
+
+class Trainer:
+    """Takes a model through a recipe's stages. `run` gives it back trained, in evaluation mode, not yet calibrated."""
+
+    def __init__(
+        self,
+        model: MIAFormer,
+        batches: Batches,
+        recipe: Recipe,
+        out: Path,
+        seed: int,
+        accelerator: Accelerator,
+        display: Display,
+    ) -> None:
+        self.model, self.batches, self.recipe, self.out, self.seed = model, batches, recipe, out, seed
+        self.accelerator, self.display = accelerator, display
+        self.tariff = Tariff(recipe.budgets)
+        self.teacher: nn.Module | None = None
+        self.spans = spans(recipe, batches.steps_per_epoch)
+        world, rank = accelerator.num_processes, accelerator.process_index
+        if recipe.batch_size % world:
+            raise ValueError(f"batch_size={recipe.batch_size} cannot be shared evenly by {world} processes")
+        share = recipe.batch_size // world
+        self.part = slice(rank * share, (rank + 1) * share)
+        self.mixup = None
+        if recipe.mixup or recipe.cutmix:
+            self.mixup = Mixup(
+                recipe.mixup,
+                recipe.cutmix,
+                label_smoothing=recipe.label_smoothing,
+                num_classes=model.num_classes,
+            )
+        self._stop = False
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.out / "checkpoints"
+
+    def run(self, resume: bool) -> MIAFormer:
+        """Raises Interrupted after Ctrl-C, with everything saved; ValueError for a damaged checkpoint."""
+        found = checkpoints(self.checkpoint_dir)[-1:] if resume else []
+        start = checkpoint_step(found[0]) if found else 0
+        if resume:
+            self.display.say(
+                f"Resuming after step {start}." if found else "No checkpoint to resume from: starting anew."
+            )
+        main = self.accelerator.is_main_process
+        metrics = MetricsFile(self.out / "metrics.jsonl", start) if main else None
+        try:
+            with self._interrupts():
+                for span in self.spans:
+                    if span.first < start <= span.last:
+                        self._run_stage(span, start, found[0], metrics)
+                    elif span.first >= start:
+                        self._run_stage(span, span.first, None, metrics)
+        finally:
+            self.display.end_stage()
+            if metrics is not None:
+                metrics.close()
+        return self.model.eval()
+
+    def _run_stage(self, span: Span, step: int, checkpoint: Path | None, metrics: MetricsFile | None) -> None:
+        stage, model = span.stage, self.model
+        model.controllers.requires_grad_(stage.decides)
+        if stage.kind != "backbone" and self.teacher is None and self.recipe.distill_weight:
+            self.teacher = copy.deepcopy(model.backbone).requires_grad_(False).eval()
+        optimizer = create_optimizer_v2(
+            _parameter_groups(model, stage, self.recipe), opt=self.recipe.optimizer, lr=stage.lr
+        )
+        length = span.last - span.first
+        schedule = CosineLRScheduler(
+            optimizer,
+            t_initial=length,
+            warmup_t=int(stage.warmup * length),
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
+        ema = None
+        if self.recipe.ema_decay is not None:
+            ema = ModelEmaV3(model, decay=self.recipe.ema_decay, use_warmup=True)
+        objective = Objective(model, stage, self.recipe, self.teacher)
+        wrapped, prepared = self.accelerator.prepare(objective, optimizer)
+        self.accelerator._custom_objects.clear()
+        self.accelerator.register_for_checkpointing(_RunState(self, ema))
+        if checkpoint is not None:
+            load_checkpoint(self.accelerator, checkpoint)
+        elif stage.kind == "supervised":
+            self._start_tariff(stage)
+
+        running = Means()
+        self.display.start_stage(stage.kind, length, step - span.first)
+        wrapped.train()
+        for batch in self._batches_from(step, span.last):
+            schedule.step_update(step - span.first)
+            values = self._step(wrapped, prepared, stage, batch, step, (step - span.first) / length)
+            step += 1
+            if ema is not None:
+                ema.update(model, step=step)
+            if metrics is not None:
+                rates = {"lr": prepared.param_groups[0]["lr"]}
+                metrics.write({"step": step, "stage": stage.kind, **values, **rates})
+                self.accelerator.log({f"{stage.kind}/{name}": v for name, v in {**values, **rates}.items()}, step=step)
+            self.display.step(step - span.first, running.update(values))
+            stop = self._agreed_to_stop()
+            if stop or step == span.last or step % self.recipe.checkpoint_every == 0:
+                saved = save_checkpoint(self.accelerator, self.checkpoint_dir, step, self.recipe.keep_checkpoints)
+                if stop:
+                    raise Interrupted(saved, step)
+        self.display.end_stage()
+        if ema is not None:  # a stage ends on its average
+            model.load_state_dict(ema.module.state_dict())
+        self.accelerator.free_memory()
+
+    def _step(
+        self, wrapped: nn.Module, optimizer: Any, stage: Stage, batch: Batch, step: int, progress: float
+    ) -> dict[str, float]:
+        """One optimiser step on this process's part of a batch; metrics over all of it."""
+        device = self.accelerator.device
+        seed_everything(self.seed, step, self.accelerator.process_index)
+        images, labels = batch.images.to(device), batch.labels.to(device)
+        if self.mixup is not None and stage.kind == "backbone" and len(images) % 2 == 0:
+            images, labels = self.mixup(images, labels)
+        else:
+            labels = _smooth(labels, self.model.num_classes, self.recipe.label_smoothing)
+        draws = self._draws(stage, step, images)
+        log_prices = self.tariff.prices(draws.budgets).requires_grad_(stage.decides)
+        first, last = stage.temperature
+        other = (
+            draws.again(self._generator(step, 1), self.recipe.batch_size, self.part)
+            if stage.kind == "reinforce"
+            else draws
+        )
+        given = Step(
+            draws.to(device),
+            other.to(device),
+            log_prices,
+            self.tariff.values(draws.budgets),
+            first + (last - first) * progress,
+        )
+        outcome: Outcome = wrapped(images, labels, given)
+        self.accelerator.backward(outcome.loss)
+        if self.recipe.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(wrapped.parameters(), self.recipe.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        felt = log_prices.grad if log_prices.grad is not None else torch.zeros_like(log_prices)
+        table = torch.stack(
+            [
+                outcome.task_loss,
+                outcome.correct,
+                outcome.macs_fraction,
+                outcome.full.float(),
+                given.draws.budgets,
+                felt.to(device) * len(images) / self._loss_scale(),
+            ],
+            dim=1,
+        )
+        table = self.accelerator.gather(table).cpu()
+        if not bool(outcome.loss.isfinite()):
+            raise FloatingPointError(
+                f"the loss is not finite in step {step} ({stage.kind} stage): lower its learning rate, or resume from "
+                f"{self.checkpoint_dir} with precision='no'"
+            )
+        return self._account(stage, table)
+
+    def _account(self, stage: Stage, table: Tensor) -> dict[str, float]:
+        """Metrics of all images of a step, and the tariff's update. table: (B, 6)."""
+        task, correct, spent, full, budgets, felt = table.unbind(dim=1)
+        values = {"loss": float(task.mean()), "accuracy": float(correct.mean())}
+        asked = full == 0
+        if stage.kind == "backbone" or not bool(asked.any()):
+            return values
+        if bool(full.any()):
+            values["accuracy_full"] = float(correct[~asked].mean())
+        values["macs_fraction"] = float(spent[asked].mean())
+        around = spent - budgets if stage.decides else spent
+        values["macs_std"] = float(around[asked].std(correction=0))
+        values["macs_variance"] = values["macs_std"] ** 2
+        if stage.decides:
+            values["budget"] = float(budgets[asked].mean())
+            supervised = stage.kind == "supervised"
+            self.tariff.update(budgets[asked], spent[asked], felt[asked] if supervised else None)
+            middle = len(self.tariff.knots) // 2
+            values["log_price"] = float(self.tariff.log_price[middle])
+            values["log_value"] = float(self.tariff.log_value[middle])
+        return values
+
+    def _generator(self, step: int, stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed(((self.seed * 4 + stream) << 32) + step)
+
+    def _draws(self, stage: Stage, step: int, images: Tensor) -> Draws:
+        cost = self.model.cost((images.shape[-2], images.shape[-1]))
+        generator = self._generator(step, 0)
+        return Draws.of_step(generator, self.recipe.batch_size, cost, stage.full_share, self.recipe.budgets, self.part)
+
+    def _loss_scale(self) -> float:
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def _batches_from(self, step: int, last: int) -> Iterator[Batch]:
+        per_epoch = self.batches.steps_per_epoch
+        while step < last:
+            for batch in self.batches.epoch(step // per_epoch, step % per_epoch):
+                yield batch
+                step += 1
+                if step == last:
+                    return
+
+    @torch.no_grad()
+    def _start_tariff(self, stage: Stage) -> None:
+        """Find the prices at which untrained controllers spend the budgets, on one batch."""
+        device = self.accelerator.device
+        batch = next(iter(self.batches.epoch(0)))
+        images = batch.images.to(device)
+        cost = self.model.cost((images.shape[-2], images.shape[-1]))
+        draws = self._draws(stage, 0, images)
+        draws = Draws(
+            torch.zeros_like(draws.full),
+            *(getattr(draws, n) for n in ("budgets", "depth", "heads", "tokens", "rates")),
+        )
+        self.model.eval()
+        x = self.model.embed(images)
+
+        def mean_fraction(log_price: float) -> float:
+            prices = torch.full((len(images),), log_price, device=device)
+            policy = Relaxed(self.model.controllers, prices, draws.to(device), stage.temperature[0])
+            _, steps = self.model.walk(x, policy, Masked(cost), cost)
+            mean = (steps.macs / cost.backbone).mean()
+            return float(self.accelerator.reduce(mean, reduction="mean"))
+
+        self.tariff.start(mean_fraction)
+
+    @contextmanager
+    def _interrupts(self) -> Iterator[None]:
+        """The first Ctrl-C asks to stop after the step at hand; the second one stops at once."""
+
+        def request(signum: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        try:
+            before = signal.signal(signal.SIGINT, request)
+        except ValueError:  # not the main thread: its owner handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _agreed_to_stop(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self._stop
+        flag = torch.tensor([float(self._stop)], device=self.accelerator.device)
+        return bool(self.accelerator.gather(flag).any())
+
+
+class _RunState:
+    """What a checkpoint holds beside weights and optimiser."""
+
+    def __init__(self, trainer: Trainer, ema: ModelEmaV3 | None) -> None:
+        self.trainer, self.ema = trainer, ema
+
+    def state_dict(self) -> dict[str, Any]:
+        teacher = self.trainer.teacher
+        return {
+            "tariff": self.trainer.tariff.state_dict(),
+            "teacher": None if teacher is None else teacher.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trainer.tariff.load_state_dict(state["tariff"])
+        if state["teacher"] is not None and self.trainer.teacher is not None:
+            self.trainer.teacher.load_state_dict(state["teacher"])
+        if state["ema"] is not None and self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+
+def spans(recipe: Recipe, steps_per_epoch: int) -> list[Span]:
+    """The steps of each stage; stages of no step are left out."""
+    result, first = [], 0
+    for stage in recipe.stages:
+        length = round(stage.epochs * steps_per_epoch)
+        if length:
+            result.append(Span(stage, first, first + length))
+        first += length
+    return result
+
+
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Python's, numpy's and torch's global generators, for what draws from them in this step (dropout, mixup)."""
+    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]
+    random.seed(int(mixed))
+    np.random.seed(int(mixed))  # noqa: NPY002 - timm's mixup draws from the global generator
+    torch.manual_seed(int(mixed))
+
+
+def _parameter_groups(model: MIAFormer, stage: Stage, recipe: Recipe) -> list[dict[str, Any]]:
+    groups = []
+    for part, lr in ((model.backbone, stage.lr), (model.controllers, stage.controller_lr)):
+        if part is model.controllers and not stage.decides:
+            continue
+        without_decay = part.no_weight_decay() if hasattr(part, "no_weight_decay") else ()
+        for group in param_groups_weight_decay(part, recipe.weight_decay, without_decay):
+            groups.append({**group, "lr": lr})
+    return groups
+
+
+def _smooth(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Soft labels (B, classes) of labels (B,)."""
+    return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes

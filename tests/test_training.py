@@ -1,0 +1,167 @@
+"""Training keeps its promises: resumed equals uninterrupted, two processes equal one, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import RECIPE, STEPS, Quadrants, run, tiny_model
+
+from miaformer.training import Interrupted, Recipe, Stage, get_recipe, train
+from miaformer.training.checkpoint import checkpoints
+from miaformer.training.progress import Display
+
+TOTAL = 4 * STEPS
+
+
+def metrics(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run(out)
+    return out
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while step `step` is being accounted for."""
+    seen = []
+
+    def step_and_interrupt(self: Display, done: int, values: object) -> None:
+        seen.append(done)
+        if len(seen) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Display, "step", step_and_interrupt)
+
+
+@pytest.mark.parametrize("step", [2, STEPS, STEPS + 3, 2 * STEPS + 1, 3 * STEPS, TOTAL - 1])
+def test_resumed_after_ctrl_c_equals_uninterrupted(
+    step: int, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        interrupt_at(step, patched)
+        with pytest.raises(Interrupted, match=f"step {step}"):
+            run(out)
+    assert len(metrics(out)) == step
+    run(out, resume=True)
+    whole, parts = (load_file(p / "model" / "model.safetensors") for p in (uninterrupted, out))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert metrics(out) == metrics(uninterrupted)
+    assert (out / "model/calibration.json").read_text() == (uninterrupted / "model/calibration.json").read_text()
+
+
+def test_every_weight_of_the_model_learns(uninterrupted: Path) -> None:
+    trained, fresh = load_file(uninterrupted / "model" / "model.safetensors"), tiny_model().state_dict()
+    still = [n for n in fresh if "order_" not in n and torch.equal(trained[n], fresh[n])]
+    assert not still
+
+
+def test_two_processes_equal_one(uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("tiny_training.py")), str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(p / "model" / "model.safetensors") for p in (uninterrupted, out))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    for row, same in zip(metrics(uninterrupted), metrics(out), strict=True):
+        assert same["loss"] == pytest.approx(row["loss"], rel=1e-3)
+
+
+def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        interrupt_at(3, patched)
+        with pytest.raises(Interrupted):
+            run(out)
+    (newest,) = checkpoints(out / "checkpoints")
+    weights = newest / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"step_00000003 is damaged.*remove"):
+        run(out, resume=True)
+    assert newest.exists()
+    assert len(metrics(out)) == 3
+
+
+def test_a_directory_holds_one_run(uninterrupted: Path) -> None:
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(uninterrupted)
+    with pytest.raises(ValueError, match=r"different in recipe\.weight_decay"):
+        run(uninterrupted, replace(RECIPE, weight_decay=0.3), resume=True)
+
+
+def test_resume_of_nothing_starts_anew(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(out, replace(RECIPE, stages=RECIPE.stages[:1]), resume=True)
+    assert len(metrics(out)) == STEPS
+
+
+def test_resume_of_a_finished_run_changes_nothing(uninterrupted: Path) -> None:
+    before = (uninterrupted / "model" / "model.safetensors").read_bytes()
+    run(uninterrupted, resume=True)
+    assert (uninterrupted / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_ema_mixup_and_bf16_train_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(RECIPE, ema_decay=0.9, mixup=0.2, cutmix=0.5, precision="bf16", optimizer="lamb")
+    run(tmp_path / "whole", recipe)
+    with monkeypatch.context() as patched:
+        interrupt_at(STEPS + 2, patched)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "parts", recipe)
+    run(tmp_path / "parts", recipe, resume=True)
+    whole, parts = (load_file(tmp_path / p / "model" / "model.safetensors") for p in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(out, replace(RECIPE, checkpoint_every=3, keep_checkpoints=2))
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["step_00000015", "step_00000016"]
+
+
+def test_metrics_tell_accuracy_macs_and_their_variance(uninterrupted: Path) -> None:
+    rows = metrics(uninterrupted)
+    assert [row["stage"] for row in rows[::STEPS]] == ["backbone", "elastic", "supervised", "reinforce"]
+    assert {"loss", "accuracy", "macs_fraction", "macs_variance", "lr"} <= rows[-1].keys()
+    assert list((uninterrupted / "tensorboard").glob("events.*"))
+
+
+def test_wrong_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown recipe 'cifra10'"):
+        get_recipe("cifra10")
+    with pytest.raises(ValueError, match="'elastik' must be one of backbone"):
+        Stage("elastik", epochs=1, lr=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no setting epochs"):
+        RECIPE.with_changes(epochs=3)
+    with pytest.raises(ValueError, match="budgets"):
+        Recipe("x", "", "vit", budgets=(0.8, 0.3))
+
+
+def test_a_classifier_of_another_size_is_refused(tmp_path: Path) -> None:
+    data = Quadrants("train")
+    data.classes = ["a", "b"]
+    with pytest.raises(ValueError, match="2 classes, the model's classifier 4"):
+        train(tiny_model(), data, RECIPE, tmp_path, calibration_data=data, show_progress=False, device="cpu")
