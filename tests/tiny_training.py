@@ -79,7 +79,6 @@ def run(out: Path, recipe: Recipe = RECIPE, **settings: object) -> MIAFormer:
     )
 
 
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]))

@@ -92,6 +92,7 @@ def enliven(model: MIAFormer, seed: int = 0) -> MIAFormer:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for controller in model.controllers:
+            controller.pooled.weight.mul_(3)
             layers = [controller.gates, controller.price]
             if controller.rank:
                 layers += [controller.query, controller.key]
@@ -117,7 +118,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     assert found.shape == wanted.shape
     if not wanted.numel():
         return 0.0
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max().clamp(min=1e-30))
 
 
 __all__ = [

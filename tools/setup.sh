@@ -65,7 +65,7 @@ if ! can_be_kept; then
     make_venv
     state=installing
 fi
-echo "Setting up .venv with $("$venv_python" -V) (once, about three minutes) ..."
+echo "Setting up .venv with $("$venv_python" -V) (once, a few minutes) ..."
 echo installing >"$state_file"
 if ! "$venv_python" -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'; then
     echo "$state" >"$state_file"  # pip stopped by itself, as without a network: what was complete still is

@@ -16,6 +16,11 @@ MLPS = {layer.__name__: layer for layer in (Mlp, SwiGLU, GluMlp)}
 SUPPORTED = "Block + Attention + Mlp (or SwiGLU, GluMlp), with LayerNorm or RmsNorm, as in timm's VisionTransformer"
 
 
+def transformer_blocks(backbone: nn.Module) -> list[Any]:
+    """The blocks, as what they are: timm's `Block`, whose parts torch types as "tensor or module"."""
+    return list(backbone.blocks)  # type: ignore[arg-type]
+
+
 def check_supported(backbone: nn.Module) -> VisionTransformer:
     """The backbone, if it is a ViT that can be adapted.
 
@@ -26,15 +31,15 @@ def check_supported(backbone: nn.Module) -> VisionTransformer:
             f"adapt() takes a timm VisionTransformer or VisionTransformerDistilled, got {type(backbone).__name__}. "
             "Create one with timm.create_model, e.g. 'deit_small_patch16_224'"
         )
-    if not len(backbone.blocks):
+    if not transformer_blocks(backbone):
         raise ValueError("adapt() needs a backbone with at least one block, this one has none")
-    for index, block in enumerate(backbone.blocks):
+    for index, block in enumerate(transformer_blocks(backbone)):
         problem = _unsupported(block)
         if problem:
             raise ValueError(
                 f"Block {index} of the backbone has {problem}, which is not supported. Supported: {SUPPORTED}"
             )
-    if len({(block.attn.num_heads, block.attn.head_dim) for block in backbone.blocks}) > 1:
+    if len({(block.attn.num_heads, block.attn.head_dim) for block in transformer_blocks(backbone)}) > 1:
         raise ValueError("All blocks must have the same number of heads and channels a head")
     if type(backbone.patch_embed) is not PatchEmbed:
         raise ValueError(
@@ -43,7 +48,7 @@ def check_supported(backbone: nn.Module) -> VisionTransformer:
     return cast(VisionTransformer, backbone)
 
 
-def _unsupported(block: nn.Module) -> str | None:
+def _unsupported(block: Any) -> str | None:
     if type(block) is not Block:
         return f"type {type(block).__name__}"
     if type(block.attn) is not Attention:
@@ -55,8 +60,9 @@ def _unsupported(block: nn.Module) -> str | None:
     for norm in (block.attn.norm, block.mlp.norm):
         if not isinstance(norm, nn.Identity | nn.LayerNorm | RmsNorm):
             return f"norm {type(norm).__name__} over a width that shrinks"
-    if not isinstance(block.ls1, nn.Identity | LayerScale) or not isinstance(block.ls2, nn.Identity | LayerScale):
-        return f"layer scale {type(block.ls1).__name__}"
+    for scale in (block.ls1, block.ls2):
+        if not isinstance(scale, nn.Identity | LayerScale):
+            return f"layer scale {type(scale).__name__}"
     return None
 
 
@@ -65,7 +71,7 @@ def describe(backbone: VisionTransformer) -> dict[str, Any]:
 
     Read off the module itself, not off how it was made, so that fine-tuned, resized and hand-built ones work.
     """
-    block, first = backbone.blocks[-1], backbone.blocks[0]
+    block, first = transformer_blocks(backbone)[-1], transformer_blocks(backbone)[0]
     attn, mlp, embed = first.attn, first.mlp, backbone.patch_embed
     hidden = (mlp.fc1_x if hasattr(mlp, "fc1_x") else mlp.fc1).out_features
     identity = nn.Identity
@@ -124,7 +130,7 @@ def build(description: dict[str, Any]) -> VisionTransformer:
     model = model_class(
         **args, norm_layer=norm_layer, act_layer=act_layer, mlp_layer=mlp_layer, weight_init="skip"
     )
-    return cast(VisionTransformer, model)
+    return model
 
 
 def rebuild(description: Any) -> VisionTransformer:
@@ -174,7 +180,7 @@ def _named_layer(name: str) -> Any:
 def apply_orders(backbone: VisionTransformer, orders: dict[str, Tensor]) -> None:
     """Permute in place. orders: `heads` (L, H), `hidden` (L, units), `channels` (C,), each a permutation."""
     with torch.no_grad():
-        for index, block in enumerate(backbone.blocks):
+        for index, block in enumerate(transformer_blocks(backbone)):
             _order_heads(block.attn, orders["heads"][index])
             _order_hidden(block.mlp, orders["hidden"][index])
         _order_channels(backbone, orders["channels"])
@@ -225,7 +231,7 @@ def _order_channels(backbone: Any, order: Tensor) -> None:
     _permute_affine(backbone.patch_embed.norm, order)
     for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
         _permute(getattr(backbone, name, None), order, 2)
-    for block in backbone.blocks:
+    for block in transformer_blocks(backbone):
         inputs = [block.mlp.fc1_g, block.mlp.fc1_x] if isinstance(block.mlp, SwiGLU) else [block.mlp.fc1]
         for norm in (block.norm1, block.ls1, block.norm2, block.ls2):
             _permute_affine(norm, order)

@@ -32,7 +32,7 @@ class Width:
     dim: Index  # input and output channels of the MLP
 
     @staticmethod
-    def of(kept: Sequence[int], block: nn.Module, mlp_width: MlpWidth, device: torch.device) -> Width:
+    def of(kept: Sequence[int], block: Any, mlp_width: MlpWidth, device: torch.device) -> Width:
         """kept: indices of the kept heads, ascending; the first k of them become slices."""
         total = block.attn.num_heads
         everything = slice(None)
@@ -57,7 +57,7 @@ def _units(kept: Sequence[int], width: int, num_heads: int, device: torch.device
 
 
 def packed_block(
-    block: nn.Module,
+    block: Any,
     x: Tensor,
     width: Width,
     lengths: list[int],
@@ -100,7 +100,7 @@ def _query_key_value(attn: Any, q_rows: Tensor, rows: Tensor, width: Width) -> t
     return q, k, v
 
 
-def _packed_mlp(block: nn.Module, x: Tensor, width: Width, mlp_width: MlpWidth) -> Tensor:
+def _packed_mlp(block: Any, x: Tensor, width: Width, mlp_width: MlpWidth) -> Tensor:
     mlp, dim, hidden = block.mlp, width.dim, width.hidden
     y = block.norm2(x)[:, dim]
     y = _hidden(mlp, y, lambda layer: (layer.weight[hidden][:, dim], _part(layer.bias, hidden)))
@@ -120,8 +120,8 @@ def _hidden(mlp: Any, y: Tensor, part: Any) -> Tensor:
     value, gate, activate_value = mlp_inputs(mlp)
     if gate is None:
         return mlp.act(F.linear(y, *part(value)))
-    value, gate = F.linear(y, *part(value)), F.linear(y, *part(gate))
-    return mlp.act(value) * gate if activate_value else value * mlp.act(gate)
+    values, gates = F.linear(y, *part(value)), F.linear(y, *part(gate))
+    return mlp.act(values) * gates if activate_value else values * mlp.act(gates)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _prefix_rows(lengths: list[int], num_prefix_tokens: int, device: torch.devic
     return (starts[:, None] + torch.arange(num_prefix_tokens)).flatten().to(device)
 
 
-def _norm_part(norm: nn.Module, x: Tensor, index: Index) -> Tensor:
+def _norm_part(norm: Any, x: Tensor, index: Index) -> Tensor:
     """`norm` over a part of its features. x: (T, kept features)."""
     if isinstance(norm, nn.Identity):
         return x
@@ -166,7 +166,7 @@ def _norm_part(norm: nn.Module, x: Tensor, index: Index) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], _part(norm.weight, index), norm.eps)
 
 
-def masked_block(block: nn.Module, x: Tensor, gates: Gates, num_prefix_tokens: int, mlp_width: MlpWidth) -> Tensor:
+def masked_block(block: Any, x: Tensor, gates: Gates, num_prefix_tokens: int, mlp_width: MlpWidth) -> Tensor:
     """The reference: every row and head is computed, gates multiply, attention is masked. Differentiable in gates.
 
     x: (B, P+N, C) -> (B, P+N, C).
@@ -209,7 +209,7 @@ def _spread(heads: Tensor, width: int) -> Tensor:
     return heads.repeat_interleave(sizes, dim=1, output_size=width).unsqueeze(1)
 
 
-def _gated_norm(norm: nn.Module, x: Tensor, kept: Tensor) -> Tensor:
+def _gated_norm(norm: Any, x: Tensor, kept: Tensor) -> Tensor:
     """`norm` with statistics over kept features only. x: (B, rows, F), zero where not kept; kept: (B, 1, F)."""
     if isinstance(norm, nn.Identity):
         return x

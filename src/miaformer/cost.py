@@ -89,7 +89,7 @@ class Cost:
         if self.mlp_width == "full":
             return (inputs + 1) * dim * hidden
         kept_hidden = (heads * heads.new_tensor(group_sizes(hidden, self.num_heads))).sum(dim=1)
-        kept_dim = dim
+        kept_dim: Tensor | int = dim
         if self.mlp_width == "coupled":
             kept_dim = (heads * heads.new_tensor(group_sizes(dim, self.num_heads))).sum(dim=1)
         return (inputs + 1) * kept_dim * kept_hidden

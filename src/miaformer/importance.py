@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from miaformer.backbone import channels_are_free
+from miaformer.backbone import channels_are_free, transformer_blocks
 from miaformer.block import mlp_inputs
 
 
@@ -22,11 +22,11 @@ def importance_orders(backbone: VisionTransformer, images: Tensor | None = None)
     images: (B, 3, H, W) normalised, of a calibration batch; None for the data-free order.
     """
     with torch.no_grad():
-        scales = [_unit_scales(block) for block in backbone.blocks]
+        scales = [_unit_scales(block) for block in transformer_blocks(backbone)]
         if images is not None:
             scales = _measured_scales(backbone, images)
         heads, hidden, channels = [], [], torch.zeros(backbone.embed_dim)
-        for block, (head_input, hidden_input, norm2_output) in zip(backbone.blocks, scales, strict=True):
+        for block, (head_input, hidden_input, norm2_output) in zip(transformer_blocks(backbone), scales, strict=True):
             attn, mlp = block.attn, block.mlp
             passed_on = head_input * attn.proj.weight.norm(dim=0)
             heads.append(passed_on.view(attn.num_heads, -1).square().sum(dim=1))
@@ -48,8 +48,8 @@ def importance_orders(backbone: VisionTransformer, images: Tensor | None = None)
 
 
 def identity_orders(backbone: VisionTransformer) -> dict[str, Tensor]:
-    depth, attn = len(backbone.blocks), backbone.blocks[0].attn
-    hidden = backbone.blocks[0].mlp.fc2.in_features
+    depth, attn = len(backbone.blocks), transformer_blocks(backbone)[0].attn
+    hidden = transformer_blocks(backbone)[0].mlp.fc2.in_features
     return {
         "heads": torch.arange(attn.num_heads).repeat(depth, 1),
         "hidden": torch.arange(hidden).repeat(depth, 1),
@@ -79,7 +79,7 @@ def _measured_scales(backbone: VisionTransformer, images: Tensor) -> list[tuple[
 
     layers = [
         (block.attn.proj, block.mlp.fc2, getattr(block.mlp, "fc1_x", None) or block.mlp.fc1)
-        for block in backbone.blocks
+        for block in transformer_blocks(backbone)
     ]
     hooks = [layer.register_forward_pre_hook(record) for three in layers for layer in three]
     training = backbone.training

@@ -96,7 +96,7 @@ class MIAFormer(
         self.adapt_config = config
         self.calibration: Calibration | None = None
         self._describes_itself()
-        block = backbone.blocks[0]
+        block = static.transformer_blocks(backbone)[0]
         dim, depth = backbone.embed_dim, len(backbone.blocks)
         first = config.first_token_block
         if first is None:
@@ -147,6 +147,18 @@ class MIAFormer(
 
     default_cfg = pretrained_cfg
 
+    @property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes, saved with the model; None where nobody gave them."""
+        names = self.pretrained_cfg.get("label_names")
+        return None if names is None else list(names)
+
+    @label_names.setter
+    def label_names(self, names: list[str]) -> None:
+        if len(names) != self.num_classes:
+            raise ValueError(f"{len(names)} label names for a classifier of {self.num_classes} classes")
+        self.backbone.pretrained_cfg = {**self.pretrained_cfg, "label_names": list(names)}  # type: ignore[assignment]
+
     def data_config(self) -> dict[str, Any]:
         """timm's data configuration, for images of the size that the backbone takes."""
         config = cast(dict[str, Any], resolve_data_config({}, pretrained_cfg=self.pretrained_cfg))
@@ -167,13 +179,13 @@ class MIAFormer(
 
     def cost(self, image_size: tuple[int, int] | None = None) -> Cost:
         """What decisions cost for images of this size (H, W); the backbone's own size by default."""
-        size = tuple(image_size or self.image_size())
+        size = image_size or self.image_size()
         if size not in self._costs:
             self._costs[size] = self._count(size)
         return self._costs[size]
 
     def _count(self, size: tuple[int, int]) -> Cost:
-        meta, block = self._meta[0].eval(), self.backbone.blocks[0]
+        meta, block = self._meta[0].eval(), static.transformer_blocks(self.backbone)[0]
         image = torch.empty(1, meta.in_chans, *size, device="meta")
         embedded = meta.patch_embed(image).flatten(1, -2)
         num_patches, prefix = embedded.shape[1], self.num_prefix_tokens
@@ -436,7 +448,7 @@ class MIAFormer(
             _read_json(directory / "config.json")  # before the mixin reads it, whose errors name no file
         elif directory.exists() or str(pretrained_model_name_or_path).startswith((".", "/", "~")):
             raise ValueError(f"{directory} is not a model directory: it should hold config.json and model.safetensors")
-        return cast(MIAFormer, super().from_pretrained(pretrained_model_name_or_path, **kwargs))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _from_pretrained(
@@ -492,7 +504,7 @@ class MIAFormer(
 def adapt(backbone: nn.Module, calibration_images: Tensor | None = None, **config: Any) -> MIAFormer:
     """Make a timm ViT adaptive. Its weights are kept; executing everything gives the backbone's output.
 
-    backbone: any timm VisionTransformer of `Block` + `Attention` + `Mlp` (or a gated MLP). It is taken over, not copied:
+    backbone: any timm VisionTransformer of `Block` + `Attention` + `Mlp` (or a gated MLP). It is taken over, no copy:
     with nested heads its heads, MLP units and channels are reordered by importance, which changes no output.
     calibration_images: (B, 3, H, W), to measure that importance on; without them it is read off the weights.
     config: fields of `AdaptConfig`.
@@ -505,11 +517,11 @@ def adapt(backbone: nn.Module, calibration_images: Tensor | None = None, **confi
         raise TypeError(f"adapt() does not know {', '.join(unknown)}; settings are {', '.join(known)}")
     settings = AdaptConfig(**config)
     vit = static.check_supported(backbone)
+    static.check_describes(static.describe(vit), vit)
     nested = settings.head_choice == "nested"
     orders = importance_orders(vit, calibration_images) if nested else identity_orders(vit)
     if settings.mlp_width != "coupled":  # nothing chooses among channels
         orders["channels"] = identity_orders(vit)["channels"]
-    static.check_describes(static.describe(vit), vit)
     static.apply_orders(vit, orders)
     return MIAFormer(vit, settings, orders)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class ClsAttention(_Free):
             active = active & state.affordable[:, None]
         if not state.num_prefix_tokens:
             raise ValueError("ClsAttention needs a class token; this backbone has none")
-        block = cast(nn.Module, self.blocks_of_model[state.index])
+        block = self.blocks_of_model[state.index]
         scores = _class_attention(block, state.x, active, state.num_prefix_tokens)
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         count = (active.sum(dim=1, keepdim=True) * self.keep).round()
@@ -146,7 +146,7 @@ class ClsAttention(_Free):
         return cost.embed_dim**2 if self.selects(index) else 0
 
 
-def _class_attention(block: nn.Module, x: Tensor, active: Tensor, num_prefix_tokens: int) -> Tensor:
+def _class_attention(block: Any, x: Tensor, active: Tensor, num_prefix_tokens: int) -> Tensor:
     """How much the class token attends to each active patch token, mean over heads. x: (B, P+N, C) -> (B, N)."""
     attn = block.attn
     dim, heads = attn.attn_dim, (attn.num_heads, attn.head_dim)

@@ -127,6 +127,9 @@ class Batches:
         """
         if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"epoch={epoch}, start_step={start_step}: an epoch has steps 0 to {self.steps_per_epoch}")
+        return self._steps(epoch, start_step)
+
+    def _steps(self, epoch: int, start_step: int) -> Iterator[Batch]:
         order = self.order(epoch)
         self._plan.batches = [
             [(epoch, i) for i in self._slice(order[step * self.batch_size : (step + 1) * self.batch_size]).tolist()]
@@ -159,7 +162,8 @@ class _Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Decodes and transforms a batch of (epoch, index) pairs, in a worker or in the main process.
 
     Where the transform can normalise whole batches it leaves images uint8. Where it is also deterministic,
-    images are kept for the next epoch, if all of them fit into `CACHE_BYTES`.
+    images are kept for the next epoch, if all of them fit into `CACHE_BYTES`, or are taken as they are from data
+    that holds them in memory in the right size.
     """
 
     def __init__(self, data: ImageData, transform: Callable[[Image.Image], Tensor], seed: int, may_cache: bool) -> None:
@@ -168,9 +172,12 @@ class _Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self._prepare = transform.pixels if _normalizes_batches(transform) else transform
         self._cache: Tensor | None = None
         self._cached = np.zeros(len(data), dtype=bool)
-        if may_cache and _normalizes_batches(transform) and transform.deterministic:
-            size = (len(data), *transform.size)
-            self._cache = torch.empty(size, dtype=torch.uint8) if math.prod(size) <= CACHE_BYTES else None
+        if _normalizes_batches(transform) and transform.deterministic:
+            self._cache = _ready_pixels(data, transform)
+            if self._cache is not None:
+                self._cached[:] = True
+            elif may_cache and len(data) * math.prod(transform.size) <= CACHE_BYTES:
+                self._cache = torch.empty(len(data), *transform.size, dtype=torch.uint8)
 
     def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.tensor([i for _, i in pairs], dtype=torch.int64)
@@ -194,6 +201,14 @@ class _Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
 def _normalizes_batches(transform: Callable[[Image.Image], Tensor]) -> TypeGuard[Transform]:
     return isinstance(transform, Transform) and transform.normalizes_batches
+
+
+def _ready_pixels(data: ImageData, transform: Transform) -> Tensor | None:
+    """All pictures as (n, 3, H, W) uint8, a view, if `transform` would do nothing but normalise them."""
+    if data.pixels is None or not transform.keeps_pixels or data.pixels.shape[1:3] != transform.size[1:]:
+        return None
+    pixels = torch.from_numpy(data.pixels)
+    return pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None].expand(-1, 3, -1, -1)
 
 
 def _as_is(batch: Any) -> Any:

@@ -18,16 +18,17 @@ def check_split(split: str) -> None:
 
 
 class ImageData(Dataset[tuple[Image.Image, int]]):
-    """Labelled images with random access.
+    """Labelled images with random access: `data[i]` is an RGB 8-bit picture and its label.
 
-    `name` says where they come from, `classes` names the labels, `labels` is (n,) int64 and known without
-    decoding. `data[i]` is an RGB 8-bit picture and its label; one that cannot be decoded raises an
-    `ImageError` naming it.
+    `name` says where they come from, `classes` names the labels, `labels` is (n,) int64 and known without decoding.
+    `pixels`, where all pictures are held decoded and in one size, is (n, H, W) uint8 grey or (n, H, W, 3) uint8 RGB.
+    A picture that cannot be decoded raises an `ImageError` naming it.
     """
 
     name: str
     classes: list[str]
     labels: NDArray[Any]
+    pixels: NDArray[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

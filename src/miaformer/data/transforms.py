@@ -9,12 +9,12 @@ bit-identical results.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 _MAX_ASPECT = 8  # longer pictures lose their ends, which the centre crop would cut off after an enormous resize
@@ -68,7 +68,8 @@ class Augmentation:
 class Transform:
     """A picture to a normalised tensor: `transform(image) -> (3, H, W) float32`.
 
-    `size` is (3, H, W). `deterministic` says that nothing in it is random. `normalizes_batches` says that
+    `size` is (3, H, W). `deterministic` says that nothing in it is random, `keeps_pixels` that pictures of size
+    (W, H) are only normalised. `normalizes_batches` says that
     `transform(image)` equals `transform.normalize(transform.pixels(image)[None])[0]`, which holds unless a
     step follows the normalisation (random erasing does).
     """
@@ -84,6 +85,8 @@ class Transform:
         self._mean: Tensor = torch.as_tensor(normalize.mean).view(-1, 1, 1)  # type: ignore[attr-defined]
         self._std: Tensor = torch.as_tensor(normalize.std).view(-1, 1, 1)  # type: ignore[attr-defined]
 
+        self.keeps_pixels = deterministic and self._keeps_noise()
+
     def __call__(self, image: Image.Image) -> Tensor:
         value: Any = image
         for step in self.steps:
@@ -96,6 +99,11 @@ class Transform:
         for step in self._on_picture:
             value = step(value)
         return torch.from_numpy(np.array(value)).permute(2, 0, 1)
+
+    def _keeps_noise(self) -> bool:
+        _, height, width = self.size
+        noise = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return bool(np.array_equal(self.pixels(Image.fromarray(noise)).permute(1, 2, 0), noise))
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(b, 3, H, W) uint8 to normalised float32."""
@@ -146,19 +154,33 @@ def build_transform(
 
 
 def _training_steps(create: Callable[..., Any], config: dict[str, Any], augment: Augmentation) -> list[Any]:
-    transform = create(
-        **config,
-        is_training=True,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        auto_augment=augment.auto_augment,
-        color_jitter=augment.color_jitter or None,
-        re_prob=augment.re_prob,
-        re_mode=augment.re_mode,
-    )
-    return list(transform.transforms)
+    options = asdict(augment) | {"color_jitter": augment.color_jitter or None}
+    try:
+        steps: list[Any] = list(create(**config, is_training=True, **options).transforms)
+    except Exception as error:  # timm asserts, or fails wherever the string breaks it
+        if augment.auto_augment is None:
+            raise
+        raise ValueError(
+            f"auto_augment={augment.auto_augment!r} is not what timm understands, such as 'rand-m9-mstd0.5-inc1': "
+            f"{type(error).__name__} {error}"
+        ) from error
+    for step in steps:
+        _mend_posterize(step)
+    return steps
+
+
+def _mend_posterize(step: Any) -> None:
+    """At its highest magnitude timm 1.0.31 posterizes to 0 bits, which Pillow 13 refuses."""
+    from timm.data import auto_augment
+
+    operations = [*getattr(step, "ops", ()), *(op for policy in getattr(step, "policy", ()) for op in policy)]
+    for operation in operations:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    return ImageOps.posterize(image, min(max(bits_to_keep, 1), 8))
 
 
 def _limit_aspect(image: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 """How good is it: calibration, accuracy per compute against controls of equal cost, time, pictures."""
 
 from miaformer.evaluation.calibration import calibrate
+from miaformer.evaluation.contenders import POLICIES, Contender, LeftOut, contenders
 from miaformer.evaluation.controls import (
     KeepRates,
     Simulation,
@@ -10,13 +11,14 @@ from miaformer.evaluation.controls import (
     static_policy,
 )
 from miaformer.evaluation.environment import describe_environment
-from miaformer.evaluation.evaluate import POLICIES, Contender, compare, contenders, evaluate, spearman
+from miaformer.evaluation.evaluate import compare, evaluate, spearman
 from miaformer.evaluation.timing import PairTimes, time_against_dense, time_pairs
 
 __all__ = [
     "POLICIES",
     "Contender",
     "KeepRates",
+    "LeftOut",
     "PairTimes",
     "Simulation",
     "calibrate",

@@ -15,39 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miaformer.budget import check_fraction
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
-from miaformer.evaluation.controls import (
-    KeepRates,
-    Simulation,
-    cls_attention_policy,
-    random_policy,
-    static_policy,
-)
+from miaformer.evaluation.contenders import Contender, LeftOut, contenders, inference_batches
 from miaformer.evaluation.environment import describe_environment
 from miaformer.model import MIAFormer, Trace
-from miaformer.policy import Full, Policy
-
-POLICIES = ("learned", "static", "random", "cls-attention", "full")
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A policy at a budget. `price` is what the learned policy is conditioned on, None for the others."""
-
-    name: str
-    budget: float
-    policy: Policy
-    price: float | None = None
-
-
-@dataclass
-class LeftOut:
-    """A policy that cannot meet a budget, and why."""
-
-    name: str
-    budget: float
-    reason: str
 
 
 def evaluate(
@@ -74,110 +45,6 @@ def evaluate(
     return compare(model, batches, found, cap, seed, on_progress, left_out)
 
 
-def contenders(
-    model: MIAFormer,
-    budgets: Sequence[float],
-    policies: Sequence[str] = ("learned", "static", "random"),
-    cap: float | None = None,
-    calibration: Iterable[LabelledBatch] | None = None,
-    seed: int = 0,
-    on_progress: OnProgress | None = None,
-) -> tuple[list[Contender], list[LeftOut]]:
-    """The policies at the budgets, budget by budget, and those that cannot meet theirs. See `evaluate`."""
-    policies = list(dict.fromkeys(policies))
-    unknown = sorted(set(policies) - set(POLICIES))
-    if unknown:
-        raise ValueError(f"unknown policy {', '.join(unknown)}: use some of {', '.join(POLICIES)}")
-    budgets = sorted({check_fraction("budget", budget) for budget in budgets})
-    if not policies or (not budgets and policies != ["full"]):
-        raise ValueError("give at least one policy and one budget to evaluate")
-    knows_budgets = model.calibration is not None
-    if not knows_budgets and {"learned", "static"} & set(policies):
-        raise ValueError(
-            "the model is not calibrated, so its learned policy (and static, which is made from it) knows no "
-            "budget: calibrate it (miaformer.calibrate), or evaluate other policies"
-        )
-    traces: dict[float, Trace] = {}
-    if knows_budgets and {"static", "random"} & set(policies):
-        if calibration is None:
-            raise ValueError(
-                "policies static and random need calibration batches: they imitate the learned policy's means"
-            )
-        traces = _learned_traces(model, calibration, [b for b in budgets if _reaches(model, b)], cap, on_progress)
-    simulation = Simulation.of(model)
-
-    def contender(name: str, budget: float) -> Contender:
-        if name == "learned":
-            price = model.price_of(budget)
-            assert isinstance(price, float)
-            return Contender(name, budget, model.learned(price), price)
-        if name == "cls-attention":
-            return Contender(name, budget, cls_attention_policy(model, budget))
-        trace = traces.get(budget)
-        if knows_budgets and trace is None:
-            model.price_of(budget)  # raises, saying why there is no trace
-        target = budget
-        if trace is not None:
-            spent = trace.macs_fraction.double().mean().item()
-            if spent < budget - 0.01:  # under a cap, or above the table's end: equal cost is what is spent
-                target = spent
-        if name == "static":
-            assert trace is not None
-            return Contender(name, budget, static_policy(simulation, target, trace))
-        rates = None if trace is None else KeepRates.of(trace)
-        return Contender(name, budget, random_policy(simulation, target, rates, cap, seed))
-
-    found = [Contender("full", 1.0, Full())] if "full" in policies else []
-    left_out = []
-    for budget in budgets:
-        for name in policies:
-            if name == "full":
-                continue
-            try:
-                found.append(contender(name, budget))
-            except ValueError as error:
-                left_out.append(LeftOut(name, budget, str(error)))
-    if not found:
-        raise ValueError(left_out[0].reason)
-    return found, left_out
-
-
-def _reaches(model: MIAFormer, budget: float) -> bool:
-    try:
-        model.price_of(budget)
-    except ValueError:
-        return False
-    return True
-
-
-@torch.inference_mode()
-def _learned_traces(
-    model: MIAFormer,
-    batches: Iterable[LabelledBatch],
-    budgets: Sequence[float],
-    cap: float | None,
-    on_progress: OnProgress | None,
-) -> dict[float, Trace]:
-    """What the learned policy executes on these batches at each budget, on the CPU."""
-    if not budgets:
-        return {}
-    parts: dict[float, list[Trace]] = {budget: [] for budget in budgets}
-    done = 0
-    for images, _ in _passed(model, batches):
-        for budget in budgets:
-            parts[budget].append(model.run(images, budget=budget, cap=cap).trace)
-        done += len(images)
-        if on_progress is not None:
-            on_progress("controls", done)
-    if not done:
-        raise ValueError("there are no calibration images")
-    names = ("depth", "heads", "tokens", "macs", "macs_fraction")
-    return {
-        budget: Trace(*(torch.cat([getattr(trace, name) for trace in traces]).cpu() for name in names))
-        for budget, traces in parts.items()
-    }
-
-
 @torch.inference_mode()
 def compare(
     model: MIAFormer,
@@ -193,7 +60,7 @@ def compare(
     dense_correct: list[Tensor] = []
     tallies = [_Tally() for _ in contenders]
     done = 0
-    for images, labels in _passed(model, batches):
+    for images, labels in inference_batches(model, batches):
         logits = model.backbone(images).float()
         if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
             raise ValueError(f"label {int(labels.max())} does not fit a model of {logits.shape[1]} classes")
@@ -292,19 +159,7 @@ def _ranks(values: Tensor) -> Tensor:
     """Ranks (n,) float64 from 0 up; equal values share the mean of their ranks."""
     _, group, counts = values.unique(return_inverse=True, return_counts=True)
     first = counts.cumsum(0) - counts
-    return (first + (counts - 1) / 2).double()[group]
-
-
-def _passed(model: MIAFormer, batches: Iterable[LabelledBatch]) -> Iterable[tuple[Tensor, Tensor]]:
-    """Images and labels where the model is, for inference; the model's mode is put back at the end."""
-    parameter = next(model.parameters())
-    training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            yield batch.images.to(parameter), batch.labels.to(parameter.device)
-    finally:
-        model.train(training)
+    return (first + (counts.double() - 1) / 2)[group]
 
 
 def _mean(values: Tensor) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,10 +23,10 @@ _INK, _FAINT, _PAPER = "#22262b", "#8a9099", "#ffffff"
 _KEPT, _SKIPPED = "#1f6fb2", "#eceef1"
 _RIGHT, _WRONG = "#2e7d4f", "#c0392b"
 _LOOKS = {  # colour, marker, what it is
-    "learned": ("#1f6fb2", "o", "decided for each image"),
-    "static": ("#d98a1f", "s", "the same for every image"),
-    "random": ("#8a9099", "^", "as often, by chance"),
-    "cls-attention": ("#7a5aa6", "D", "tokens only, by class attention"),
+    "learned": ("#1f6fb2", "o", "per image"),
+    "static": ("#d98a1f", "s", "same for all"),
+    "random": ("#8a9099", "^", "by chance, as often"),
+    "cls-attention": ("#7a5aa6", "D", "most attended tokens"),
 }
 
 
@@ -56,7 +57,7 @@ def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
     reference = f"dense: {dense:.1f} % at {_macs(report['dense']['macs'])}"
     _beside(axes, (1.0, dense), reference, (8, 10), "right", "bottom", _INK)
     least, most = min(p["macs_fraction"] for p in points), max(p["macs_fraction"] for p in points)
-    axes.set_xlim(least - 0.2 * (1.0 - least), max(1.03, most))
+    axes.set_xlim(least - 0.26 * (1.0 - least), max(1.03, most))
     low, high = min(100 * p["accuracy"] for p in points), max(dense, *(100 * p["accuracy"] for p in points))
     margin = max(high - low, 1.0) * 0.1
     axes.set_ylim(low - margin, high + 1.8 * margin)
@@ -66,8 +67,8 @@ def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
     images = f", {report['num_images']:,} images" if "num_images" in report else ""
     where = f" on {report['data']}" if "data" in report else ""
     axes.set_title(f"Accuracy per compute{where}{images}\n", loc="left", color=_INK)
-    named = "    ".join(f"{name}: {_LOOKS[name][2]}" for _, _, name, _ in starts)
-    axes.text(0, 1.03, named, transform=axes.transAxes, fontsize=8, color=_FAINT)
+    named = "  ·  ".join(f"{name}: {_LOOKS[name][2]}" for _, _, name, _ in starts)
+    axes.text(0, 1.03, named, transform=axes.transAxes, fontsize=7.5, color=_FAINT)
     axes.grid(color=_SKIPPED, linewidth=0.8)
     _save(figure, path)
 
@@ -154,7 +155,8 @@ def plot_adaptivity(
             _draw_row(cells, one, model, data_config or {}, classes)
             if row == 0:
                 for cell, text in zip(cells, (title, "tokens kept", "blocks × heads", ""), strict=True):
-                    cell.set_title(text, fontsize=9, loc="left", color=_INK, weight="bold" if text == title else None)
+                    weight = "bold" if text == title else "normal"
+                    cell.set_title(text, fontsize=9, loc="left", color=_INK, weight=weight)
     _save(figure, path)
 
 
@@ -254,9 +256,9 @@ def _rectangle(corner: tuple[float, float], width: float, height: float, colour:
 
 def _picture(image: Tensor, data_config: Mapping[str, Any]) -> Array:
     """(3, H, W) normalised to (H, W, 3) in 0 to 1."""
-    mean, std = (torch.tensor(data_config.get(name, default)) for name, default in (("mean", (0.5,)), ("std", (0.5,))))
-    picture = image * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
-    return cast(Array, picture.clamp(0, 1).permute(1, 2, 0).numpy())
+    mean, std = (torch.tensor(data_config.get(name, (0.5,))).view(-1, 1, 1) for name in ("mean", "std"))
+    picture: Array = (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    return picture
 
 
 def _faded(picture: Array, one: _Shown, model: MIAFormer) -> Array:
@@ -265,9 +267,9 @@ def _faded(picture: Array, one: _Shown, model: MIAFormer) -> Array:
     rows, columns = model.backbone.patch_embed.dynamic_feat_size((height, width))
     decides = one.depth & torch.tensor([bool(controller.rank) for controller in model.controllers])
     kept = one.tokens[decides].float().mean(dim=0) if decides.any() else torch.ones(one.tokens.shape[1])
-    patch = (height // rows, width // columns)
-    weight = np.kron(kept.view(rows, columns).numpy(), np.ones(patch))[:height, :width, None]
-    return picture * weight + (1 - weight) * (0.94 + 0.06 * picture)
+    weight = F.interpolate(kept.view(1, 1, rows, columns), (height, width))[0, 0, :, :, None].numpy()
+    faded: Array = picture * weight + (1 - weight) * (0.9 + 0.1 * picture)
+    return faded
 
 
 def _short(name: str, most: int = 14) -> str:

@@ -215,7 +215,7 @@ def _logits(controllers: nn.ModuleList, state: State, log_price: Tensor) -> tupl
 
 
 def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # exactly `hard`: the bracket is 0
 
 
 def _chain(kept: Tensor) -> Tensor:

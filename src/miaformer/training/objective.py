@@ -37,7 +37,7 @@ class Outcome:
     """What came of a step. All but `loss` are detached and (B,)."""
 
     loss: Tensor  # ()
-    correct: Tensor  # share of the label's weight on the predicted class
+    correct: Tensor  # 1 where the predicted class is the label's (with mixup: the heavier one)
     macs_fraction: Tensor
     full: Tensor  # bool
     task_loss: Tensor
@@ -124,5 +124,5 @@ class Objective(nn.Module):
 
     @staticmethod
     def _outcome(loss: Tensor, logits: Tensor, labels: Tensor, spent: Tensor, full: Tensor, task: Tensor) -> Outcome:
-        correct = labels.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
-        return Outcome(loss, correct.detach(), spent.detach().float(), full, task.detach())
+        correct = (logits.argmax(dim=1) == labels.argmax(dim=1)).float()
+        return Outcome(loss, correct, spent.detach().float(), full, task.detach())

@@ -43,6 +43,7 @@ class Recipe:
     data: str
     model: str  # a timm name
     model_args: dict[str, Any] = field(default_factory=dict)  # of timm.create_model
+    sincos_pos_embed: bool = False  # position embeddings start from sines and cosines, not from noise
     adapt: dict[str, Any] = field(default_factory=dict)  # fields of AdaptConfig
     stages: tuple[Stage, ...] = ()
     batch_size: int = 256  # of all processes together

@@ -22,11 +22,11 @@ class Tariff:
     """Piecewise linear in the budget, between knots evenly spaced over `budgets`."""
 
     def __init__(
-        self, budgets: tuple[float, float], knots: int = 8, price_rate: float = 0.3, value_rate: float = 0.02
+        self, budgets: tuple[float, float], knots: int = 8, price_rate: float = 0.3, value_rate: float = 0.05
     ) -> None:
         self.knots = torch.linspace(*budgets, knots)
         self.log_price = torch.zeros(knots)
-        self.log_value = torch.full((knots,), -1.0)  # log lambda
+        self.log_value = torch.full((knots,), -3.0)  # log lambda: low, for it grows as fast as it is felt
         self.feeling = torch.zeros(knots)  # running scale of the price's gradient
         self.price_rate = price_rate
         self.value_rate = value_rate

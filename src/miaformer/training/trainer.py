@@ -194,7 +194,8 @@ class Trainer:
         outcome: Outcome = wrapped(images, labels, given)
         self.accelerator.backward(outcome.loss)
         if self.recipe.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(wrapped.parameters(), self.recipe.clip_grad)
+            for part in (self.model.backbone, self.model.controllers):  # neither drowns the other
+                self.accelerator.clip_grad_norm_(part.parameters(), self.recipe.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
         felt = log_prices.grad if log_prices.grad is not None else torch.zeros_like(log_prices)
@@ -356,7 +357,7 @@ def _parameter_groups(model: MIAFormer, stage: Stage, recipe: Recipe) -> list[di
     for part, lr in ((model.backbone, stage.lr), (model.controllers, stage.controller_lr)):
         if part is model.controllers and not stage.decides:
             continue
-        without_decay = part.no_weight_decay() if hasattr(part, "no_weight_decay") else ()
+        without_decay: Any = model.backbone.no_weight_decay() if part is model.backbone else ()
         for group in param_groups_weight_decay(part, recipe.weight_decay, without_decay):
             groups.append({**group, "lr": lr})
     return groups

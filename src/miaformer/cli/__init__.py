@@ -1,0 +1,94 @@
+"""The `miaformer` command: one module a subcommand, each with `add_parser(subparsers)` and `run(args)`.
+
+Nothing heavy is imported before arguments are parsed, so that `--help` and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+import miaformer
+
+COMMANDS = ("train", "eval", "predict", "demo")  # modules of this package, in the order that help lists them
+
+DESCRIPTION = """\
+Vision Transformers that skip blocks, heads and tokens image by image, and do not pay for what they skip.
+
+A MODEL is a directory that `miaformer train` or save_pretrained() wrote, or the id of one on the Hugging Face hub
+(OWNER/NAME). DATA is `digits` (embedded), a folder of class folders, a folder of parquet files as `datasets` writes
+them, or a name that timm knows (torch/cifar10:ROOT). A budget is the mean compute over a data set, a cap the most
+that one image may take; both are fractions of the dense model's multiply-accumulates (MACs).
+"""
+
+EPILOG = """\
+examples:
+  miaformer demo --out demo
+      train, calibrate, evaluate and draw a small model; a few minutes on a laptop
+  miaformer eval demo/model --data digits --budgets 0.35 0.5 0.7 --json report.json
+      accuracy per compute, against controls of equal cost
+  miaformer predict demo/model photos/ --out predictions.csv --budget 0.5
+      classify a folder
+
+exit status: 0 success; 1 finished, but some inputs failed; 2 wrong usage or an error, told in one line
+(MIAFORMER_DEBUG=1 shows where it came from); 130 stopped by Ctrl-C
+"""
+
+# What a command needs beyond the core, and the extra that installs it.
+_EXTRAS = {"rich": "cli", "accelerate": "train", "sklearn": "digits", "pyarrow": "data", "matplotlib": "plot"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every error of this command is said."""
+
+    def error(self, message: str) -> NoReturn:
+        _say(f"error: {message} (see {self.prog} --help)")
+        self.exit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="miaformer",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"miaformer {miaformer.__version__}")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        import_module(f"miaformer.cli.{command}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (by default this process's own) and return its exit status."""
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as end:  # of --help, --version and wrong usage
+        return int(end.code or 0)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "interrupted")
+        return 130
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        if os.environ.get("MIAFORMER_DEBUG") == "1":
+            raise
+        _say(f"error: {_describe(error)}")
+        return 2
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        extra = _EXTRAS.get(error.name.partition(".")[0])
+        if extra is not None:
+            return f"this needs {error.name}, which is not installed: pip install 'miaformer[{extra}]'"
+    return " ".join(str(error).split()) or repr(error)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"miaformer: {line}\n")

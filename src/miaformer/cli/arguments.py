@@ -1,0 +1,112 @@
+"""Arguments that commands share, and what becomes of them: a model, batches of data, a device."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from miaformer.data import Batches, ImageData
+    from miaformer.model import MIAFormer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_command(subparsers: Any, name: str, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A subcommand whose help reads as it is written."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_compute(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """--batch-size, --device, --dtype and --threads."""
+    group = parser.add_argument_group("how it runs")
+    group.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="N", help=f"images in a batch (default: {batch_size})"
+    )
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="float32", metavar="T", help=f"{', '.join(DTYPES)} (default: float32)"
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
+
+
+def open_device(name: str, threads: int | None = None) -> torch.device:
+    """The device of this name; `auto` is CUDA where there is one. Sets the number of threads."""
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads {threads} must be at least 1")
+        torch.set_num_threads(threads)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from error
+    return device
+
+
+def open_model(
+    spec: str, device: torch.device, dtype: str = "float32", *, num_classes: int | None = None, pretrained: bool = False
+) -> MIAFormer:
+    """The model that MODEL names, in evaluation mode.
+
+    `timm:NAME` is an unadapted backbone, with `num_classes` classes and random weights unless `pretrained`.
+    Raises ValueError where there is no such model.
+    """
+    import torch
+
+    name = spec.removeprefix("timm:")
+    model = _adapted(name, num_classes, pretrained) if spec.startswith("timm:") else _saved(spec)
+    return model.to(device, getattr(torch, dtype)).eval()
+
+
+def _adapted(name: str, num_classes: int | None, pretrained: bool) -> MIAFormer:
+    import timm
+
+    import miaformer
+
+    if not timm.is_model(name):
+        raise ValueError(f"timm knows no model {name!r}; timm.list_models('vit*') lists its ViTs")
+    classes: dict[str, Any] = {} if pretrained or num_classes is None else {"num_classes": num_classes}
+    return miaformer.adapt(timm.create_model(name, pretrained=pretrained, **classes))
+
+
+def _saved(spec: str) -> MIAFormer:
+    from pathlib import Path
+
+    from miaformer import MIAFormer
+
+    if Path(spec).exists():
+        return MIAFormer.from_pretrained(spec)
+    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        raise ValueError(f"no model {spec!r}: no such directory, and hub ids have the form OWNER/NAME")
+    try:
+        return MIAFormer.from_pretrained(spec)
+    except OSError as error:  # of the network, or of the hub's answer
+        raise ValueError(f"no model {spec!r}: no such directory, and not to be had from the hub: {error}") from error
+
+
+def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
+    """The images in their order, as the model's backbone expects them.
+
+    Raises ValueError where model and data have different classes.
+    """
+    from miaformer.data import Batches, build_transform
+
+    if model.num_classes != len(data.classes):
+        raise ValueError(f"the model has {model.num_classes} classes, {data.name} has {len(data.classes)}")
+    transform = build_transform(model.data_config())
+    return Batches(data, transform, batch_size, seed=0, shuffle=False, drop_last=False)

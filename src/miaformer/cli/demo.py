@@ -1,0 +1,123 @@
+"""`miaformer demo`: the whole way on embedded data: train, calibrate, evaluate, time, draw."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miaformer.cli.arguments import add_command, open_batches, open_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from miaformer.data import Batches
+    from miaformer.evaluation import Contender
+    from miaformer.model import MIAFormer
+
+DESCRIPTION = """\
+Train a small adaptive ViT on embedded pictures of digits, calibrate its budgets, and show what it does: its accuracy at
+three budgets against policies of equal cost that do not look at the image, what its images cost at the mean, the 95th
+percentile and the most, and the time that took, measured against the dense model in eager PyTorch.
+
+DIR gets model/ (ready for `miaformer eval` and `predict`), report.json, tradeoff.png and digits.png. Stopped by Ctrl-C,
+the same command goes on where it was.
+"""
+
+EPILOG = """\
+examples:
+  miaformer demo
+  miaformer demo --out /tmp/demo --seed 1 --threads 2
+
+Small models are bounded by the overhead of each operation at batch 1: there, time falls less than MACs.
+"""
+
+BUDGETS = (0.35, 0.5, 0.7)
+TIMED_BATCHES = {1: 16, 64: 2}  # batch size: how many batches of test images are timed
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_command(subparsers, "demo", "train, evaluate and draw a small model", DESCRIPTION, EPILOG)
+    parser.add_argument("--out", default="demo", metavar="DIR", help="where everything is written (default: demo)")
+    parser.add_argument("--seed", type=int, default=0, help="of training and of the random policy (default: 0)")
+    parser.add_argument("--recipe", default="digits", metavar="R", help="one with data of its own (default: digits)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda where there is one")
+    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from miaformer.training import get_recipe, train_recipe
+
+    out = Path(args.out)
+    recipe = get_recipe(args.recipe)
+    if not recipe.data:
+        raise ValueError(f"--recipe {args.recipe} has no data of its own; use `miaformer train` with --data")
+    device = open_device(args.device, args.threads)
+    resume = (out / "recipe.json").exists()
+    model = train_recipe(recipe, out, seed=args.seed, resume=resume, device="cpu" if device.type == "cpu" else None)
+    show(model.to(device), recipe.data, out, args.seed)
+    return 0
+
+
+def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
+    """Evaluate and time a calibrated model on the test split, print the table, and write report and pictures."""
+    from miaformer.cli.output import LiveProgress, console, report_notes, report_table, write_json
+    from miaformer.data import open_data
+    from miaformer.evaluation import compare, contenders
+    from miaformer.evaluation.plots import plot_adaptivity, plot_tradeoff
+
+    test = open_batches(model, open_data(data, "test"), 64)
+    held_out = open_batches(model, open_data(data, "calibration"), 64)
+    totals = {"controls": len(held_out.data), "evaluate": len(test.data)}
+    with LiveProgress(totals) as on_progress:
+        found, left_out = contenders(model, BUDGETS, calibration=held_out.epoch(0), seed=seed, on_progress=on_progress)
+        report = compare(model, test.epoch(0), found, seed=seed, on_progress=on_progress, left_out=left_out)
+        rows = _timed(model, found, test, on_progress)
+    report = {"model": str(out / "model"), "data": test.data.name, **report, "timing": rows}
+
+    timings: dict[tuple[str, float], dict[int, float]] = {}
+    for row in rows:
+        timings.setdefault((row["policy"], row["budget"]), {})[row["batch"]] = row["time_fraction"]
+    terminal = console()
+    terminal.print(report_table(report, timings))
+    for note in report_notes(report):
+        terminal.print(note, soft_wrap=True, markup=False)
+
+    write_json(out / "report.json", report)
+    plot_tradeoff(report, out / "tradeoff.png")
+    middle = [contender.budget for contender in found if contender.name == "learned"]
+    budget = middle[len(middle) // 2] if middle else None
+    plot_adaptivity(
+        model, test.epoch(0), out / "digits.png", budget, data_config=model.data_config(), classes=test.data.classes
+    )
+    for name, what in (
+        ("model", "the model"),
+        ("report.json", "all numbers"),
+        ("tradeoff.png", "accuracy over MACs"),
+        ("digits.png", "the images that get the least and the most compute"),
+    ):
+        terminal.print(f"{out / name}: {what}", soft_wrap=True, markup=False)
+
+
+def _timed(model: MIAFormer, found: list[Contender], test: Batches, on_progress: Any) -> list[dict[str, Any]]:
+    """Time against dense of every contender at each batch size of `TIMED_BATCHES`."""
+    import torch
+
+    from miaformer.evaluation import time_against_dense
+
+    wanted = max(size * count for size, count in TIMED_BATCHES.items())
+    pool: list[Tensor] = []
+    for batch in test.epoch(0):
+        pool.append(batch.images)
+        if sum(map(len, pool)) >= wanted:
+            break
+    images = torch.cat(pool).to(next(model.parameters()))
+    rows = []
+    for contender in found:
+        for size, count in TIMED_BATCHES.items():
+            batches = images[: size * count].split(size)
+            times = time_against_dense(model, batches, contender.policy)
+            rows.append({"policy": contender.name, "budget": contender.budget, **times})
+            on_progress("time", len(rows))
+    return rows

@@ -1,0 +1,148 @@
+"""`miaformer eval`: accuracy per compute of a model, against the dense model and controls of equal cost."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model
+
+POLICIES = ("learned", "static", "random", "cls-attention", "full")
+
+DESCRIPTION = """\
+Evaluate MODEL on DATA: the accuracy that each policy reaches at each budget, and what its images cost.
+
+policies:
+  learned        the model's controllers: decided for each image
+  static         the learned policy's mean decisions, the same for every image: what `learned` has to beat
+  random         blocks, heads and tokens kept as often as the learned policy keeps them, but by chance
+  cls-attention  as many tokens as the budget pays for, those that the class token attends to most (EViT)
+  full           everything executed
+Static and random take the learned policy's means from the calibration split of DATA.
+
+MODEL may also be timm:NAME, an unadapted timm ViT: it has no learned policy, and random weights unless --pretrained.
+"""
+
+EPILOG = """\
+examples:
+  miaformer eval runs/digits/model --data digits
+  miaformer eval runs/photos/model --data photos/ --budgets 0.4 0.6 --cap 0.9 --json report.json --plot report.png
+  miaformer eval timm:deit_small_patch16_224 --pretrained --data imagenet/ --policy random cls-attention full
+
+JSON:
+  {"dense": {"accuracy", "macs"},
+   "points": [{"policy", "budget", "price", "accuracy", "macs_fraction", "macs_fraction_p95", "macs_fraction_max",
+               "macs_fraction_std", "depth_kept", "heads_kept", "tokens_kept"}],
+   "adaptivity": {"spearman_difficulty_macs", "by_budget": [...]}, "left_out": [...], "controllers": {...},
+   "environment": {...}, ...}
+  macs_fraction is the mean over images, p95 their 95th percentile. spearman_difficulty_macs is the rank correlation,
+  over images, of the dense model's loss with the MACs that the learned policy spends: the mean over budgets.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_command(subparsers, "eval", "accuracy per compute, against controls", DESCRIPTION, EPILOG)
+    parser.add_argument("model", metavar="MODEL", help="directory, hub id, or timm:NAME")
+    parser.add_argument("--data", required=True, metavar="DATA", help="digits, a folder, or a name timm knows")
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=("train", "calibration", "test"),
+        metavar="S",
+        help="train, calibration or test (default: test)",
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=float,
+        default=[0.35, 0.5, 0.7],
+        metavar="B",
+        help="mean MACs, fractions of the dense model's (default: 0.35 0.5 0.7)",
+    )
+    parser.add_argument(
+        "--policy",
+        nargs="+",
+        choices=POLICIES,
+        metavar="P",
+        help="of those above (default: learned static random; for timm:NAME random full)",
+    )
+    parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one image may take, a fraction: hard")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure the table from budgets to prices on DATA's calibration split first; MODEL is left as it is",
+    )
+    parser.add_argument("--pretrained", action="store_true", help="with timm:NAME: download its weights")
+    parser.add_argument("--seed", type=int, default=0, help="of the random policy, and of random weights (default: 0)")
+    parser.add_argument("--json", metavar="FILE", help="write the report here")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy over MACs here")
+    add_compute(parser, batch_size=64)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from miaformer.cli.output import LiveProgress, console, report_notes, report_table, write_json
+    from miaformer.data import open_data
+    from miaformer.evaluation import calibrate, evaluate
+
+    device = open_device(args.device, args.threads)
+    torch.manual_seed(args.seed)
+    images = open_data(args.data, args.split)
+    model = open_model(args.model, device, args.dtype, num_classes=len(images.classes), pretrained=args.pretrained)
+    policies = args.policy or (
+        ("random", "full") if args.model.startswith("timm:") else ("learned", "static", "random")
+    )
+    wants_budgets = bool({"learned", "static"} & set(policies))
+    if model.calibration is None and wants_budgets and not args.calibrate:
+        raise ValueError(
+            f"{args.model} is not calibrated, so its learned policy knows no budget: add --calibrate to measure its "
+            f"table on the calibration split of {args.data}, or choose other policies, e.g. --policy random full"
+        )
+    batches = open_batches(model, images, args.batch_size)
+    held_out = None
+    if args.calibrate or model.calibration is not None:
+        held_out = open_batches(model, open_data(args.data, "calibration"), args.batch_size)
+    totals = {"evaluate": len(images), "controls": len(held_out.data) if held_out is not None else 0}
+    with LiveProgress(totals) as on_progress:
+        if args.calibrate:
+            assert held_out is not None
+            calibrate(model, held_out.epoch(0), held_out.data.name, on_progress=on_progress)
+        report = evaluate(
+            model,
+            batches.epoch(0),
+            args.budgets,
+            policies,
+            args.cap,
+            None if held_out is None else held_out.epoch(0),
+            args.seed,
+            on_progress,
+        )
+    report = {"model": args.model, "data": images.name, "calibration": _calibration(model), **report}
+    out = console()
+    out.print(f"{args.model} on {images.name}")
+    out.print(report_table(report))
+    for note in report_notes(report):
+        out.print(note, soft_wrap=True, markup=False)
+    if model.calibration is None:
+        out.print("The model is not calibrated: it has no learned policy at a budget.", soft_wrap=True)
+    elif args.calibrate:
+        out.print(f"Calibrated for this evaluation on {model.calibration.data}.", soft_wrap=True, markup=False)
+    if args.json:
+        write_json(args.json, report)
+        out.print(f"wrote {args.json}", soft_wrap=True, markup=False)
+    if args.plot:
+        from miaformer.evaluation.plots import plot_tradeoff
+
+        plot_tradeoff(report, args.plot)
+        out.print(f"wrote {args.plot}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _calibration(model: Any) -> dict[str, Any] | None:
+    """Where the model's budgets were measured, and which it can meet."""
+    table = model.calibration
+    if table is None:
+        return None
+    return {"data": table.data, "num_images": table.num_images, "least": table.range[0], "most": table.range[1]}

@@ -1,0 +1,142 @@
+"""What commands say: tables and notes for people, progress on the terminal, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+PIPED_WIDTH = 120  # columns, where no terminal says how many there are
+
+
+def console(stderr: bool = False) -> Console:
+    found = Console(stderr=stderr, highlight=False)
+    if not found.is_terminal:
+        found.width = PIPED_WIDTH
+    return found
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a whole file or none: a report is never left half written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+class LiveProgress:
+    """A bar a stage on the terminal, gone when it ends; nothing where there is no terminal. Called as
+    `OnProgress`.
+
+    totals: how many images or passes each stage has, where that is known.
+    """
+
+    def __init__(self, totals: Mapping[str, int], unit: str = "images") -> None:
+        out = console(stderr=True)
+        self._totals = totals
+        self._tasks: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(unit),
+            TimeRemainingColumn(),
+            console=out,
+            transient=True,
+            disable=not out.is_terminal,
+        )
+
+    def __call__(self, stage: str, done: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=self._totals.get(stage))
+        self._progress.update(self._tasks[stage], completed=done)
+
+    def __enter__(self) -> LiveProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f} {self.unit}/s", style="cyan")
+
+
+def report_table(
+    report: Mapping[str, Any], timings: Mapping[tuple[str, float], Mapping[int, float]] | None = None
+) -> Table:
+    """A report of `evaluate`, dense first, then budget by budget.
+
+    timings: (policy, budget) to batch size to time against dense, for a column each.
+    """
+    batches = sorted({batch for times in (timings or {}).values() for batch in times})
+    measures = "MACs and time" if batches else "MACs"
+    table = Table(caption=f"{measures}: fractions of the dense model's. Heads and tokens: of executed blocks.")
+    table.add_column("policy", no_wrap=True)
+    for name in ("budget", "accuracy", "MACs mean", "p95", "max", "blocks", "heads", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for batch in batches:
+        table.add_column(f"time, batch {batch}", justify="right")
+    dense = report["dense"]
+    row = ("dense", "", _percent(dense["accuracy"]), *["1.000"] * 3, *["1.00"] * 3)
+    table.add_row(*row, *["1.00"] * len(batches), end_section=True)
+    points = report["points"]
+    for point, following in zip(points, [*points[1:], None], strict=True):
+        times = (timings or {}).get((point["policy"], point["budget"]), {})
+        table.add_row(
+            point["policy"],
+            f"{point['budget']:g}",
+            _percent(point["accuracy"]),
+            *(f"{point[name]:.3f}" for name in ("macs_fraction", "macs_fraction_p95", "macs_fraction_max")),
+            *(f"{point[name]:.2f}" for name in ("depth_kept", "heads_kept", "tokens_kept")),
+            *(f"{times[batch]:.2f}" if batch in times else "" for batch in batches),
+            style="bold" if point["policy"] == "learned" else None,
+            end_section=following is None or following["budget"] != point["budget"],
+        )
+    return table
+
+
+def report_notes(report: Mapping[str, Any]) -> list[str]:
+    """What a table of numbers leaves unsaid, a line each."""
+    controllers = report["controllers"]
+    notes = [
+        f"{report['num_images']:,} images; dense: {report['dense']['macs'] / 1e6:,.1f} M MACs an image; controllers "
+        f"take at most {100 * controllers['macs_fraction']:.2f} % of that, and it is counted."
+    ]
+    for point in report["adaptivity"]["by_budget"]:
+        notes.append(
+            f"Does compute follow difficulty? At {point['budget']:g}: rank correlation of dense loss and MACs "
+            f"{point['spearman_difficulty_macs']:+.3f}, standard deviation of MACs {point['macs_fraction_std']:.3f}."
+        )
+    for left_out in report["left_out"]:
+        notes.append(f"Left out: {left_out['policy']} at {left_out['budget']:g}: {left_out['reason']}.")
+    return notes
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

@@ -1,0 +1,299 @@
+"""`miaformer predict`: classify files and folders of pictures, each by its own compute."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from miaformer.cli.arguments import add_command, add_compute, open_device, open_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from miaformer.model import MIAFormer
+
+DESCRIPTION = """\
+Classify pictures: files, and folders with everything below them. One row a picture goes to FILE, as soon as it is
+known.
+
+A picture that cannot be read stops nothing: the others are classified, it gets a row with an `error`, and at the end
+all such pictures are listed and the exit status is 1.
+"""
+
+EPILOG = """\
+examples:
+  miaformer predict demo/model photos/ --out predictions.csv --budget 0.5
+  miaformer predict OWNER/NAME a.jpg b.png --out predictions.jsonl --cap 0.6 --top-k 3
+
+rows (columns of a .csv, keys of a .jsonl line):
+  path           the picture
+  label          number of the likeliest class; `class` is its name, `probability` its softmax
+  top_k          the K likeliest, "LABEL:PROBABILITY ..." or a list of {label, class, probability}
+  macs_fraction  what it took, as a fraction of the dense model's MACs
+  depth_kept     share of blocks executed; heads_kept, tokens_kept: shares of heads and tokens in executed blocks
+  error          why there is none of this
+Class names come from --classes FILE, else from the model; without either, `class` is empty.
+"""
+
+COLUMNS = (
+    "path",
+    "label",
+    "class",
+    "probability",
+    "top_k",
+    "macs_fraction",
+    "depth_kept",
+    "heads_kept",
+    "tokens_kept",
+    "error",
+)
+Row = dict[str, Any]
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_command(subparsers, "predict", "classify pictures", DESCRIPTION, EPILOG)
+    parser.add_argument("model", metavar="MODEL", help="directory or hub id")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, and folders of pictures")
+    parser.add_argument("--out", required=True, metavar="FILE", help="what to write: a .csv or .jsonl file")
+    parser.add_argument("--budget", type=float, metavar="B", help="mean MACs, a fraction of the dense model's")
+    parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one picture may take, a fraction: hard")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to name (default: 5)")
+    parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, in the order of labels")
+    add_compute(parser, batch_size=32)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from miaformer.cli.output import LiveProgress, console
+    from miaformer.data import build_transform
+
+    out_path = Path(args.out)
+    if out_path.suffix not in _WRITERS:
+        raise ValueError(f"--out {args.out} must end in {' or '.join(_WRITERS)}")
+    for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
+    paths, missing = _find(args.paths)
+    device = open_device(args.device, args.threads)
+    model = open_model(args.model, device, args.dtype)
+    if not model.num_classes:
+        raise ValueError(f"{args.model} has no classifier (num_classes=0)")
+    names = _class_names(args.classes, model)
+    _try_once(model, args.budget, args.cap)
+    transform = build_transform(model.data_config())
+
+    failed = dict(missing)
+    summary = _Summary()
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    with out_path.open("w", newline="", encoding="utf-8") as file, LiveProgress({"predict": len(paths)}) as progress:
+        write = _WRITERS[out_path.suffix](file)
+        for path, reason in missing.items():
+            write({"path": path, "error": reason})
+        done = 0
+        for batch in _decoded(paths, transform, args.batch_size):
+            for row in _classified(model, batch, args.budget, args.cap, args.top_k, names):
+                write(row)
+                if "error" in row:
+                    failed[row["path"]] = row["error"]
+                else:
+                    summary.add(row)
+            file.flush()
+            done += len(batch)
+            progress("predict", done)
+
+    out = console()
+    if summary.count:
+        out.print(f"{summary} ({_asked(args, model)}) -> {out_path}", soft_wrap=True, markup=False)
+    if failed:
+        _list_failed(failed)
+    return 1 if failed else 0
+
+
+def _find(sources: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
+    """Pictures, each once, and what was named but is not there, with the reason.
+
+    Raises ImageError where there is no picture at all.
+    """
+    from miaformer.images import ImageError, find_images
+
+    found: dict[Path, None] = {}
+    missing: dict[str, str] = {}
+    for source in sources:
+        try:
+            found.update(dict.fromkeys(find_images(source)))
+        except ImageError as error:
+            missing[source] = _reason(error, source)
+    if not found:
+        raise ImageError("; ".join(f"{source}: {reason}" for source, reason in missing.items()))
+    return list(found), missing
+
+
+def _try_once(model: MIAFormer, budget: float | None, cap: float | None) -> None:
+    """Run one empty picture, so that a budget or a cap that cannot be is told before anything is written."""
+    import torch
+
+    image = next(model.parameters()).new_zeros(1, model.backbone.in_chans, *model.image_size())
+    with torch.inference_mode():
+        model.run(image, budget=budget, cap=cap)
+
+
+def _reason(error: Exception, name: str) -> str:
+    """An error without the name that it begins with."""
+    return " ".join(str(error).removeprefix(f"{name}: ").split())
+
+
+def _class_names(file: str | None, model: MIAFormer) -> Sequence[str] | None:
+    names = model.pretrained_cfg.get("label_names")
+    if file is not None:
+        names = Path(file).read_text(encoding="utf-8").splitlines()
+        if len(names) != model.num_classes:
+            raise ValueError(f"--classes {file} has {len(names)} lines, the model {model.num_classes} classes")
+    return names if names and len(names) == model.num_classes else None
+
+
+def _decoded(
+    paths: Sequence[Path], transform: Callable[[Any], Tensor], batch_size: int
+) -> Iterator[list[tuple[str, Tensor | str]]]:
+    """Batches of (path, tensor (3, H, W), or why there is none). The next one is decoded meanwhile."""
+    from miaformer.images import ImageError, open_image
+
+    def decode(path: Path) -> tuple[str, Tensor | str]:
+        try:
+            return str(path), transform(open_image(path))
+        except ImageError as error:
+            return str(path), _reason(error, str(path))
+
+    chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+    with ThreadPoolExecutor() as pool:
+        ahead = pool.map(decode, chunks[0])
+        for following in [*chunks[1:], []]:
+            batch = ahead
+            ahead = pool.map(decode, following)
+            yield list(batch)
+
+
+def _classified(
+    model: MIAFormer,
+    batch: Sequence[tuple[str, Tensor | str]],
+    budget: float | None,
+    cap: float | None,
+    top_k: int,
+    names: Sequence[str] | None,
+) -> Iterator[Row]:
+    """A row for each picture, in their order."""
+    import torch
+
+    images = [found for _, found in batch if not isinstance(found, str)]
+    rows: Iterator[Row] = iter(())
+    if images:
+        with torch.inference_mode():
+            output = model.run(torch.stack(images).to(next(model.parameters())), budget=budget, cap=cap)
+            likeliest = output.logits.float().softmax(dim=1).topk(min(top_k, model.num_classes), dim=1)
+            trace = output.trace
+            blocks = trace.depth.sum(dim=1).clamp(min=1)
+            columns = (
+                trace.macs_fraction,
+                trace.depth.double().mean(dim=1),
+                trace.heads.double().mean(dim=2).sum(dim=1) / blocks,
+                trace.tokens.double().mean(dim=2).sum(dim=1) / blocks,
+            )
+        rows = (
+            {"top_k": _named(labels, probabilities, names), **dict(zip(COLUMNS[5:9], spent, strict=True))}
+            for labels, probabilities, *spent in zip(
+                likeliest.indices.tolist(), likeliest.values.tolist(), *(c.tolist() for c in columns), strict=True
+            )
+        )
+    for path, found in batch:
+        if isinstance(found, str):
+            yield {"path": path, "error": found}
+        else:
+            row = next(rows)
+            yield {"path": path, **row["top_k"][0], **row}
+
+
+def _named(labels: Sequence[int], probabilities: Sequence[float], names: Sequence[str] | None) -> list[Row]:
+    return [
+        {"label": label, "class": names[label] if names else None, "probability": probability}
+        for label, probability in zip(labels, probabilities, strict=True)
+    ]
+
+
+def _csv_writer(file: TextIO) -> Callable[[Row], None]:
+    writer = csv.DictWriter(file, COLUMNS, restval="")
+    writer.writeheader()
+
+    def write(row: Row) -> None:
+        top_k = " ".join(f"{entry['label']}:{entry['probability']:.6g}" for entry in row.get("top_k", ()))
+        writer.writerow({**row, "top_k": top_k})
+
+    return write
+
+
+def _jsonl_writer(file: TextIO) -> Callable[[Row], None]:
+    def write(row: Row) -> None:
+        file.write(json.dumps({name: row[name] for name in COLUMNS if name in row}, ensure_ascii=False) + "\n")
+
+    return write
+
+
+_WRITERS: dict[str, Callable[[TextIO], Callable[[Row], None]]] = {".csv": _csv_writer, ".jsonl": _jsonl_writer}
+
+
+class _Summary:
+    """How many pictures, how fast, and what they took."""
+
+    def __init__(self) -> None:
+        import time
+
+        self._clock = time.perf_counter
+        self._start = self._clock()
+        self.count, self._total, self._most = 0, 0.0, 0.0
+
+    def add(self, row: Row) -> None:
+        self.count += 1
+        self._total += row["macs_fraction"]
+        self._most = max(self._most, row["macs_fraction"])
+
+    def __str__(self) -> str:
+        seconds = self._clock() - self._start
+        pictures = "1 picture" if self.count == 1 else f"{self.count:,} pictures"
+        return (
+            f"{pictures} in {seconds:.1f} s ({self.count / seconds:.1f} a second), {self._total / self.count:.3f} of "
+            f"the dense MACs on average, {self._most:.3f} at most"
+        )
+
+
+def _asked(args: argparse.Namespace, model: MIAFormer) -> str:
+    """The budget and the cap that were in force."""
+    default = model.adapt_config.default_budget
+    if args.budget is not None:
+        budget = f"budget {args.budget:g}"
+    elif model.calibration is None:
+        budget = "no budget: the model is not calibrated"
+    else:
+        budget = "no budget" if default is None else f"the model's own budget {default:g}"
+    return budget if args.cap is None else f"{budget}, cap {args.cap:g}"
+
+
+def _list_failed(failed: dict[str, str]) -> None:
+    from rich.table import Table
+
+    from miaformer.cli.output import console
+
+    table = Table(title=f"{len(failed)} failed", title_justify="left", title_style="bold red")
+    table.add_column("path", overflow="fold")
+    table.add_column("why", overflow="fold")
+    for path, reason in failed.items():
+        table.add_row(*(_plain(text) for text in (path, reason)))
+    console(stderr=True).print(table)
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)

@@ -1,0 +1,96 @@
+"""`miaformer train`: a recipe's stages, from a static ViT to an adaptive model that knows its budgets."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+DESCRIPTION = """\
+Train an adaptive ViT: backbone -> elastic -> supervised -> reinforce, then calibrate its budgets.
+
+OUT gets recipe.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/: a directory that eval, predict
+and MIAFormer.from_pretrained() take. Ctrl-C saves a checkpoint; --resume goes on from it, exactly.
+"""
+
+EPILOG = """\
+examples:
+  miaformer train --recipe digits --out runs/digits
+      the embedded data; a few minutes on two cores
+  miaformer train --recipe finetune --data photos/ --out runs/photos --set batch_size=64
+      adapt a pretrained DeiT-S to class folders (photos/train/CLASS/*.jpg)
+  miaformer train --recipe finetune --data photos/ --out runs/photos --resume
+      go on after Ctrl-C, a crash or a lost machine
+  accelerate launch --num_processes 4 -m miaformer.cli train --recipe finetune --data photos/ --out runs/photos
+      the same on four GPUs
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train and calibrate an adaptive ViT",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", required=True, metavar="R", help="name of a recipe: digits, finetune")
+    parser.add_argument("--data", metavar="D", help="digits, a folder, or a name timm knows; default: the recipe's")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory of this run")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, order, augmentation and decisions (default: 0)"
+    )
+    parser.add_argument("--epochs-scale", type=float, default=1.0, metavar="X", help="every stage X times as long")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change one of the recipe's settings, e.g. --set batch_size=64; may be given again",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu leaves an accelerator alone")
+    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from miaformer.training import Interrupted, get_recipe, train_recipe
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    recipe = get_recipe(args.recipe).scaled(args.epochs_scale)
+    recipe = recipe.with_changes(**dict(_setting(text) for text in args.set))
+    try:
+        train_recipe(
+            recipe,
+            args.out,
+            data=args.data,
+            seed=args.seed,
+            resume=args.resume,
+            device=None if args.device == "auto" else args.device,
+        )
+    except Interrupted as stop:
+        from rich.console import Console
+
+        Console(stderr=True).print(
+            f"Stopped after step {stop.step}; saved as {stop.checkpoint}. Go on with the same command and --resume.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 130
+    return 0
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value a Python literal or else a string."""
+    import ast
+
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"--set {text!r} should be NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value

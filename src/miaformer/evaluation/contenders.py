@@ -1,0 +1,163 @@
+"""Who is compared: the learned policy and its controls, each at the budgets asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from miaformer.budget import check_fraction
+from miaformer.evaluation.calibration import LabelledBatch, OnProgress
+from miaformer.evaluation.controls import (
+    KeepRates,
+    Simulation,
+    cls_attention_policy,
+    random_policy,
+    static_policy,
+)
+from miaformer.model import MIAFormer, Trace
+from miaformer.policy import Full, Policy
+
+POLICIES = ("learned", "static", "random", "cls-attention", "full")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy at a budget. `price` is what the learned policy is conditioned on, None for the others."""
+
+    name: str
+    budget: float
+    policy: Policy
+    price: float | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A policy that cannot meet a budget, and why."""
+
+    name: str
+    budget: float
+    reason: str
+
+
+def contenders(
+    model: MIAFormer,
+    budgets: Sequence[float],
+    policies: Sequence[str] = ("learned", "static", "random"),
+    cap: float | None = None,
+    calibration: Iterable[LabelledBatch] | None = None,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> tuple[list[Contender], list[LeftOut]]:
+    """The policies at the budgets, budget by budget, and those that cannot meet theirs.
+
+    The controls cost what the learned policy costs: the budget, or, where a cap or the end of the calibration table
+    keeps the learned policy below it, what that spends on the calibration set. See `evaluate` for the arguments.
+    """
+    policies = list(dict.fromkeys(policies))
+    budgets = sorted({check_fraction("budget", budget) for budget in budgets})
+    _check(model, policies, budgets, calibration is not None)
+    traces: dict[float, Trace] = {}
+    if calibration is not None and model.calibration is not None and {"static", "random"} & set(policies):
+        traces = _learned_traces(model, calibration, [b for b in budgets if _reaches(model, b)], cap, on_progress)
+    found = [Contender("full", 1.0, Full())] if "full" in policies else []
+    left_out = []
+    for budget in budgets:
+        for name in policies:
+            if name == "full":
+                continue
+            try:
+                found.append(_contender(model, name, budget, traces, cap, seed))
+            except ValueError as error:
+                left_out.append(LeftOut(name, budget, str(error)))
+    if not found:
+        raise ValueError(left_out[0].reason)
+    return found, left_out
+
+
+def _check(model: MIAFormer, policies: Sequence[str], budgets: Sequence[float], has_calibration_images: bool) -> None:
+    unknown = sorted(set(policies) - set(POLICIES))
+    if unknown:
+        raise ValueError(f"unknown policy {', '.join(unknown)}: use some of {', '.join(POLICIES)}")
+    if not policies or (not budgets and set(policies) != {"full"}):
+        raise ValueError("give at least one policy and one budget to evaluate")
+    if model.calibration is None and {"learned", "static"} & set(policies):
+        raise ValueError(
+            "the model is not calibrated, so its learned policy (and static, which is made from it) knows no "
+            "budget: calibrate it (miaformer.calibrate), or evaluate other policies"
+        )
+    if model.calibration is not None and {"static", "random"} & set(policies) and not has_calibration_images:
+        raise ValueError("policies static and random need calibration batches: they imitate the learned policy's means")
+
+
+def _contender(
+    model: MIAFormer, name: str, budget: float, traces: Mapping[float, Trace], cap: float | None, seed: int
+) -> Contender:
+    if name == "learned":
+        price = model.price_of(budget)
+        assert isinstance(price, float)
+        return Contender(name, budget, model.learned(price), price)
+    trace = traces.get(budget)
+    target = budget
+    if trace is not None:
+        spent = trace.macs_fraction.double().mean().item()
+        target = budget if spent > budget - 0.01 else spent
+    if name == "cls-attention":
+        return Contender(name, budget, cls_attention_policy(model, target))
+    if model.calibration is not None and trace is None:
+        model.price_of(budget)  # raises, saying why there is no trace
+    if name == "static":
+        assert trace is not None
+        return Contender(name, budget, static_policy(Simulation.of(model), target, trace))
+    rates = None if trace is None else KeepRates.of(trace)
+    return Contender(name, budget, random_policy(Simulation.of(model), target, rates, cap, seed))
+
+
+def _reaches(model: MIAFormer, budget: float) -> bool:
+    try:
+        model.price_of(budget)
+    except ValueError:
+        return False
+    return True
+
+
+@torch.inference_mode()
+def _learned_traces(
+    model: MIAFormer,
+    batches: Iterable[LabelledBatch],
+    budgets: Sequence[float],
+    cap: float | None,
+    on_progress: OnProgress | None,
+) -> dict[float, Trace]:
+    """What the learned policy executes on these batches at each budget, on the CPU."""
+    if not budgets:
+        return {}
+    parts: dict[float, list[Trace]] = {budget: [] for budget in budgets}
+    done = 0
+    for images, _ in inference_batches(model, batches):
+        for budget in budgets:
+            parts[budget].append(model.run(images, budget=budget, cap=cap).trace)
+        done += len(images)
+        if on_progress is not None:
+            on_progress("controls", done)
+    if not done:
+        raise ValueError("there are no calibration images")
+    names = ("depth", "heads", "tokens", "macs", "macs_fraction")
+    return {
+        budget: Trace(*(torch.cat([getattr(trace, name) for trace in traces]).cpu() for name in names))
+        for budget, traces in parts.items()
+    }
+
+
+def inference_batches(model: MIAFormer, batches: Iterable[LabelledBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels where the model is, for inference; the model's mode is put back at the end."""
+    parameter = next(model.parameters())
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            yield batch.images.to(parameter), batch.labels.to(parameter.device)
+    finally:
+        model.train(training)

@@ -1,0 +1,227 @@
+"""I5, the cap: no image ever takes more MACs, whatever decides and whatever it shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from vits import STRUCTURES, lively, pictures, relative, vit
+
+import miaformer
+from miaformer import Decisions, MIAFormer, Output
+from miaformer.cost import count_macs
+from miaformer.decisions import Gates
+from miaformer.engine.walk import State
+from miaformer.policy import ClsAttention, Fixed, Full, Random
+
+# One model of each, made once: capping is what varies.
+MODELS = {
+    (structure, choice): lively(
+        4,
+        STRUCTURES[structure],
+        head_choice=choice,
+        token_scope="per_block" if choice == "subset" else "progressive",
+        mlp_width=width,
+    )
+    for structure, choice, width in [
+        ("plain", "nested", "coupled"),
+        ("map_pool", "subset", "hidden"),
+        ("uneven_groups", "subset", "coupled"),
+        ("distilled", "nested", "full"),
+    ]
+}
+
+
+def shown(model: MIAFormer, kind: str, seed: int) -> Tensor:
+    images = pictures(model.backbone, 3, seed)
+    return {
+        "usual": images,
+        "huge": images * 1e6,
+        "tiny": images * 1e-9,
+        "black": torch.zeros_like(images),
+        "one colour": images[..., :1, :1].expand_as(images).contiguous(),
+        "largest": images.sign() * torch.finfo(images.dtype).max ** 0.25,
+    }[kind]
+
+
+def least_cap(model: MIAFormer, arguments: dict[str, Any]) -> float:
+    """What every image pays whatever is decided, as a fraction."""
+    cost = model.cost()
+    policy = arguments.get("policy") or model.learned(1.0)
+    return (cost.fixed + sum(policy.context_macs(cost, index) for index in range(cost.depth)) + 1) / cost.backbone
+
+
+@given(
+    key=st.sampled_from(sorted(MODELS)),
+    cap_share=st.floats(0, 1),
+    who=st.sampled_from(["full", "learned", "free", "random", "attention"]),
+    what=st.sampled_from(["usual", "huge", "tiny", "black", "one colour", "largest"]),
+    execution=st.sampled_from(["sparse", "sparse", "masked"]),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=150)
+def test_no_image_takes_more_than_its_cap(
+    key: tuple[str, str], cap_share: float, who: str, what: str, execution: Any, seed: int
+) -> None:
+    model = MODELS[key]
+    cost = model.cost()
+    if who == "attention" and not cost.num_prefix_tokens:
+        who = "full"
+    arguments: dict[str, Any] = {
+        "full": {"policy": Full()},
+        "learned": {"price": 1.0},
+        "free": {"price": 0.0},  # as much as the controllers can ask for
+        "random": {"policy": Random(0.9, 0.8, 0.8, seed)},
+        "attention": {"policy": ClsAttention(model.backbone.blocks, keep=0.8, blocks=(1, 2))},
+    }[who]
+    least = least_cap(model, arguments)
+    cap = least + cap_share * (1 - least)
+    outputs: list[Output] = []
+    counted = count_macs(
+        lambda: outputs.append(model.run(shown(model, what, seed), cap=cap, execution=execution, **arguments))
+    )
+    trace = outputs[0].trace
+    assert int(trace.macs.max()) <= cap * cost.backbone
+    if execution == "sparse":
+        assert counted == int(trace.macs.sum())
+    assert bool(outputs[0].logits.isfinite().all())
+    # What is left of the decisions is executable as it stands.
+    again = model.run(shown(model, what, seed), Fixed(trace), execution=execution)
+    assert torch.equal(again.trace.tokens, trace.tokens)
+    assert relative(again.logits, outputs[0].logits) < 1e-8
+
+
+def one_block(**config: Any) -> MIAFormer:
+    """A model whose cap bites in one place: 16 patch tokens, 3 heads."""
+    return miaformer.adapt(vit(0, depth=1, global_pool="avg"), **config).eval()
+
+
+@pytest.mark.parametrize("config", [{}, {"mlp_width": "coupled"}, {"head_choice": "subset", "mlp_width": "full"}])
+def test_fewer_tokens_then_fewer_heads_then_no_block(config: dict[str, Any]) -> None:
+    model = one_block(**config)
+    cost, images = model.cost(), pictures(model.backbone, 1)
+    order: list[tuple[int, int]] = []
+    for cap in torch.linspace(1, cost.fixed / cost.backbone + 1e-4, 400, dtype=torch.float64).tolist():
+        trace = model.run(images, Full(), cap=cap).trace
+        heads, tokens = int(trace.heads.sum()), int(trace.tokens.sum())
+        assert int(trace.depth) == (heads > 0)
+        if not order or order[-1] != (heads, tokens):
+            order.append((heads, tokens))
+        # And not less than would do: one token more, one head more, or the least of the block, costs too much.
+        if (heads, tokens) == (3, 16):
+            continue
+        more = (3, tokens + 1) if heads == 3 else (heads + 1, 0)
+        assert cost.fixed + macs(model, *more) > int(cap * cost.backbone)
+    assert order == [(3, tokens) for tokens in range(16, -1, -1)] + [(2, 0), (1, 0), (0, 0)]
+
+
+def macs(model: MIAFormer, heads: int, tokens: int) -> int:
+    gates = Gates(torch.tensor([True]), torch.arange(3)[None] < heads, torch.arange(16)[None] < tokens)
+    return int(model.cost().block(0, gates))
+
+
+def test_the_last_token_of_a_model_without_prefix_stays_till_the_block_goes() -> None:
+    model = miaformer.adapt(vit(0, depth=1, class_token=False, global_pool="avg")).eval()
+    cost, images = model.cost(), pictures(model.backbone, 1)
+    seen = set()
+    for cap in torch.linspace(1, cost.fixed / cost.backbone + 1e-4, 300, dtype=torch.float64).tolist():
+        trace = model.run(images, Full(), cap=cap).trace
+        seen.add((int(trace.heads.sum()), int(trace.tokens.sum())))
+    assert seen == {(3, tokens) for tokens in range(1, 17)} | {(2, 1), (1, 1), (0, 0)}
+
+
+def test_the_lowest_scores_go_first() -> None:
+    model = one_block()
+    images = pictures(model.backbone, 2)
+    scores = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+
+    class Scoring(Full):
+        def decide(self, state: State) -> Gates:
+            full = super().decide(state)
+            return Gates(full.depth, full.heads, full.tokens, scores)
+
+    trace = model.run(images, Scoring(), cap=0.6).trace
+    for image in range(2):
+        kept = trace.tokens[image, 0]
+        assert 0 < int(kept.sum()) < 16
+        assert scores[image][kept].min() > scores[image][~kept].max()
+    unscored = model.run(images, Full(), cap=0.6).trace.tokens[:, 0]
+    assert unscored.sum(dim=1).tolist() == trace.tokens[:, 0].sum(dim=1).tolist()
+    assert unscored[:, : int(unscored[0].sum())].all()  # without scores the last ones go
+
+
+def test_early_blocks_are_paid_first() -> None:
+    model = miaformer.adapt(vit(0, depth=6)).eval()
+    trace = model.run(pictures(model.backbone, 1), Full(), cap=0.5).trace
+    depth = trace.depth[0].tolist()
+    assert depth == sorted(depth, reverse=True)
+    assert depth[0]
+    assert not depth[-1]
+
+
+@pytest.mark.parametrize("key", sorted(MODELS))
+def test_a_cap_that_nothing_exceeds_changes_nothing(key: tuple[str, str]) -> None:
+    model = MODELS[key]
+    images = pictures(model.backbone, 4)
+    for arguments in ({"policy": Full()}, {"price": 1.0}, {"policy": Random(0.5, 0.5, 0.5, seed=1)}):
+        if "policy" in arguments and isinstance(arguments["policy"], Random):
+            free = model.run(images, Random(0.5, 0.5, 0.5, seed=1))
+        else:
+            free = model.run(images, **arguments)
+        assert float(free.trace.macs_fraction.max()) <= 1
+        capped = model.run(images, cap=1.0, **arguments)
+        assert torch.equal(capped.logits, free.logits)
+        assert torch.equal(capped.trace.macs, free.trace.macs)
+        assert torch.equal(capped.trace.tokens, free.trace.tokens)
+
+
+def test_a_cap_holds_where_controllers_would_exceed_the_backbone() -> None:
+    """Everything kept and scored is more than the static model takes, if nothing is trimmed."""
+    model = miaformer.adapt(vit(0, global_pool="avg"), controller_rank=8).eval()
+    images = pictures(model.backbone, 2)
+    assert float(model.run(images, price=1e-3).trace.macs_fraction.max()) > 1
+    assert float(model.run(images, price=1e-3, cap=1.0).trace.macs_fraction.max()) <= 1
+
+
+@pytest.mark.parametrize("arguments", [{}, {"price": 1.0}])
+def test_a_cap_below_what_must_be_paid_is_named(arguments: dict[str, Any]) -> None:
+    model = lively(0)
+    images = pictures(model.backbone, 2)
+    least = least_cap(model, arguments if arguments else {"policy": Full()})
+    with pytest.raises(ValueError, match=r"cap=.* is less than the 0\.\d+ .* patch embedding, controllers and classif"):
+        model.run(images, cap=least * 0.9, **arguments)
+    output = model.run(images, cap=least * 1.001, **arguments)
+    assert not output.trace.depth.any() or float(output.trace.macs_fraction.max()) <= least * 1.001
+
+
+@pytest.mark.parametrize("cap", [0.0, -1, 1.5, float("nan"), "0.5", True])
+def test_a_cap_that_is_no_fraction_is_named(cap: Any) -> None:
+    model = lively(0)
+    with pytest.raises(ValueError, match="cap=.* must be a fraction"):
+        model.run(pictures(model.backbone, 1), cap=cap)
+
+
+def test_a_cap_goes_with_a_budget_and_with_features() -> None:
+    model = lively(0)
+    images = pictures(model.backbone, 4)
+    uncapped = model.forward_features(images, price=0.01)
+    capped = model.forward_features(images, price=0.01, cap=0.3)
+    assert capped.shape == uncapped.shape
+    assert not torch.equal(capped, uncapped)
+    assert torch.equal(model(images, price=0.01, cap=0.3), model.run(images, price=0.01, cap=0.3).logits)
+
+
+def test_a_fixed_decision_may_ask_for_anything() -> None:
+    """Full decisions given as fixed ones are as capped as any."""
+    model = MODELS["plain", "nested"]
+    cost, images = model.cost(), pictures(model.backbone, 2)
+    everything = Decisions.full(1, cost.depth, cost.num_heads, cost.num_patches)
+    for cap in (0.2, 0.4, 0.8):
+        fixed, full = (model.run(images, policy, cap=cap).trace for policy in (Fixed(everything), Full()))
+        assert torch.equal(fixed.macs, full.macs)
+        assert int(fixed.macs.max()) <= cap * cost.backbone
+        assert int(fixed.macs.min()) > 0.5 * cap * cost.backbone  # and it is not thrown away either

@@ -1,0 +1,147 @@
+"""Controllers start near "keep everything", spend less at a higher price, and cost what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from vits import enliven, pictures, vit
+
+import miaformer
+from miaformer import MIAFormer
+from miaformer.controller import KEEP_LOGIT, LOG_PRICE_RANGE, LOGIT_BOUND, PRICE_FEATURES, Controller, price_features
+from miaformer.cost import count_macs
+
+BATCH, PREFIX, PATCHES, DIM, HEADS = 4, 2, 7, 12, 3
+
+
+def drawn(seed: int, rank: int = 5, nested: bool = True, scale: float = 1.0) -> Controller:
+    """A controller all of whose parameters are random."""
+    generator = torch.Generator().manual_seed(seed)
+    controller = Controller(DIM, HEADS, hidden=8, rank=rank, nested=nested).double()
+    with torch.no_grad():
+        for parameter in controller.parameters():
+            parameter.normal_(std=scale, generator=generator)
+    return controller
+
+
+def logits(controller: Controller, x: Tensor, active: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Depth (B,), heads (B, H) and tokens (B, N)."""
+    context = controller.context(x, active, PREFIX, log_price)
+    query, shift = controller.token_query(context, log_price)
+    tokens = controller.token_logits(x[:, PREFIX:], query[:, None], shift[:, None])
+    return (*controller.depth_and_heads(context, log_price), tokens)
+
+
+def rows(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, PREFIX + PATCHES, DIM, generator=generator, dtype=torch.float64)
+
+
+def test_an_untrained_controller_keeps_everything() -> None:
+    controller = Controller(DIM, HEADS, hidden=8, rank=5, nested=True).double()
+    everything = torch.ones(BATCH, PATCHES, dtype=torch.bool)
+    for found in logits(controller, rows(0), everything, torch.zeros(BATCH, dtype=torch.float64)):
+        assert (found - KEEP_LOGIT).abs().max() < 0.5
+    model = miaformer.adapt(vit()).eval()
+    trace = model.run(pictures(model.backbone, 3), price=1.0).trace
+    assert all(bool(kept.all()) for kept in (trace.depth, trace.heads, trace.tokens))
+
+
+@given(st.integers(0, 2**32), st.floats(0.1, 30.0))
+@settings(max_examples=40)
+def test_content_alone_never_saturates_a_gate(seed: int, scale: float) -> None:
+    """At a log-price of 0 logits stay near KEEP_LOGIT, whatever weights and input are."""
+    everything = torch.ones(BATCH, PATCHES, dtype=torch.bool)
+    found = logits(drawn(seed, scale=scale), rows(seed) * scale, everything, torch.zeros(BATCH).double())
+    for part, bounded_terms in zip(found, (1, 1, 2), strict=True):  # tokens': their own, and what they share
+        assert (part - KEEP_LOGIT).abs().max() <= bounded_terms * LOGIT_BOUND + 1e-9
+
+
+@given(st.integers(0, 2**32), st.floats(-6, 6), st.floats(0.05, 6))
+@settings(max_examples=40)
+def test_a_higher_price_lowers_every_logit_that_content_does_not_move(seed: int, low: float, more: float) -> None:
+    controller = drawn(seed)
+    torch.nn.init.zeros_(controller.price.weight)  # what is left of the price is the direct path
+    everything = torch.ones(BATCH, PATCHES, dtype=torch.bool)
+    prices = [torch.full((BATCH,), p, dtype=torch.float64) for p in (low, low + more)]
+    cheap, dear = (logits(controller, rows(seed), everything, p) for p in prices)
+    for at_low, at_high in zip(cheap, dear, strict=True):
+        assert bool((at_high < at_low).all())
+
+
+def test_the_price_also_speaks_through_the_context() -> None:
+    controller, everything = drawn(0), torch.ones(BATCH, PATCHES, dtype=torch.bool)
+    contexts = [controller.context(rows(0), everything, PREFIX, torch.full((BATCH,), p).double()) for p in (-1.0, 1.0)]
+    assert (contexts[0] - contexts[1]).abs().min() > 0
+
+
+def test_prices_over_the_whole_range_are_told_apart() -> None:
+    prices = torch.linspace(*LOG_PRICE_RANGE, 49)
+    features = price_features(prices)
+    assert features.shape == (49, PRICE_FEATURES)
+    distances = torch.cdist(features, features) + torch.eye(49)
+    assert distances.min() > 0.05
+
+
+def test_skipped_tokens_are_not_seen() -> None:
+    controller, x = drawn(1), rows(1)
+    active = torch.tensor([1, 0, 1, 1, 0, 0, 1]).bool().expand(BATCH, -1)
+    other = torch.where(torch.cat([torch.ones(BATCH, PREFIX).bool(), active], dim=1)[..., None], x, x + 100)
+    log_price = torch.zeros(BATCH, dtype=torch.float64)
+    assert torch.equal(*(controller.context(rows_, active, PREFIX, log_price) for rows_ in (x, other)))
+
+
+@pytest.mark.parametrize("prefix", [0, PREFIX])
+def test_a_context_without_any_active_token_is_finite(prefix: int) -> None:
+    nothing = torch.zeros(BATCH, PATCHES + PREFIX - prefix, dtype=torch.bool)
+    context = drawn(2).context(rows(2), nothing, prefix, torch.zeros(BATCH, dtype=torch.float64))
+    assert bool(context.isfinite().all())
+
+
+@given(st.integers(0, 2**32), st.booleans())
+@settings(max_examples=30)
+def test_at_least_one_head_is_most_likely_and_nested_ones_are_the_first(seed: int, nested: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    head_logits = torch.randn(6, HEADS, generator=generator) - 0.5
+    kept = drawn(0, nested=nested).most_likely_heads(head_logits)
+    for row, found in zip(head_logits.tolist(), kept.tolist(), strict=True):
+        if nested:  # head j goes on only if all before it do; the first is always kept
+            count = 1
+            while count < HEADS and row[count] > 0:
+                count += 1
+            assert found == [j < count for j in range(HEADS)]
+        else:
+            assert found == [logit > 0 or (max(row) <= 0 and logit == max(row)) for logit in row]
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_controller_costs_what_it_says(rank: int) -> None:
+    controller, x = drawn(0, rank=rank), rows(0)
+    everything, log_price = torch.ones(BATCH, PATCHES, dtype=torch.bool), torch.zeros(BATCH, dtype=torch.float64)
+
+    def decide() -> None:
+        context = controller.context(x, everything, PREFIX, log_price)
+        controller.depth_and_heads(context, log_price)
+        if rank:
+            query, shift = controller.token_query(context, log_price)
+            controller.token_logits(x[:, PREFIX:], query[:, None], shift[:, None])
+
+    assert count_macs(decide) == BATCH * (controller.context_macs + PATCHES * controller.token_score_macs)
+
+
+def test_the_first_blocks_decide_no_tokens() -> None:
+    for depth, config, first in [
+        (4, {}, 1),
+        (5, {}, 2),
+        (5, {"first_token_block": 3}, 3),
+        (5, {"first_token_block": 0}, 0),
+    ]:
+        model: MIAFormer = enliven(miaformer.adapt(vit(depth=depth), token_scope="per_block", **config).eval())
+        assert [bool(c.rank) for c in model.controllers] == [index >= first for index in range(depth)]
+        trace = model.run(pictures(model.backbone, 16), price=1.0).trace
+        skips = [not trace.tokens[:, index][trace.depth[:, index]].all() for index in range(depth)]
+        assert skips[:first] == [False] * first
+        assert any(skips[first:])

@@ -1,0 +1,387 @@
+"""I2: masked execution is sparse execution is the definition, for any decisions. I3: images do not meet in a batch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import RmsNorm, SwiGLU
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from vits import GLU_FIRST, GLU_LAST, STRUCTURES, Mlp, enliven, lively, pictures, relative, vit
+
+import miaformer
+from miaformer import Decisions, MIAFormer
+from miaformer.engine.masked import Masked
+from miaformer.engine.sparse import Sparse
+from miaformer.policy import ClsAttention, Fixed, Full, Random
+
+WIDTHS = ("coupled", "hidden", "full")
+KEEPS = st.sampled_from([0.0, 0.15, 0.5, 0.85, 1.0])
+
+
+@st.composite
+def backbones(draw: st.DrawFn) -> dict[str, Any]:
+    """Settings of a ViT of any size and structure that is supported."""
+    num_heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(2, 6))
+    kind = draw(st.sampled_from(["plain", "plain", "no class token", "distilled"]))
+    made: dict[str, Any] = {
+        "embed_dim": num_heads * head_dim,
+        "num_heads": num_heads,
+        "depth": draw(st.integers(1, 4)),
+        "patch_size": 2,
+        "img_size": (2 * draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4))),
+        "num_classes": draw(st.sampled_from([3, 3, 0])),
+        "norm_layer": draw(st.sampled_from([None, RmsNorm])),
+        "qk_norm": draw(st.booleans()),
+        "scale_attn_norm": draw(st.booleans()),
+        "scale_mlp_norm": draw(st.booleans()),
+        "init_values": draw(st.sampled_from([None, 0.1])),
+        "qkv_bias": draw(st.booleans()),
+        "proj_bias": draw(st.booleans()),
+        "pre_norm": draw(st.booleans()),
+    }
+    mlp, act = draw(st.sampled_from([(Mlp, nn.GELU), (SwiGLU, nn.SiLU), (GLU_LAST, nn.Sigmoid), (GLU_FIRST, nn.SiLU)]))
+    units = draw(st.integers(num_heads, 3 * num_heads + 2)) * (2 if mlp in (GLU_LAST, GLU_FIRST) else 1)
+    made |= {"mlp_layer": mlp, "act_layer": act, "mlp_ratio": (units + 0.5) / made["embed_dim"]}
+    if kind == "distilled":
+        made["distilled"] = True
+    else:
+        pools = ["avg", "max", "avgmax", "map", "prr", ""] + ["token"] * 3 * (kind == "plain")
+        made |= {
+            "class_token": kind == "plain",
+            "global_pool": draw(st.sampled_from(pools)),
+            "reg_tokens": draw(st.integers(0, 2)),
+            "pool_include_prefix": draw(st.booleans()),
+        }
+    return made
+
+
+@st.composite
+def models(draw: st.DrawFn) -> MIAFormer:
+    config = {
+        "mlp_width": draw(st.sampled_from(WIDTHS)),
+        "token_scope": draw(st.sampled_from(["progressive", "per_block"])),
+        "head_choice": draw(st.sampled_from(["nested", "subset"])),
+    }
+    backbone = vit(draw(st.integers(0, 99)), **draw(backbones()))
+    return miaformer.adapt(backbone, **config).double().eval()
+
+
+def drawn_decisions(model: MIAFormer, batch: int, keeps: tuple[float, float, float], seed: int) -> Decisions:
+    generator = torch.Generator().manual_seed(seed)
+    cost = model.cost()
+    shapes = [(), (cost.num_heads,), (cost.num_patches,)]
+    return Decisions(
+        *(
+            torch.rand(batch, cost.depth, *shape, generator=generator) < keep
+            for shape, keep in zip(shapes, keeps, strict=True)
+        )
+    )
+
+
+def executed_plainly(model: MIAFormer, x: Tensor, decisions: Decisions) -> Tensor:
+    """DESIGN.md, section 3, to the letter: image by image, head by head, with lists of indices."""
+    x, prefix = x.clone(), model.num_prefix_tokens
+    for image in range(len(x)):
+        for index, block in enumerate(model.backbone.blocks):
+            if decisions.depth[image, index]:
+                rows = [*range(prefix), *(decisions.tokens[image, index].nonzero().flatten() + prefix).tolist()]
+                heads = decisions.heads[image, index].nonzero().flatten().tolist()
+                x[image, rows] = block_plainly(block, x[image, rows], heads, model.adapt_config.mlp_width)
+    return x
+
+
+def block_plainly(block: Block, x: Tensor, heads: list[int], mlp_width: str) -> Tensor:
+    attn, mlp = block.attn, block.mlp
+    total, size = attn.num_heads, attn.head_dim
+
+    def share(width: int) -> list[int]:
+        return [unit for j in heads for unit in range(j * width // total, (j + 1) * width // total)]
+
+    def linear(layer: nn.Linear, y: Tensor, outputs: list[int], inputs: list[int]) -> Tensor:
+        out = y @ layer.weight[outputs][:, inputs].T
+        return out if layer.bias is None else out + layer.bias[outputs]
+
+    def norm(layer: nn.Module, y: Tensor, kept: list[int]) -> Tensor:
+        if isinstance(layer, nn.Identity):
+            return y
+        if isinstance(layer, nn.LayerNorm):
+            y = y - y.mean(dim=1, keepdim=True)
+        y = y / (y.square().mean(dim=1, keepdim=True) + layer.eps).sqrt() * layer.weight[kept]
+        return y + layer.bias[kept] if isinstance(layer, nn.LayerNorm) else y
+
+    every = list(range(x.shape[1]))
+    y = block.norm1(x)
+    out = []
+    for head in heads:
+        units = list(range(head * size, (head + 1) * size))
+        q, k, v = (linear(attn.qkv, y, [u + part * attn.attn_dim for u in units], every) for part in range(3))
+        out.append((attn.q_norm(q) @ attn.k_norm(k).T / size**0.5).softmax(dim=1) @ v)
+    units = [u for head in heads for u in range(head * size, (head + 1) * size)]
+    x = x + block.ls1(linear(attn.proj, norm(attn.norm, torch.cat(out, dim=1), units), every, units))
+
+    width = mlp.fc2.in_features
+    hidden = list(range(width)) if mlp_width == "full" else share(width)
+    dim = share(x.shape[1]) if mlp_width == "coupled" else every
+    y = block.norm2(x)[:, dim]
+    if isinstance(mlp, SwiGLU):
+        y = mlp.act(linear(mlp.fc1_g, y, hidden, dim)) * linear(mlp.fc1_x, y, hidden, dim)
+    elif hasattr(mlp, "gate_last"):
+        first, second = (linear(mlp.fc1, y, [u + half for u in hidden], dim) for half in (0, width))
+        y = first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+    else:
+        y = mlp.act(linear(mlp.fc1, y, hidden, dim))
+    y = linear(mlp.fc2, norm(mlp.norm, y, hidden), dim, hidden)
+    change = torch.zeros_like(x)
+    change[:, dim] = y
+    return x + block.ls2(change)
+
+
+# I2 --------------------------------------------------------------------------------------------------------------
+
+
+@given(models(), st.integers(1, 5), st.tuples(KEEPS, KEEPS, KEEPS), st.integers(0, 2**32))
+@settings(max_examples=150)
+def test_masked_is_sparse_is_the_definition(
+    model: MIAFormer, batch: int, keeps: tuple[float, float, float], seed: int
+) -> None:
+    images = pictures(model.backbone, batch, seed)
+    policy = Fixed(drawn_decisions(model, batch, keeps, seed))
+    with torch.no_grad():
+        sparse, masked = (model.run(images, policy, execution=e) for e in ("sparse", "masked"))
+        assert relative(sparse.logits, masked.logits) < 1e-8
+        for name in ("depth", "heads", "tokens", "macs"):
+            assert torch.equal(getattr(sparse.trace, name), getattr(masked.trace, name))
+        # All rows, where the last block is not trimmed to those that the classifier reads.
+        cost = replace(model.cost(), trims_last_block=False)
+        x = model.embed(images)
+        rows = [model.walk(x, policy, execution, cost)[0] for execution in (Sparse(cost), Masked(cost))]
+        wanted = executed_plainly(model, x, sparse.trace)
+        assert relative(rows[0], wanted) < 1e-8
+        assert relative(rows[1], wanted) < 1e-8
+
+
+EMPTY = {
+    "every block skipped": (0.0, 0.5, 0.5),
+    "every token skipped": (1.0, 0.5, 0.0),
+    "every head skipped": (1.0, 0.0, 0.5),
+    "everything skipped": (0.0, 0.0, 0.0),
+    "everything kept": (1.0, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+@pytest.mark.parametrize("structure", ["plain", "no_class_token_avg", "grey_one_head_no_pos", "distilled"])
+@pytest.mark.parametrize("token_scope", ["progressive", "per_block"])
+def test_empty_decisions_are_executed_as_defined(case: str, structure: str, token_scope: str) -> None:
+    model = miaformer.adapt(vit(0, **STRUCTURES[structure]), token_scope=token_scope).double().eval()
+    images = pictures(model.backbone, 4)
+    policy = Fixed(drawn_decisions(model, 4, EMPTY[case], 0))
+    sparse, masked = (model.run(images, policy, execution=e) for e in ("sparse", "masked"))
+    assert relative(sparse.logits, masked.logits) < 1e-10
+    trace = sparse.trace
+    if case in ("every block skipped", "everything skipped"):
+        assert not trace.depth.any()
+        assert not trace.heads.any()
+        assert not trace.tokens.any()
+        assert trace.macs.tolist() == [model.cost().fixed] * 4
+        untouched = model.backbone.forward_head(model.backbone.norm(model.embed(images)))
+        assert torch.equal(sparse.logits, untouched)
+    elif case == "every token skipped":  # without prefix tokens nothing is left to execute
+        assert trace.depth.all() if model.num_prefix_tokens else not trace.depth.any()
+        assert not trace.tokens.any()
+    elif case == "every head skipped":
+        assert torch.equal(trace.heads.sum(dim=2), trace.depth.long())
+    else:
+        assert relative(sparse.logits, model.backbone(images)) < 1e-10
+
+
+@pytest.mark.parametrize("execution", ["sparse", "masked"])
+@pytest.mark.parametrize("structure", ["plain", "map_pool", "distilled", "tokens_out"])
+def test_an_empty_batch_comes_back_empty(structure: str, execution: Any) -> None:
+    model = lively(0, STRUCTURES[structure])
+    images = pictures(model.backbone, 2)
+    expected = model(images).shape[1:]
+    decisions = drawn_decisions(model, 2, (0.5, 0.5, 0.5), 0)
+    ways: list[dict[str, Any]] = [
+        {},
+        {"price": 1.0},
+        {"policy": Random(0.5, 0.5, 0.5)},
+        {"policy": Fixed(decisions[:0])},
+    ]
+    if model.num_prefix_tokens:
+        ways.append({"policy": ClsAttention(model.backbone.blocks, keep=0.5)})
+    for arguments in ways:
+        for cap in (None, 0.5):
+            output = model.run(images[:0], execution=execution, cap=cap, **arguments)
+            assert output.logits.shape == (0, *expected)
+            assert output.trace.tokens.shape == (0, 4, model.cost().num_patches)
+            assert output.trace.macs.shape == output.trace.macs_fraction.shape == (0,)
+    assert model(images[:0], price=[]).shape == (0, *expected)
+    assert model.forward_features(images[:0]).shape[0] == 0
+
+
+@pytest.mark.parametrize("mlp_width", WIDTHS)
+def test_tokens_once_skipped_stay_skipped_only_if_progressive(mlp_width: Any) -> None:
+    for scope in ("progressive", "per_block"):
+        model = miaformer.adapt(vit(0), token_scope=scope, mlp_width=mlp_width).eval()
+        decisions = drawn_decisions(model, 8, (0.7, 1.0, 0.6), 1)
+        trace = model.run(pictures(model.backbone, 8), Fixed(decisions)).trace
+        assert torch.equal(trace.depth, decisions.depth)
+        if scope == "per_block":
+            assert torch.equal(trace.tokens, decisions.tokens & decisions.depth[..., None])
+            continue
+        for image in range(8):
+            left = torch.ones(model.cost().num_patches, dtype=torch.bool)
+            for index in range(3):
+                if decisions.depth[image, index]:  # a skipped block loses no token
+                    left = left & decisions.tokens[image, index]
+                    assert torch.equal(trace.tokens[image, index], left)
+
+
+@pytest.mark.parametrize("token_scope", ["progressive", "per_block"])
+def test_a_skipped_token_keeps_its_value(token_scope: str) -> None:
+    model = lively(1, {"global_pool": "avg"}, token_scope=token_scope, mlp_width="coupled")
+    images = pictures(model.backbone, 3)
+    decisions = drawn_decisions(model, 3, (0.8, 0.5, 0.5), 2)
+    decisions.tokens[..., :4] = False
+    x = model.embed(images)
+    before = x.clone()
+    for execution in (Sparse(model.cost()), Masked(model.cost())):
+        after, _ = model.walk(x, Fixed(decisions), execution, model.cost())
+        assert torch.equal(after[:, 1:5], before[:, 1:5])
+        assert not torch.equal(after[:, 5:], before[:, 5:])
+        assert torch.equal(x, before), "what was handed in was written to"
+
+
+def test_features_without_gradients_do_not_write_to_what_was_handed_in(lively_model: MIAFormer) -> None:
+    images = pictures(lively_model.backbone, 3)
+    copied = images.clone()
+    with torch.inference_mode():
+        x = lively_model.embed(images)
+        before = x.clone()
+        lively_model.walk(x, lively_model.learned(1.0), Sparse(lively_model.cost()), lively_model.cost())
+        lively_model(images, price=1.0)
+    assert torch.equal(x, before)
+    assert torch.equal(images, copied)
+
+
+@pytest.mark.parametrize("frozen", [(), ("patch_embed", "cls_token", "pos_embed")])
+@pytest.mark.parametrize("config", [{"mlp_width": w, "head_choice": c} for w in WIDTHS for c in ("nested", "subset")])
+def test_sparse_and_masked_give_the_same_gradients(config: dict[str, Any], frozen: tuple[str, ...]) -> None:
+    model = miaformer.adapt(vit(0, scale_mlp_norm=True, init_values=0.1), **config).double().eval()
+    for name, parameter in model.backbone.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen or "-"))
+    images = pictures(model.backbone, 4)
+    policy = Fixed(drawn_decisions(model, 4, (0.8, 0.6, 0.6), 3))
+    gradients = []
+    for execution in ("sparse", "masked"):
+        model.zero_grad()
+        model.run(images, policy, execution=execution).logits.square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.backbone.named_parameters() if p.requires_grad})
+    assert len(gradients[0]) > 20
+    for name, wanted in gradients[1].items():
+        found = gradients[0][name]
+        assert found is not None, name
+        assert (found - wanted).abs().max() <= 1e-8 * wanted.abs().max().clamp(min=1e-6), name
+
+
+@pytest.mark.parametrize("mlp_width", WIDTHS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_lower_precision_stays_near(dtype: torch.dtype, tolerance: float, mlp_width: Any) -> None:
+    """Against double precision, under the same decisions: bfloat16 has 8 bits, and these weights are random."""
+    model = miaformer.adapt(vit(0, depth=6), mlp_width=mlp_width).eval()
+    policy = Fixed(drawn_decisions(model, 6, (0.8, 0.7, 0.6), 5))
+    images = pictures(model.backbone, 6)
+    wanted = copy.deepcopy(model).double().run(images.double(), policy).logits
+    low = model.to(dtype)
+    for execution in ("sparse", "masked"):
+        found = low.run(images.to(dtype), policy, execution=execution).logits
+        assert found.dtype == dtype
+        assert relative(found.double(), wanted) < tolerance
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.float().run(images, policy).logits
+    assert relative(found.double(), wanted) < 0.05
+
+
+# I3 --------------------------------------------------------------------------------------------------------------
+
+
+def varied(trace: Decisions) -> bool:
+    """Whether images were decided differently at every grain."""
+    grains = (trace.depth, trace.heads, trace.tokens)
+    return all(bool((grain != grain[:1]).any()) for grain in grains)
+
+
+@pytest.mark.parametrize("cap", [None, 0.45])
+@pytest.mark.parametrize("execution", ["sparse", "masked"])
+@pytest.mark.parametrize(
+    ("structure", "config"),
+    [
+        ("plain", {"mlp_width": "coupled"}),
+        ("no_class_token_avg", {"head_choice": "subset"}),
+        ("distilled", {"token_scope": "per_block", "mlp_width": "full"}),
+        ("map_pool", {"token_scope": "per_block", "head_choice": "subset"}),
+    ],
+)
+def test_an_image_is_alone_in_its_batch(
+    structure: str, config: dict[str, Any], execution: Any, cap: float | None
+) -> None:
+    model = lively(3, STRUCTURES[structure], **config)
+    images = pictures(model.backbone, 8, seed=1)
+    images[5] *= 100  # mates far out of range
+    prices = torch.tensor([1.0, 1.0, 0.3, 1.0, 3.0, 1.0, 0.1, 1.0])
+
+    def run(which: list[int]) -> miaformer.Output:
+        return model.run(images[which], price=prices[which], execution=execution, cap=cap)
+
+    with torch.no_grad():
+        together = run(list(range(8)))
+        assert varied(together.trace)
+        for which in [*([i] for i in range(8)), [7, 2, 5, 0, 1, 6, 3, 4], [3, 3, 0]]:
+            apart = run(which)
+            for name in ("depth", "heads", "tokens", "macs", "macs_fraction"):
+                assert torch.equal(getattr(apart.trace, name), getattr(together.trace, name)[which]), name
+            assert relative(apart.logits, together.logits[which]) < 1e-9
+
+
+def test_class_attention_is_alone_in_its_batch(lively_model: MIAFormer) -> None:
+    images = pictures(lively_model.backbone, 6)
+    policy = ClsAttention(lively_model.backbone.blocks, keep=0.5, blocks=(1, 3))
+    together = lively_model.run(images, policy)
+    assert bool((together.trace.tokens != together.trace.tokens[:1]).any())
+    for image in range(6):
+        alone = lively_model.run(images[image : image + 1], policy)
+        assert torch.equal(alone.trace.tokens[0], together.trace.tokens[image])
+        assert relative(alone.logits[0], together.logits[image]) < 1e-9
+
+
+def test_prices_of_one_batch_are_each_images_own(lively_model: MIAFormer) -> None:
+    image = pictures(lively_model.backbone, 1, seed=4)
+    prices = torch.tensor([1e-3, 0.3, 1.0, 3.0, 300.0])
+    together = lively_model.run(image.expand(5, -1, -1, -1), price=prices).trace.macs
+    assert together.tolist() == [int(lively_model.run(image, price=float(p)).trace.macs) for p in prices]
+    assert together[0] > together[2] > together[4]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lively_models_decide_differently_at_every_grain(seed: int) -> None:
+    """What the tests above rest on."""
+    for structure in ("plain", "map_pool", "swiglu"):
+        model = lively(seed, STRUCTURES[structure])
+        trace = model.run(pictures(model.backbone, 16, seed), price=1.0).trace
+        assert varied(trace)
+        assert 0.2 < float(trace.depth.float().mean()) < 0.98
+        assert trace.macs_fraction.std() > 0.02
+
+
+def test_full_execution_of_a_lively_model_is_the_backbone() -> None:
+    model = enliven(miaformer.adapt(vit(2), mlp_width="coupled")).double().eval()
+    images = pictures(model.backbone, 3)
+    assert relative(model.run(images, Full()).logits, model.backbone(images)) < 1e-10

@@ -1,0 +1,191 @@
+"""Policies other than the learned one: they keep what they say, and are controls of equal terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vits import STRUCTURES, lively, pictures, relative, vit
+
+import miaformer
+from miaformer import Decisions, MIAFormer
+from miaformer.decisions import Gates
+from miaformer.engine.walk import State
+from miaformer.policy import ClsAttention, Fixed, Full, Random, Static
+
+
+def state(index: int = 0, batch: int = 1000, active: Tensor | None = None) -> State:
+    """What a policy that reads no tokens sees: 4 heads, 10 patch tokens."""
+    everything = torch.ones(batch, 10, dtype=torch.bool)
+    return State(index, torch.empty(batch, 11, 0), everything if active is None else active, None, 1, 4)
+
+
+def shares(gates: Gates) -> list[float]:
+    return [float(kept.float().mean()) for kept in (gates.depth, gates.heads, gates.tokens)]
+
+
+def test_full_keeps_everything() -> None:
+    assert shares(Full().decide(state())) == [1.0, 1.0, 1.0]
+
+
+def test_random_keeps_the_shares_asked_for() -> None:
+    policy = Random(depth=0.8, heads=0.3, tokens=[0.9, 0.5], seed=1)
+    for index, tokens in enumerate((0.9, 0.5)):
+        assert shares(policy.decide(state(index))) == pytest.approx([0.8, 0.3, tokens], abs=0.04)
+    assert shares(Random(0.0, 0.0, 0.0).decide(state())) == [0.0, 0.0, 0.0]
+    assert shares(Random(1.0, 1.0, 1.0).decide(state())) == [1.0, 1.0, 1.0]
+
+
+def test_random_tokens_are_not_lost_block_after_block() -> None:
+    """A token kept at 0.5 in one block is kept at 0.5 in the next: the scope takes no powers of it."""
+    policy = Random(tokens=[0.5, 0.5, 0.3])
+    first, second, third = (policy.decide(state(index)).tokens for index in range(3))
+    assert torch.equal(first, second)
+    assert not (third & ~second).any()
+
+
+def test_random_decides_each_image_on_its_own_and_anew_in_each_pass() -> None:
+    policy = Random(0.5, 0.5, 0.5, seed=1)
+    passes = [policy.decide(state()) for _ in range(2)]
+    for name in ("depth", "heads", "tokens"):
+        first, second = (getattr(gates, name) for gates in passes)
+        assert bool((first[1:] != first[:-1]).any())
+        assert not torch.equal(first, second)
+
+
+def test_random_is_repeated_by_its_seed() -> None:
+    model = miaformer.adapt(vit()).eval()
+    images = pictures(model.backbone, 4)
+    traces = [model.run(images, Random(0.5, 0.5, 0.5, seed=seed)).trace for seed in (5, 5, 6)]
+    assert torch.equal(traces[0].tokens, traces[1].tokens)
+    assert torch.equal(traces[0].heads, traces[1].heads)
+    assert not torch.equal(traces[0].tokens, traces[2].tokens)
+
+
+@pytest.mark.parametrize("wrong", [{"depth": 1.5}, {"heads": -0.1}, {"tokens": [0.5, 2.0]}, {"depth": float("nan")}])
+def test_random_names_a_share_that_is_none(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"Random\\({next(iter(wrong))}=.*0 to 1"):
+        Random(**wrong)
+
+
+def test_random_names_shares_for_another_number_of_blocks() -> None:
+    model = miaformer.adapt(vit()).eval()
+    for name in ("depth", "heads", "tokens"):
+        for count in (2, 4):
+            with pytest.raises(ValueError, match=rf"{name}.*{count}.*3 blocks"):
+                model.run(pictures(model.backbone, 1), Random(**{name: [0.5] * count}))
+
+
+def drawn(batch: int, depth: int = 3, heads: int = 3, patches: int = 16) -> Decisions:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(batch, depth), (batch, depth, heads), (batch, depth, patches)]
+    return Decisions(*(torch.rand(shape, generator=generator) < 0.6 for shape in shapes))
+
+
+@pytest.mark.parametrize("kind", [Fixed, Static])
+def test_fixed_decisions_are_executed(kind: type[Fixed]) -> None:
+    model = miaformer.adapt(vit(), head_choice="subset", token_scope="per_block").eval()
+    images = pictures(model.backbone, 5)
+    for decisions in (drawn(5), drawn(1)):
+        trace = model.run(images, kind(decisions)).trace
+        depth = decisions.depth.expand(5, -1)
+        assert torch.equal(trace.depth, depth)
+        assert torch.equal(trace.tokens, decisions.tokens & depth[..., None])
+        chosen = decisions.heads.any(dim=2) & depth
+        assert torch.equal(trace.heads[chosen], decisions.heads.expand(5, -1, -1)[chosen])
+
+
+@pytest.mark.parametrize(
+    "decisions", [drawn(4), drawn(0), drawn(5, heads=4), drawn(5, patches=9), drawn(5, depth=2), drawn(5, depth=4)]
+)
+def test_fixed_decisions_for_another_model_or_batch_are_named(decisions: Decisions) -> None:
+    model = miaformer.adapt(vit()).eval()
+    with pytest.raises(ValueError, match=r"Fixed decisions are for .*\(.*\d.*\).* the model (needs|has)"):
+        model.run(pictures(model.backbone, 5), Fixed(decisions))
+
+
+def class_attention(model: MIAFormer, images: Tensor, index: int) -> Tensor:
+    """(B, N): what the class token of block `index` attends to, mean over heads, taken from timm's own attention."""
+    x = model.embed(images)
+    x = model.backbone.blocks[:index](x)
+    block = model.backbone.blocks[index]
+    attn = block.attn
+    q, k, _ = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    weights = (attn.q_norm(q) @ attn.k_norm(k).transpose(2, 3) * attn.scale).softmax(dim=3)
+    return weights[:, :, 0, model.num_prefix_tokens :].mean(dim=1)
+
+
+@pytest.mark.parametrize("structure", ["plain", "registers", "layer_scale_qk_norm", "not_square_no_biases"])
+def test_class_attention_keeps_the_tokens_attended_to_most(structure: str) -> None:
+    """With one head the criterion is EViT's to the letter: the softmax over patches alone changes no order."""
+    model = miaformer.adapt(vit(1, **{**STRUCTURES[structure], "num_heads": 1})).double().eval()
+    images = pictures(model.backbone, 4)
+    trace = model.run(images, ClsAttention(model.backbone.blocks, keep=0.5, blocks=(1,))).trace
+    scores = class_attention(model, images, 1)
+    count = round(scores.shape[1] / 2)
+    kept = torch.zeros_like(trace.tokens[:, 1]).scatter_(1, scores.topk(count, dim=1).indices, True)
+    assert trace.tokens[:, 0].all()
+    assert torch.equal(trace.tokens[:, 1], kept)
+    assert torch.equal(trace.tokens[:, 2], kept)
+
+
+def test_class_attention_keeps_its_share_at_each_of_its_blocks() -> None:
+    model = miaformer.adapt(vit(1, depth=8)).eval()
+    images = pictures(model.backbone, 4)
+    trace = model.run(images, ClsAttention(model.backbone.blocks, keep=0.5)).trace
+    assert trace.tokens.sum(dim=2).tolist() == [[16, 16, 8, 8, 4, 4, 2, 2]] * 4  # a quarter, half, three quarters
+    assert trace.depth.all()
+    assert trace.heads.all()
+    everything = model.run(images, ClsAttention(model.backbone.blocks, keep=1.0))
+    assert everything.trace.tokens.all()
+    assert relative(everything.logits, model.backbone(images)) < 1e-4
+
+
+def test_class_attention_sees_kept_tokens_only() -> None:
+    """What was skipped takes no part in the softmax that later blocks choose by."""
+    model = miaformer.adapt(vit(1, num_heads=4)).double().eval()
+    images = pictures(model.backbone, 2)
+    x = model.embed(images)
+    active = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) < 0.6
+    policy = ClsAttention(model.backbone.blocks, keep=0.5, blocks=(0,))
+    other = torch.where(torch.cat([torch.ones(2, 1).bool(), active], dim=1)[..., None], x, x + 50)
+    found = [policy.decide(State(0, rows, active, None, 1, 4)) for rows in (x, other)]
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    assert not (found[0].tokens & ~active).any()
+    assert found[0].tokens.sum(dim=1).tolist() == [round(0.5 * n) for n in active.sum(dim=1).tolist()]
+
+
+def test_class_attention_needs_a_class_token() -> None:
+    for structure in ("no_class_token_avg", "registers_only_max"):
+        model = miaformer.adapt(vit(0, **STRUCTURES[structure])).eval()
+        with pytest.raises(ValueError, match="needs a class token"):
+            model.run(pictures(model.backbone, 2), ClsAttention(model.backbone.blocks, keep=0.5))
+
+
+@pytest.mark.parametrize("keep", [-0.1, 1.1, float("nan")])
+def test_class_attention_names_a_share_that_is_none(keep: float) -> None:
+    with pytest.raises(ValueError, match=r"ClsAttention\(keep=.*0 to 1"):
+        ClsAttention(vit().blocks, keep=keep)
+
+
+def test_learned_decisions_are_the_signs_of_the_controllers_logits() -> None:
+    model = lively(0)
+    images = pictures(model.backbone, 6)
+    trace = model.run(images, price=1.0, execution="masked").trace
+    x = model.embed(images)
+    controller = model.controllers[0]
+    log_price = torch.zeros(6, dtype=torch.float64)
+    context = controller.context(x, torch.ones(6, 25, dtype=torch.bool), 1, log_price)
+    depth, heads = controller.depth_and_heads(context, log_price)
+    assert torch.equal(trace.depth[:, 0], depth > 0)
+    assert torch.equal(trace.heads[:, 0], controller.most_likely_heads(heads) & (depth > 0)[:, None])
+    policy = model.learned(1.0)
+    gates = policy.decide(State(1, x, torch.ones(6, 25, dtype=torch.bool), None, 1, 3))
+    controller = model.controllers[1]
+    context = controller.context(x, torch.ones(6, 25, dtype=torch.bool), 1, log_price)
+    query, shift = controller.token_query(context, log_price)
+    logits = controller.token_logits(x[:, 1:], query[:, None], shift[:, None])
+    executed = gates.depth[:, None]
+    assert torch.equal(gates.tokens & executed, (logits > 0) & executed)

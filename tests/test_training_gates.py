@@ -1,0 +1,183 @@
+"""Training's gates mean what inference's do, and their gradients are those of the objective."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from tiny_training import Quadrants, tiny_model
+from torch import Tensor
+
+from miaformer import MIAFormer
+from miaformer.data import Batches, build_transform
+from miaformer.engine.masked import Masked
+from miaformer.training.gates import Draws, Relaxed, Sampled, elastic_decisions
+from miaformer.training.tariff import Tariff
+
+BATCH = 12
+
+
+@pytest.fixture
+def images() -> Tensor:
+    transform = build_transform(tiny_model().data_config())
+    batches = Batches(Quadrants("train"), transform, BATCH, seed=0, shuffle=False, drop_last=True)
+    return next(iter(batches.epoch(0))).images
+
+
+def deciding(seed: int = 0, **config: object) -> MIAFormer:
+    """Controllers whose decisions differ between images, at all grains."""
+    model = tiny_model(first_token_block=0, **config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for controller in model.controllers:
+        for layer in (controller.gates, controller.query):
+            layer.weight.data = torch.randn(layer.weight.shape, generator=generator) * 3
+        controller.gates.bias.data -= 3
+        controller.query.bias.data[-1] -= 3
+    return model
+
+
+def draws(model: MIAFormer, seed: int = 0, full_share: float = 0.0, batch: int = BATCH) -> Draws:
+    generator = torch.Generator().manual_seed(seed)
+    return Draws.of_step(generator, batch, model.cost(), full_share, (0.3, 0.9), slice(0, batch))
+
+
+@pytest.mark.parametrize("head_choice", ["nested", "subset"])
+@pytest.mark.parametrize("token_scope", ["progressive", "per_block"])
+def test_relaxed_without_noise_decides_as_inference_does(head_choice: str, token_scope: str, images: Tensor) -> None:
+    model = deciding(head_choice=head_choice, token_scope=token_scope)
+    cost, prices = model.cost(), torch.full((BATCH,), 0.3)
+    x, steps = model.walk(
+        model.embed(images), Relaxed(model.controllers, prices, draws(model), 0.0), Masked(cost), cost
+    )
+    greedy = model.run(images, price=float(prices[0].exp()))
+    assert 0.05 < greedy.trace.depth.float().mean() < 0.95
+    torch.testing.assert_close(steps.macs.long(), greedy.trace.macs, rtol=1e-6, atol=2)
+    logits = model.backbone.forward_head(model.backbone.norm(x))
+    torch.testing.assert_close(logits, greedy.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_images_marked_full_execute_everything(images: Tensor) -> None:
+    model = deciding()
+    cost, drawn = model.cost(), draws(model, full_share=0.5)
+    for policy in (
+        Relaxed(model.controllers, torch.full((BATCH,), 2.0), drawn, 1.0),
+        Sampled(model.controllers, torch.full((BATCH,), 2.0), drawn, 1.0, cost, True),
+    ):
+        x, _ = model.walk(model.embed(images), policy, Masked(cost), cost)
+        logits = model.backbone.forward_head(model.backbone.norm(x))
+        torch.testing.assert_close(logits[drawn.full], model.backbone(images)[drawn.full])
+        assert not torch.allclose(logits[~drawn.full], model.backbone(images)[~drawn.full], atol=1e-3)
+
+
+def test_gradients_reach_every_grain_from_loss_and_from_cost(images: Tensor) -> None:
+    model = deciding()
+    cost = model.cost()
+    policy = Relaxed(model.controllers, torch.zeros(BATCH), draws(model), 1.0)
+    x, steps = model.walk(model.embed(images), policy, Masked(cost), cost)
+    logits = model.backbone.forward_head(model.backbone.norm(x))
+    for objective in (logits.logsumexp(dim=1).sum(), (steps.macs / cost.backbone).sum()):
+        model.zero_grad()
+        objective.backward(retain_graph=True)
+        for controller in model.controllers:
+            assert controller.gates.weight.grad[0].abs().sum() > 0
+            assert controller.gates.weight.grad[2:].abs().sum() > 0
+            assert controller.query.weight.grad.abs().sum() > 0
+            assert all(p.grad is None or p.grad.isfinite().all() for p in controller.parameters())
+
+
+def test_log_probability_is_that_of_the_decisions_sampled(images: Tensor) -> None:
+    """Summed over all outcomes of a model with two blocks' depth gates free, probabilities are 1."""
+    model = deciding()
+    for controller in model.controllers:  # heads and tokens certain: only depth is left to chance
+        controller.gates.weight.data[1:] = 0
+        controller.gates.bias.data[1:] = 60
+        controller.query.weight.data.zero_()
+        controller.query.bias.data[-1] = 60
+    cost, base = model.cost(), draws(model)
+    x = model.embed(images)
+    total = torch.zeros(BATCH)
+    for outcome in product([1e-6, 1 - 1e-6], repeat=cost.depth):
+        drawn = replace(base, depth=torch.tensor(outcome).expand(BATCH, -1))
+        policy = Sampled(model.controllers, torch.full((BATCH,), -3.0), drawn, 1.0, cost, True)
+        model.walk(x, policy, Masked(cost), cost)
+        total += policy.log_prob.exp().detach()
+    torch.testing.assert_close(total, torch.ones(BATCH), rtol=2e-2, atol=2e-2)
+
+
+def test_expected_cost_is_the_mean_over_samples(images: Tensor) -> None:
+    model = deciding()
+    for controller in model.controllers[1:]:  # later blocks see what earlier ones did; the first does not
+        controller.gates.weight.data.zero_()
+        controller.query.weight.data.zero_()
+        controller.query.bias.data[:-1] = 0
+    cost, prices = model.cost(), torch.full((BATCH,), 0.5)
+    x, spent, expected = model.embed(images), torch.zeros(BATCH), torch.zeros(BATCH)
+    repeats = 300
+    with torch.no_grad():
+        for seed in range(repeats):
+            policy = Sampled(model.controllers, prices, draws(model, seed), 1.0, cost, True)
+            _, steps = model.walk(x, policy, Masked(cost), cost)
+            blocks = sum(cost.block(i, g) for i, g in enumerate(steps.gates))
+            spent += blocks / cost.backbone / repeats
+            expected += policy.expected_macs / cost.backbone / repeats
+    # Products of gates (attention's square, heads by tokens) are taken at their means: a little off, not more.
+    torch.testing.assert_close(spent.mean(), expected.mean(), rtol=0.05, atol=0.01)
+
+
+def test_elastic_decisions_cover_the_range_and_keep_early_tokens() -> None:
+    model = tiny_model()
+    cost = model.cost()
+    decisions = elastic_decisions(draws(model, full_share=0.25, batch=400), cost, (0.5, 0.25, 0.1), 1)
+    assert decisions.tokens[:, 0].all()
+    kept = decisions.tokens[:, -1].float().mean(dim=1)
+    assert kept.min() < 0.3
+    assert (kept == 1).float().mean() > 0.2
+    later = decisions.tokens[:, 1:] <= decisions.tokens[:, :-1]
+    assert later.all(), "a token that left has come back"
+    everything = decisions.depth.all(1) & decisions.heads.all(2).all(1) & decisions.tokens.all(2).all(1)
+    assert everything.sum() >= 100
+
+
+def test_draws_do_not_depend_on_the_number_of_processes() -> None:
+    model = tiny_model()
+
+    def part(images: slice) -> Draws:
+        return Draws.of_step(torch.Generator().manual_seed(5), 8, model.cost(), 0.25, (0.3, 0.9), images)
+
+    whole, halves = part(slice(0, 8)), (part(slice(0, 4)), part(slice(4, 8)))
+    for name in ("full", "budgets", "depth", "heads", "tokens", "rates"):
+        together = torch.cat([getattr(half, name) for half in halves])
+        assert torch.equal(getattr(whole, name), together)
+
+
+def test_tariff_brings_spending_to_the_budget() -> None:
+    """Against a simulated model whose spending falls with the log-price, and drifts upwards while it learns."""
+    tariff = Tariff((0.2, 1.0), price_rate=0.3)
+    generator = torch.Generator().manual_seed(0)
+
+    def spends(log_price: Tensor, drift: float) -> Tensor:
+        return torch.sigmoid(1 + drift - log_price)
+
+    tariff.start(lambda log_price: float(spends(torch.tensor(log_price), 0.0)))
+    for step in range(400):
+        budgets = 0.2 + 0.75 * torch.rand(32, generator=generator)
+        spent = spends(tariff.prices(budgets), step / 200) + 0.1 * torch.randn(32, generator=generator)
+        tariff.update(budgets, spent, None)
+    asked = torch.linspace(0.25, 0.9, 10)
+    assert (spends(tariff.prices(asked), 2.0) - asked).abs().max() < 0.05
+    assert (tariff.log_price.diff() <= 0).all()
+
+
+def test_tariff_finds_the_marginal_value_of_compute() -> None:
+    """Loss 0.4 / spent: its marginal value at a budget b is 0.4 / b^2."""
+    tariff = Tariff((0.3, 1.0), value_rate=0.02)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3000):
+        budgets = 0.3 + 0.7 * torch.rand(64, generator=generator)
+        by_price = -0.2  # spending falls by 0.2 per unit of log-price
+        gradient = by_price * (-0.4 / budgets**2 + tariff.values(budgets)) + 0.05 * torch.randn(64, generator=generator)
+        tariff.update(budgets, budgets, gradient)
+    at = torch.tensor([0.4, 0.6, 0.9])
+    torch.testing.assert_close(tariff.values(at), 0.4 / at**2, rtol=0.15, atol=0.0)
