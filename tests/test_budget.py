@@ -56,12 +56,12 @@ def test_measuring_is_finer_where_spending_changes() -> None:
         asked.append(math.log(price))
         return logistic(8, 1.7)(price)
 
-    table = calibrate(steep, 1, tolerance=0.02)
+    table = calibrate(steep, 1, tolerance=0.05)
     assert len(asked) == len(set(asked)) <= 48
     near = sum(abs(log_price - 1.7) < 1 for log_price in asked)
     assert near > len(asked) / 2
     steps = [a - b for a, b in zip(table.fractions, table.fractions[1:], strict=False)]
-    assert max(steps) <= 0.02
+    assert max(steps) <= 0.05
 
 
 def test_a_step_is_found_and_both_its_ends_are_met() -> None:
@@ -130,14 +130,14 @@ def test_a_table_survives_json() -> None:
     ],
 )
 def test_a_damaged_table_is_named(content: Any) -> None:
-    with pytest.raises(ValueError, match="calibration.json is not a calibration table"):
+    with pytest.raises(ValueError, match=r"calibration\.json is not a calibration table"):
         Calibration.from_json(content)
 
 
 @pytest.mark.parametrize("wrong", [0, -0.1, 1.01, float("nan"), float("inf"), "0.5", None, True, [0.5]])
 def test_a_fraction_that_is_none_is_named(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="budget=.* must be a fraction of the backbone's MACs"):
+    with pytest.raises(ValueError, match=r"budget=.* must be a fraction of the backbone's MACs"):
         check_fraction("budget", wrong)
-    with pytest.raises(ValueError, match="budget=.* must be a fraction of the backbone's MACs"):
+    with pytest.raises(ValueError, match=r"budget=.* must be a fraction of the backbone's MACs"):
         Calibration((1.0,), (0.5,), 1).price(wrong)
     assert check_fraction("cap", 1) == 1.0

@@ -101,6 +101,7 @@ def test_the_first_heads_serve_better_than_the_last(mlp_width: Any) -> None:
     images = pictures(backbone, 8)
     logits = backbone(images)
 
+    @torch.no_grad()
     def distance(model: miaformer.MIAFormer, heads: list[int]) -> float:
         half = Decisions.full(1, 3, 4, 16)
         half.heads[..., [j for j in range(4) if j not in heads]] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from miaformer.policy import ClsAttention, Fixed, Full, Random, Static
 def state(index: int = 0, batch: int = 1000, active: Tensor | None = None) -> State:
     """What a policy that reads no tokens sees: 4 heads, 10 patch tokens."""
     everything = torch.ones(batch, 10, dtype=torch.bool)
-    return State(index, torch.empty(batch, 11, 0), everything if active is None else active, None, 1, 4)
+    return State(index, torch.empty(batch, 11, 0), everything if active is None else active, None, 1, 4, num_blocks=3)
 
 
 def shares(gates: Gates) -> list[float]:
@@ -31,8 +32,8 @@ def test_full_keeps_everything() -> None:
 
 
 def test_random_keeps_the_shares_asked_for() -> None:
-    policy = Random(depth=0.8, heads=0.3, tokens=[0.9, 0.5], seed=1)
-    for index, tokens in enumerate((0.9, 0.5)):
+    policy = Random(depth=0.8, heads=0.3, tokens=[0.9, 0.5, 0.0], seed=1)
+    for index, tokens in enumerate((0.9, 0.5, 0.0)):
         assert shares(policy.decide(state(index))) == pytest.approx([0.8, 0.3, tokens], abs=0.04)
     assert shares(Random(0.0, 0.0, 0.0).decide(state())) == [0.0, 0.0, 0.0]
     assert shares(Random(1.0, 1.0, 1.0).decide(state())) == [1.0, 1.0, 1.0]
@@ -98,12 +99,14 @@ def test_fixed_decisions_are_executed(kind: type[Fixed]) -> None:
 
 
 @pytest.mark.parametrize(
-    "decisions", [drawn(4), drawn(0), drawn(5, heads=4), drawn(5, patches=9), drawn(5, depth=2), drawn(5, depth=4)]
+    "wrong", [{"batch": 4}, {"batch": 0}, {"heads": 4}, {"patches": 9}, {"depth": 2}, {"depth": 4}]
 )
-def test_fixed_decisions_for_another_model_or_batch_are_named(decisions: Decisions) -> None:
+def test_fixed_decisions_for_another_model_or_batch_are_named(wrong: dict[str, int]) -> None:
     model = miaformer.adapt(vit()).eval()
-    with pytest.raises(ValueError, match=r"Fixed decisions are for .*\(.*\d.*\).* the model (needs|has)"):
-        model.run(pictures(model.backbone, 5), Fixed(decisions))
+    given = {"batch": 5, "depth": 3, "heads": 3, "patches": 16, **wrong}
+    found = re.escape(str(tuple(given.values())))
+    with pytest.raises(ValueError, match=rf"Fixed decisions are for .* = {found}, the model needs \(5, 3, 3, 16\)"):
+        model.run(pictures(model.backbone, 5), Fixed(drawn(**given)))
 
 
 def class_attention(model: MIAFormer, images: Tensor, index: int) -> Tensor:
@@ -151,17 +154,16 @@ def test_class_attention_sees_kept_tokens_only() -> None:
     active = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) < 0.6
     policy = ClsAttention(model.backbone.blocks, keep=0.5, blocks=(0,))
     other = torch.where(torch.cat([torch.ones(2, 1).bool(), active], dim=1)[..., None], x, x + 50)
-    found = [policy.decide(State(0, rows, active, None, 1, 4)) for rows in (x, other)]
+    found = [policy.decide(State(0, rows, active, None, 1, 4, 3)) for rows in (x, other)]
     assert torch.equal(found[0].tokens, found[1].tokens)
     assert not (found[0].tokens & ~active).any()
     assert found[0].tokens.sum(dim=1).tolist() == [round(0.5 * n) for n in active.sum(dim=1).tolist()]
 
 
 def test_class_attention_needs_a_class_token() -> None:
-    for structure in ("no_class_token_avg", "registers_only_max"):
-        model = miaformer.adapt(vit(0, **STRUCTURES[structure])).eval()
-        with pytest.raises(ValueError, match="needs a class token"):
-            model.run(pictures(model.backbone, 2), ClsAttention(model.backbone.blocks, keep=0.5))
+    model = miaformer.adapt(vit(0, **STRUCTURES["no_class_token_avg"])).eval()
+    with pytest.raises(ValueError, match="needs a class token"):
+        model.run(pictures(model.backbone, 2), ClsAttention(model.backbone.blocks, keep=0.5))
 
 
 @pytest.mark.parametrize("keep", [-0.1, 1.1, float("nan")])
@@ -182,7 +184,7 @@ def test_learned_decisions_are_the_signs_of_the_controllers_logits() -> None:
     assert torch.equal(trace.depth[:, 0], depth > 0)
     assert torch.equal(trace.heads[:, 0], controller.most_likely_heads(heads) & (depth > 0)[:, None])
     policy = model.learned(1.0)
-    gates = policy.decide(State(1, x, torch.ones(6, 25, dtype=torch.bool), None, 1, 3))
+    gates = policy.decide(State(1, x, torch.ones(6, 25, dtype=torch.bool), None, 1, 3, 4))
     controller = model.controllers[1]
     context = controller.context(x, torch.ones(6, 25, dtype=torch.bool), 1, log_price)
     query, shift = controller.token_query(context, log_price)

@@ -66,6 +66,42 @@ def _unsupported(block: Any) -> str | None:
     return None
 
 
+def image_size(backbone: VisionTransformer) -> tuple[int, int]:
+    """(H, W) of the images that the backbone was made for."""
+    size = backbone.patch_embed.img_size
+    if size is None:
+        size = (getattr(backbone, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
+    return int(size[0]), int(size[1])
+
+
+def check_images(images: Any, backbone: VisionTransformer, name: str = "images") -> Tensor:
+    """The images, if the backbone can take them: (B, channels, H, W), floating point, finite.
+
+    Raises TypeError or ValueError naming what is wrong, and what would be right.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name} must be a tensor (B, {backbone.in_chans}, H, W), got {type(images).__name__}")
+    if images.ndim != 4 or images.shape[1] != backbone.in_chans:
+        raise ValueError(f"{name} must have shape (B, {backbone.in_chans}, H, W), got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(f"{name} must be floating point, normalised as the backbone expects, got {images.dtype}")
+    wanted_dtype = backbone.patch_embed.proj.weight.dtype
+    if images.dtype != wanted_dtype and not torch.is_autocast_enabled(images.device.type):
+        raise TypeError(f"{name} are {images.dtype}, the model's weights {wanted_dtype}: convert one of them")
+    height, width = images.shape[-2:]
+    patch = backbone.patch_embed.patch_size
+    if not backbone.dynamic_img_size:
+        if (height, width) != image_size(backbone):
+            wanted = " x ".join(map(str, image_size(backbone)))
+            raise ValueError(f"{name} are {height} x {width}, this backbone takes {wanted} (or dynamic_img_size=True)")
+    elif not backbone.patch_embed.dynamic_img_pad and (height % patch[0] or width % patch[1]):
+        raise ValueError(f"{name} are {height} x {width}, not a multiple of the patch size {patch[0]} x {patch[1]}")
+    if images.device.type != "meta" and not bool(images.isfinite().all()):
+        bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"{name} {bad[:8]} of the batch hold NaN or infinite values")
+    return images
+
+
 def describe(backbone: VisionTransformer) -> dict[str, Any]:
     """Constructor arguments, as JSON knows them, that `build` makes an equally shaped backbone from.
 
@@ -127,9 +163,7 @@ def build(description: dict[str, Any]) -> VisionTransformer:
         mlp_layer = partial(mlp_layer, gate_last=gate_last)
     act_layer = _named_layer(args.pop("act_layer"))
     # Drawing weights takes longer than all else, most of all on the meta device.
-    model = model_class(
-        **args, norm_layer=norm_layer, act_layer=act_layer, mlp_layer=mlp_layer, weight_init="skip"
-    )
+    model = model_class(**args, norm_layer=norm_layer, act_layer=act_layer, mlp_layer=mlp_layer, weight_init="skip")
     return model
 
 

@@ -26,6 +26,8 @@ class Calibration:
             raise ValueError(
                 f"Calibration needs as many prices as fractions, got {len(self.prices)} and {len(self.fractions)}"
             )
+        if not all(0 < number < math.inf for number in (*self.prices, *self.fractions)):
+            raise ValueError("Calibration prices and fractions must be positive numbers")
         if any(a >= b for a, b in pairwise(self.prices)) or any(a <= b for a, b in pairwise(self.fractions)):
             raise ValueError("Calibration prices must rise and fractions fall")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 KEEP_LOGIT = 3.0  # untrained controllers keep with probability 0.95 at a log-price of 0
 LOGIT_BOUND = 6.0  # what content can say; bounded, so that no gate saturates beyond return
 PRICE_FEATURES = 8
-LOG_PRICE_RANGE = (-6.0, 10.0)
+LOG_PRICE_RANGE = (-6.0, 12.0)
 
 
 def price_features(log_price: Tensor) -> Tensor:

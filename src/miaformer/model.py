@@ -56,10 +56,12 @@ class AdaptConfig:
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
-        for name in ("controller_hidden", "controller_rank"):
+        for name, least in (("controller_hidden", 1), ("controller_rank", 1), ("first_token_block", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r} must be at least 1")
+            if value is None and name != "controller_hidden":
+                continue
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
         if self.default_budget is not None:
             check_fraction("default_budget", self.default_budget)
 
@@ -172,10 +174,7 @@ class MIAFormer(
 
     def image_size(self) -> tuple[int, int]:
         """(H, W) of the images that the backbone was made for."""
-        size = self.backbone.patch_embed.img_size
-        if size is None:
-            size = self.pretrained_cfg.get("input_size", (3, 224, 224))[1:]
-        return int(size[0]), int(size[1])
+        return static.image_size(self.backbone)
 
     def cost(self, image_size: tuple[int, int] | None = None) -> Cost:
         """What decisions cost for images of this size (H, W); the backbone's own size by default."""
@@ -231,7 +230,7 @@ class MIAFormer(
         In training mode without budget and price this is the backbone, so that any training loop can fine-tune it.
         """
         if self.training and budget is None and price is None and cap is None:
-            return self._head(self.backbone.forward_features(self._checked(images)))
+            return self._head(self.backbone.forward_features(static.check_images(images, self.backbone)))
         return self.run(images, budget=budget, price=price, cap=cap).logits
 
     def run(
@@ -254,7 +253,7 @@ class MIAFormer(
         Raises ValueError or TypeError, naming what was wrong, for images of wrong shape, type or with NaN, for a
         budget without calibration, and for a cap below what embedding, controllers and classifier take.
         """
-        images = self._checked(images)
+        images = static.check_images(images, self.backbone)
         if execution not in ("sparse", "masked"):
             raise ValueError(f"execution={execution!r} must be 'sparse' or 'masked'")
         cost = self.cost((images.shape[-2], images.shape[-1]))
@@ -272,7 +271,7 @@ class MIAFormer(
         cap: float | None = None,
     ) -> Tensor:
         """All tokens (B, P+N, C) after the final norm, for dense tasks; skipped tokens keep their value."""
-        images = self._checked(images)
+        images = static.check_images(images, self.backbone)
         cost = replace(self.cost((images.shape[-2], images.shape[-1])), trims_last_block=False)
         x, _ = self._walk(images, cost, self._policy(None, budget, price, len(images)), cap, "sparse")
         return self._in_first_order(self.backbone.norm(x))
@@ -325,19 +324,23 @@ class MIAFormer(
         if len(given) > 1:
             raise ValueError(f"Give one of policy, budget and price, not {' and '.join(given)}")
         if policy is not None:
+            if not hasattr(policy, "decide"):
+                raise TypeError(
+                    f"policy={policy!r} is none: give one of miaformer.policy, for example Random(tokens=0.5)"
+                )
             return policy
         if price is None:
             if budget is None:
                 budget = self.adapt_config.default_budget
                 if budget is None or self.calibration is None:
                     return Full()
-            price = self.price_of(budget)
+            price = self.price_of(_per_image("budget", budget, batch))
         return self.learned(price, batch)
 
     def learned(self, price: Budget, batch: int = 1) -> Learned:
         """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each."""
-        prices = torch.atleast_1d(torch.as_tensor(price, dtype=torch.float32))
-        if prices.shape not in ((1,), (batch,)) or not bool((prices >= 0).all()):
+        prices = torch.atleast_1d(_per_image("price", price, batch)).float()
+        if not bool((prices >= 0).all()):
             raise ValueError(f"price={price!r} must be at least 0: a number, or one for each of {batch} images")
         return Learned(self.controllers, self._log_price(prices))
 
@@ -368,45 +371,17 @@ class MIAFormer(
                 "This model is not calibrated, so it knows no budget: train it (miaformer.train), calibrate it "
                 "(miaformer.calibrate), or pass price= or policy="
             )
-        least = self.calibration.range[0]
-        values = budget.tolist() if isinstance(budget, Tensor) else budget
-        if not isinstance(values, int | float):
-            return [self._price_of(float(value), least) for value in values]
-        return self._price_of(values, least)
+        budgets = _per_image("budget", budget).tolist()
+        return [self._price_of(b) for b in budgets] if isinstance(budgets, list) else self._price_of(budgets)
 
-    def _price_of(self, budget: float, least: float) -> float:
+    def _price_of(self, budget: float) -> float:
         assert self.calibration is not None
+        least = self.calibration.range[0]
         if check_fraction("budget", budget) < least - 0.01:
             raise ValueError(
                 f"budget={budget:.3f} is below {least:.3f}, the least that this model spends; use cap= for a hard limit"
             )
         return self.calibration.price(budget)
-
-    def _checked(self, images: Tensor) -> Tensor:
-        backbone = self.backbone
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a tensor (B, {backbone.in_chans}, H, W), got {type(images).__name__}")
-        if images.ndim != 4 or images.shape[1] != backbone.in_chans:
-            raise ValueError(f"images must have shape (B, {backbone.in_chans}, H, W), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(f"images must be floating point, normalised as the backbone expects, got {images.dtype}")
-        wanted_dtype = backbone.patch_embed.proj.weight.dtype
-        if images.dtype != wanted_dtype and not torch.is_autocast_enabled(images.device.type):
-            raise TypeError(f"images are {images.dtype}, the model's weights {wanted_dtype}: convert one of them")
-        height, width = images.shape[-2:]
-        patch = backbone.patch_embed.patch_size
-        if not backbone.dynamic_img_size:
-            if (height, width) != self.image_size():
-                wanted = " x ".join(map(str, self.image_size()))
-                raise ValueError(
-                    f"images are {height} x {width}, this backbone takes {wanted} (or dynamic_img_size=True)"
-                )
-        elif not backbone.patch_embed.dynamic_img_pad and (height % patch[0] or width % patch[1]):
-            raise ValueError(f"images are {height} x {width}, not a multiple of the patch size {patch[0]} x {patch[1]}")
-        if images.device.type != "meta" and not bool(images.isfinite().all()):
-            bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-            raise ValueError(f"images {bad[:8]} of the batch hold NaN or infinite values")
-        return images
 
     # What it becomes -------------------------------------------------------------------------------------------
 
@@ -518,12 +493,26 @@ def adapt(backbone: nn.Module, calibration_images: Tensor | None = None, **confi
     settings = AdaptConfig(**config)
     vit = static.check_supported(backbone)
     static.check_describes(static.describe(vit), vit)
+    if calibration_images is not None:
+        static.check_images(calibration_images, vit, "calibration_images")
     nested = settings.head_choice == "nested"
     orders = importance_orders(vit, calibration_images) if nested else identity_orders(vit)
     if settings.mlp_width != "coupled":  # nothing chooses among channels
         orders["channels"] = identity_orders(vit)["channels"]
     static.apply_orders(vit, orders)
     return MIAFormer(vit, settings, orders)
+
+
+def _per_image(name: str, value: Budget, batch: int | None = None) -> Tensor:
+    """A number for all images (), or one for each (B,), float64."""
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}={value!r} must be a number, or one for each image") from error
+    if numbers.ndim > 1 or (batch is not None and numbers.numel() not in (1, batch)):
+        images = "image" if batch is None else f"of {batch} images"
+        raise ValueError(f"{name}={value!r} must be a number, or one for each {images}")
+    return numbers
 
 
 def _json_only(config: dict[str, Any]) -> dict[str, Any]:

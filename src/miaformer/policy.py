@@ -68,6 +68,7 @@ class Random(_Free):
             return torch.rand(shape, generator=self._generator)
 
         if state.index == 0:
+            self._check_lengths(state.num_blocks)
             self._token_draw = draw(batch, state.num_patches)
         depth, heads, tokens = (
             value[state.index] if isinstance(value, Sequence) else value
@@ -79,6 +80,14 @@ class Random(_Free):
             (self._token_draw < tokens).to(device),
         )
 
+    def _check_lengths(self, num_blocks: int) -> None:
+        for name in ("depth", "heads", "tokens"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and len(value) != num_blocks:
+                raise ValueError(
+                    f"Random({name}=...) holds {len(value)} keep probabilities, the model has {num_blocks} blocks"
+                )
+
 
 @dataclass(frozen=True)
 class Fixed(_Free):
@@ -87,14 +96,14 @@ class Fixed(_Free):
     decisions: Decisions
 
     def decide(self, state: State) -> Gates:
-        gates = self.decisions.block(state.index)
-        given = (len(gates.depth), gates.heads.shape[1], gates.tokens.shape[1])
-        batch = len(state.x)
-        if given[0] not in (1, batch) or given[1:] != (state.num_heads, state.num_patches):
+        images, *given = *self.decisions.depth.shape, *self.decisions.heads.shape[2:], *self.decisions.tokens.shape[2:]
+        batch, wanted = len(state.x), [state.num_blocks, state.num_heads, state.num_patches]
+        if images not in (1, batch) or given != wanted:
             raise ValueError(
-                f"Fixed decisions are for (images, heads, patch tokens) = {given}, "
-                f"the model needs {(batch, state.num_heads, state.num_patches)}"
+                f"Fixed decisions are for (images, blocks, heads, patch tokens) = {(images, *given)}, "
+                f"the model needs {(batch, *wanted)}"
             )
+        gates = self.decisions.block(state.index)
         depth, heads, tokens = (g.to(state.x.device) for g in (gates.depth, gates.heads, gates.tokens))
         return Gates(depth.expand(batch), heads.expand(batch, -1), tokens.expand(batch, -1))
 

@@ -26,7 +26,7 @@ from miaformer.data.splits import stratified_position
 
 SIZE = 16  # canvas side, px
 RENDERINGS_TRAIN = 24  # per digit
-SIZES_HELD_OUT = (13, 16)  # px; calibration and test digits are drawn once at each
+SIZES_HELD_OUT = (14, 16)  # px; calibration and test digits are drawn once at each
 FRACTION_TEST, FRACTION_CALIBRATION = 0.25, 0.15  # of the 1,797 digits; train has the other 60 %
 
 _SEED = 1797
@@ -52,8 +52,9 @@ class _Style:
     shear: float  # at most, either way
 
 
+_SIZES_TRAIN = (12, 17)  # px
 _TRAIN = _Style(contrast=(60, 140), noise=5, n_fragments=2, strength=115, angle=14, stretch=0.15, shear=0.2)
-_HELD_OUT = _Style(contrast=(95, 140), noise=4, n_fragments=1, strength=90, angle=8, stretch=0, shear=0)
+_HELD_OUT = _Style(contrast=(100, 140), noise=4, n_fragments=1, strength=75, angle=6, stretch=0, shear=0)
 
 
 class Digits(ImageData):
@@ -74,7 +75,7 @@ class Digits(ImageData):
         self.labels = labels[self.digit]
         rng = np.random.Generator(np.random.PCG64([_SEED, _STREAM[split]]))
         if split == "train":
-            style, smallest, largest = _TRAIN, SIZES_HELD_OUT[0] - 1, SIZES_HELD_OUT[1] + 1
+            style, (smallest, largest) = _TRAIN, _SIZES_TRAIN
             self.size_px: Array = smallest + (largest - smallest) * rng.random(len(self.digit))
         else:
             style = _HELD_OUT
@@ -104,9 +105,7 @@ def _load() -> tuple[Array, Array]:
     return np.minimum(bunch.images * 16, 255).astype(np.uint8), bunch.target.astype(np.int64)
 
 
-def _render(
-    digits: Array, which: Array, size_px: Array, bank: Array, style: _Style, rng: np.random.Generator
-) -> Array:
+def _render(digits: Array, which: Array, size_px: Array, bank: Array, style: _Style, rng: np.random.Generator) -> Array:
     """Draw digit `which[i]` at `size_px[i]` on canvas i, over clutter. Returns (n, SIZE, SIZE) uint8."""
     n = len(which)
     glyphs = [Image.fromarray(glyph) for glyph in np.pad(digits, ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN)))]
@@ -139,7 +138,7 @@ def _uniform(rng: np.random.Generator, shape: tuple[int, ...], low: int, high: i
 def _inverse_affine(
     scale: float, angle: float, stretch: float, shear: float, centre: Array, source_centre: float
 ) -> tuple[float, ...]:
-    """Pillow's AFFINE coefficients for a glyph scaled, stretched, sheared, turned by `angle` rad, and moved to (x, y)."""
+    """Pillow's AFFINE coefficients for a glyph scaled, stretched, sheared, turned by `angle` rad, moved to (x, y)."""
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     wide = 1 + stretch
     xx, xy = (cos - shear * sin) / wide, (sin + shear * cos) / wide

@@ -55,6 +55,9 @@ class HubImages(ImageData):
 
     def __init__(self, name: str, dataset: Any) -> None:
         self.name, self._reader = name, dataset.reader
+        column = self._reader.image_key
+        if len(dataset) and self._reader.dataset[0][column] is None:  # asked for a column it lacks, timm adds one
+            raise ValueError(f"{name}: no image column {column!r} among {self._reader.dataset.column_names}")
         self.labels = np.asarray(list(self._reader.iter_targets()), dtype=np.int64)
         if len(self.labels) and self.labels.min() < 0:
             raise ValueError(f"{name}: row {int(self.labels.argmin())} has label {self.labels.min()}: it is unlabelled")
@@ -64,9 +67,13 @@ class HubImages(ImageData):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         # Not dataset[index]: timm's puts the next image in the place of one that cannot be decoded.
-        encoded, _ = self._reader[index]
+        where = f"{self.name}, row {index}"
+        try:
+            encoded, _ = self._reader[index]
+        except (OSError, TypeError, AssertionError) as error:  # what timm's reader raises for a row without bytes
+            raise ImageError(f"{where}: it has no image: {error}") from error
         with encoded:
-            return open_image(encoded.read(), name=f"{self.name}, row {index}"), int(self.labels[index])
+            return open_image(encoded.read(), name=where), int(self.labels[index])
 
 
 class NamedData:

@@ -23,6 +23,7 @@ class State:
     affordable: Tensor | None  # (B,) bool, the images whose cap still pays for the least of this block; None: all
     num_prefix_tokens: int
     num_heads: int
+    num_blocks: int
 
     @property
     def num_patches(self) -> int:
@@ -89,7 +90,7 @@ def walk(
         scored = active.sum(dim=1) if token_scope == "progressive" else active.new_ones(()) * cost.num_patches
         scoring = scored * scores[index]
         affordable = None if purse is None else purse.affordable(index, scoring)
-        gates = policy.decide(State(index, x, active, affordable, cost.num_prefix_tokens, cost.num_heads))
+        gates = policy.decide(State(index, x, active, affordable, cost.num_prefix_tokens, cost.num_heads, cost.depth))
         boolean = gates.depth.dtype == torch.bool
         if boolean:
             depth = gates.depth if affordable is None else gates.depth & affordable

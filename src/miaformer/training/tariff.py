@@ -26,7 +26,7 @@ class Tariff:
     ) -> None:
         self.knots = torch.linspace(*budgets, knots)
         self.log_price = torch.zeros(knots)
-        self.log_value = torch.full((knots,), -3.0)  # log lambda: low, for it grows as fast as it is felt
+        self.log_value = torch.full((knots,), -2.0)  # log lambda; far too low, and all logits drift up at first
         self.feeling = torch.zeros(knots)  # running scale of the price's gradient
         self.price_rate = price_rate
         self.value_rate = value_rate
