@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/digits.py --out runs/digits-seeds
 
 Trains what is not there yet (about four minutes a seed on two cores), evaluates on the test split, and writes
-benchmarks/results/digits.json. The rank correlation is Spearman's, of an image's MACs with the dense model's loss on it.
+benchmarks/results/digits.json. The rank correlation is Spearman's: an image's MACs with the dense model's loss on it.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def test_full_decisions_reproduce_the_backbone(name: str, config: dict[str, str]
     with torch.no_grad():
         logits, features = backbone(images), backbone.forward_features(images)
         pooled = backbone.forward_head(features, pre_logits=True)
-        for calibration_images in (None, images):
+        both = config == {"mlp_width": "coupled", "head_choice": "nested"}  # the other choices order less, or nothing
+        for calibration_images in (None, images) if both else (images,):
             model = miaformer.adapt(copy.deepcopy(backbone), calibration_images, **config).eval()
             assert relative(model(images), logits) < 1e-4
             assert relative(model.run(images, execution="masked").logits, logits) < 1e-4

@@ -84,7 +84,8 @@ def test_a_step_is_found_and_both_its_ends_are_met() -> None:
 
 def test_spending_that_wobbles_makes_a_monotone_table() -> None:
     def wobbling(price: float) -> float:
-        return 0.5 - 0.05 * math.log(price) + 0.03 * math.sin(7 * math.log(price))
+        place = (math.log(price) - LOW) / (HIGH - LOW)
+        return 0.9 - 0.6 * place + 0.04 * math.sin(90 * place)
 
     table = calibrate(wobbling, 1)
     assert list(table.prices) == sorted(set(table.prices))

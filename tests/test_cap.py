@@ -61,7 +61,7 @@ def least_cap(model: MIAFormer, arguments: dict[str, Any]) -> float:
     execution=st.sampled_from(["sparse", "sparse", "masked"]),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_no_image_takes_more_than_its_cap(
     structure: str, cap_share: float, who: str, what: str, execution: Any, seed: int
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vits import lively, pictures
 
 from miaformer import Decisions, MIAFormer, policy
 from miaformer.evaluation import (
@@ -20,7 +21,6 @@ from miaformer.evaluation import (
     random_policy,
     static_policy,
 )
-from vits import lively, pictures
 
 CONFIGS: list[dict[str, Any]] = [
     {},

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from vits import lively, pictures
 
 from miaformer import policy
 from miaformer.evaluation import time_against_dense, time_pairs, timing
-from vits import lively, pictures
 
 
 class Clock:

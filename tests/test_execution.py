@@ -147,7 +147,7 @@ def block_plainly(block: Block, x: Tensor, heads: list[int], mlp_width: str) -> 
 
 
 @given(models(), st.integers(1, 5), st.tuples(KEEPS, KEEPS, KEEPS), st.integers(0, 2**32))
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_masked_is_sparse_is_the_definition(
     model: MIAFormer, batch: int, keeps: tuple[float, float, float], seed: int
 ) -> None:

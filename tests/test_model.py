@@ -325,7 +325,7 @@ NO_CALIBRATION_IMAGES = [torch.zeros(1, 3, 16), torch.zeros(1, 3, 8, 8), torch.f
 def test_bad_calibration_images_are_named_and_change_nothing(images: Any) -> None:
     backbone = vit()
     before = backbone.blocks[0].attn.qkv.weight.clone()
-    with pytest.raises((TypeError, ValueError), match="calibration_images (must|are|.*hold)"):
+    with pytest.raises((TypeError, ValueError), match=r"calibration_images (must|are|.*hold)"):
         miaformer.adapt(backbone, images)
     assert torch.equal(backbone.blocks[0].attn.qkv.weight, before)
 

@@ -3,7 +3,8 @@
 A factorised Bernoulli policy, coarse to fine: execute the block? then how many heads, then which tokens. Pooled
 active tokens and the prefix tokens give a context; the context and the price give the depth and head logits; context
 and token give the token logits, by a product of rank `rank`. The log-price has a path of its own to every logit, with
-a positive slope: whatever the context says, a higher price means less compute.
+a positive slope: whatever the context says, a higher price means less compute. So has difficulty, which each context
+learns to tell: where nothing else is known, harder images get more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 KEEP_LOGIT = 3.0  # untrained controllers keep with probability 0.95 at a log-price of 0
 LOGIT_BOUND = 6.0  # what content can say; bounded, so that no gate saturates beyond return
+DIFFICULTY_GAIN = 0.5  # what a standard deviation of difficulty adds to every logit, to begin with
 PRICE_FEATURES = 8
 LOG_PRICE_RANGE = (-6.0, 12.0)
 
@@ -42,7 +44,9 @@ class Controller(nn.Module):
         self.pooled = nn.Linear(2 * embed_dim, hidden)
         self.price = nn.Linear(PRICE_FEATURES, hidden, bias=False)
         self.gates = nn.Linear(hidden, 1 + num_heads)
-        self.slope = nn.Parameter(torch.full((3,), math.log(math.expm1(1.0))))  # depth, heads, tokens
+        self.slope = nn.Parameter(torch.full((3,), _inverse_softplus(1.0)))  # depth, heads, tokens
+        self.difficulty = nn.Linear(hidden, 1)
+        self.gain = nn.Parameter(torch.full((3,), _inverse_softplus(DIFFICULTY_GAIN)))  # depth, heads, tokens
         if rank:
             self.query = nn.Linear(hidden, rank + 1)  # + 1: a bias that all tokens share
             self.key = nn.Linear(embed_dim, rank, bias=False)
@@ -52,6 +56,8 @@ class Controller(nn.Module):
         nn.init.zeros_(self.gates.weight)
         nn.init.zeros_(self.gates.bias)
         nn.init.zeros_(self.price.weight)
+        nn.init.zeros_(self.difficulty.weight)
+        nn.init.zeros_(self.difficulty.bias)
         if self.rank:
             nn.init.zeros_(self.query.weight)
             nn.init.normal_(self.query.bias, std=0.02)
@@ -61,7 +67,7 @@ class Controller(nn.Module):
     @property
     def context_macs(self) -> int:
         """For each image: pooling's product, the price's, the gates', and the token query's."""
-        layers = [self.pooled, self.price, self.gates] + ([self.query] if self.rank else [])
+        layers = [self.pooled, self.price, self.difficulty, self.gates] + ([self.query] if self.rank else [])
         return sum(layer.in_features * layer.out_features for layer in layers)
 
     @property
@@ -81,10 +87,17 @@ class Controller(nn.Module):
     def depth_and_heads(self, context: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B,) of executing the block and (B, H) of its heads; the first nested head is always kept."""
         logits = _bounded(self.gates(context)) + KEEP_LOGIT
-        slope = F.softplus(self.slope)
-        depth = logits[:, 0] - slope[0] * log_price
-        heads = logits[:, 1:] - (slope[1] * log_price)[:, None]
-        return depth, heads
+        shift = self._shift(context, log_price)
+        return logits[:, 0] + shift[:, 0], logits[:, 1:] + shift[:, 1:2]
+
+    def predicted_difficulty(self, context: Tensor) -> Tensor:
+        """How hard the images are for the dense model, standardised: (B,), within about -3 and 3."""
+        return 3 * torch.tanh(self.difficulty(context).squeeze(1) / 3)
+
+    def _shift(self, context: Tensor, log_price: Tensor) -> Tensor:
+        """What price and difficulty add to the logits of depth, heads and tokens: (B, 3)."""
+        difficulty = self.predicted_difficulty(context).detach()  # learns from what is hard, not from what pays
+        return F.softplus(self.gain) * difficulty[:, None] - F.softplus(self.slope) * log_price[:, None]
 
     def most_likely_heads(self, logits: Tensor) -> Tensor:
         """The heads (B, H) bool that are kept rather than not, at least one. logits: (B, H)."""
@@ -98,12 +111,16 @@ class Controller(nn.Module):
     def token_query(self, context: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor]:
         """What tokens are compared with: (B, rank), and the part of their logits that they share, (B,)."""
         query = self.query(context)
-        shift = KEEP_LOGIT + _bounded(query[:, -1]) - F.softplus(self.slope[2]) * log_price
+        shift = KEEP_LOGIT + _bounded(query[:, -1]) + self._shift(context, log_price)[:, 2]
         return query[:, :-1], shift
 
     def token_logits(self, tokens: Tensor, query: Tensor, shift: Tensor) -> Tensor:
         """Logits (...) of keeping tokens (..., C), given query (..., rank) and shift (...) of their images."""
         return _bounded((self.key(_normalise(tokens)) * query).sum(dim=-1)) + shift
+
+
+def _inverse_softplus(value: float) -> float:
+    return math.log(math.expm1(value))
 
 
 def _normalise(x: Tensor) -> Tensor:

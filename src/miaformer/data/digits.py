@@ -24,9 +24,9 @@ from miaformer.data.extras import require
 from miaformer.data.source import ImageData, Split, check_split
 from miaformer.data.splits import stratified_position
 
-SIZE = 16  # canvas side, px
+SIZE = 20  # canvas side, px
 RENDERINGS_TRAIN = 24  # per digit
-SIZES_HELD_OUT = (14, 16)  # px; calibration and test digits are drawn once at each
+SIZES_HELD_OUT = (14, 17)  # px; calibration and test digits are drawn once at each
 FRACTION_TEST, FRACTION_CALIBRATION = 0.25, 0.15  # of the 1,797 digits; train has the other 60 %
 
 _SEED = 1797
@@ -52,9 +52,9 @@ class _Style:
     shear: float  # at most, either way
 
 
-_SIZES_TRAIN = (12, 17)  # px
-_TRAIN = _Style(contrast=(60, 140), noise=5, n_fragments=2, strength=115, angle=14, stretch=0.15, shear=0.2)
-_HELD_OUT = _Style(contrast=(100, 140), noise=4, n_fragments=1, strength=75, angle=6, stretch=0, shear=0)
+_SIZES_TRAIN = (12, 18)  # px
+_TRAIN = _Style(contrast=(45, 140), noise=5, n_fragments=2, strength=140, angle=14, stretch=0.15, shear=0.2)
+_HELD_OUT = _Style(contrast=(90, 140), noise=4, n_fragments=1, strength=120, angle=6, stretch=0, shear=0)
 
 
 class Digits(ImageData):

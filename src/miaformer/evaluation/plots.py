@@ -58,15 +58,16 @@ def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
     _beside(axes, (1.0, dense), reference, (8, 10), "right", "bottom", _INK)
     least, most = min(p["macs_fraction"] for p in points), max(p["macs_fraction"] for p in points)
     axes.set_xlim(least - 0.26 * (1.0 - least), max(1.03, most))
-    low, high = min(100 * p["accuracy"] for p in points), max(dense, *(100 * p["accuracy"] for p in points))
-    margin = max(high - low, 1.0) * 0.1
+    accuracies = [dense, *(100 * p["accuracy"] for p in points)]
+    low, high = min(accuracies), max(accuracies)
+    margin = max(high - low, 2.0) * 0.1
     axes.set_ylim(low - margin, high + 1.8 * margin)
     _label_starts(axes, starts)
     axes.set_xlabel("mean MACs per image, as a fraction of the dense model's")
     axes.set_ylabel("accuracy, %")
     images = f", {report['num_images']:,} images" if "num_images" in report else ""
     where = f" on {report['data']}" if "data" in report else ""
-    axes.set_title(f"Accuracy per compute{where}{images}\n", loc="left", color=_INK)
+    axes.set_title(f"Accuracy per compute{where}{images}", loc="left", color=_INK, pad=22)
     named = "  ·  ".join(f"{name}: {_LOOKS[name][2]}" for _, _, name, _ in starts)
     axes.text(0, 1.03, named, transform=axes.transAxes, fontsize=7.5, color=_FAINT)
     axes.grid(color=_SKIPPED, linewidth=0.8)

@@ -99,9 +99,12 @@ class Relaxed:
     log_price: Tensor  # (B,)
     draws: Draws
     temperature: float
+    difficulties: list[Tensor] = field(default_factory=list)  # (B,) of each block, as its controller predicts it
 
     def decide(self, state: State) -> Gates:
-        depth, heads, tokens = _logits(self.controllers, state, self.log_price)
+        said = _logits(self.controllers, state, self.log_price)
+        depth, heads, tokens = said.depth, said.heads, said.tokens
+        self.difficulties.append(said.difficulty)
         index, draws = state.index, self.draws
         d_hard, d_soft = self._gate(depth, draws.depth[:, index])
         h_hard, h_soft = self._gate(heads, draws.heads[:, index])
@@ -147,18 +150,17 @@ class Sampled:
     temperature: float
     cost: Cost
     progressive: bool
+    difficulties: list[Tensor] = field(default_factory=list)  # (B,) of each block, as its controller predicts it
     log_prob: Tensor = field(init=False)
     expected_macs: Tensor = field(init=False)
     _still_active: Tensor = field(init=False)  # (B, N) probability that a token is active
 
     def decide(self, state: State) -> Gates:
         index, draws = state.index, self.draws
-        depth, heads, tokens = (
-            None if logits is None else logits / self.temperature
-            for logits in _logits(self.controllers, state, self.log_price)
-        )
-        assert depth is not None
-        assert heads is not None
+        said = _logits(self.controllers, state, self.log_price)
+        self.difficulties.append(said.difficulty)
+        depth, heads = said.depth / self.temperature, said.heads / self.temperature
+        tokens = None if said.tokens is None else said.tokens / self.temperature
         if index == 0:
             self.log_prob = torch.zeros_like(depth)
             self.expected_macs = torch.zeros_like(depth)
@@ -195,8 +197,18 @@ class Sampled:
         return cast(Controller, self.controllers[index]).token_score_macs
 
 
-def _logits(controllers: nn.ModuleList, state: State, log_price: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Dense logits of one block: depth (B,), heads (B, H), tokens (B, N) or None where they are not decided.
+@dataclass(frozen=True)
+class _Logits:
+    """What a controller says of one block."""
+
+    depth: Tensor  # (B,)
+    heads: Tensor  # (B, H)
+    tokens: Tensor | None  # (B, N), or None where they are not decided
+    difficulty: Tensor  # (B,)
+
+
+def _logits(controllers: nn.ModuleList, state: State, log_price: Tensor) -> _Logits:
+    """Dense logits of one block.
 
     Controllers read the residual stream without changing what it learns: gradients stop at their input.
     """
@@ -204,14 +216,11 @@ def _logits(controllers: nn.ModuleList, state: State, log_price: Tensor) -> tupl
     x = state.x.detach()
     context = controller.context(x, (state.active > 0).detach(), state.num_prefix_tokens, log_price)
     depth, heads = controller.depth_and_heads(context, log_price)
-    if not controller.rank:
-        return depth, heads, None
-    query, shift = controller.token_query(context, log_price)
-    return (
-        depth,
-        heads,
-        controller.token_logits(x[:, state.num_prefix_tokens :], query[:, None], shift[:, None]),
-    )
+    tokens = None
+    if controller.rank:
+        query, shift = controller.token_query(context, log_price)
+        tokens = controller.token_logits(x[:, state.num_prefix_tokens :], query[:, None], shift[:, None])
+    return _Logits(depth, heads, tokens, controller.predicted_difficulty(context))
 
 
 def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Step:
     other_draws: Draws  # independent of the first, for the second sample of an image
     log_prices: Tensor  # (B,), what controllers see
     values: Tensor  # (B,), lambda: the weight of the cost, loss per dense forward
+    hardness: tuple[float, float]  # mean and standard deviation of the log of the teacher's loss, so far
     temperature: float
 
 
@@ -41,6 +42,7 @@ class Outcome:
     macs_fraction: Tensor
     full: Tensor  # bool
     task_loss: Tensor
+    hardness: Tensor  # log of the teacher's loss (the model's own without a teacher): what difficulty means
 
 
 class Objective(nn.Module):
@@ -64,7 +66,7 @@ class Objective(nn.Module):
             logits = self.model.backbone(images)
             task = self._task(logits, labels, None)
             everything = torch.ones_like(step.draws.full)
-            return self._outcome(task.mean(), logits, labels, torch.ones_like(task), everything, task)
+            return self._outcome(task.mean(), logits, labels, torch.ones_like(task), everything, task, task)
         soft = self._soft_labels(images)
         if self.stage.kind == "reinforce":
             return self._reinforce(images, labels, soft, step, cost)
@@ -75,10 +77,10 @@ class Objective(nn.Module):
         logits, steps = self._execute(images, policy, cost)
         task = self._task(logits, labels, soft)
         spent = steps.macs / cost.backbone
-        loss = task
-        if self.stage.decides:
-            loss = task + step.values * spent * ~step.draws.full
-        return self._outcome(loss.mean(), logits, labels, spent, step.draws.full, task)
+        loss, hardness = task, _hardness(task, labels, soft)
+        if isinstance(policy, Relaxed):
+            loss = task + step.values * spent * ~step.draws.full + _told(policy.difficulties, hardness, step)
+        return self._outcome(loss.mean(), logits, labels, spent, step.draws.full, task, hardness)
 
     def _reinforce(self, images: Tensor, labels: Tensor, soft: Tensor | None, step: Step, cost: Cost) -> Outcome:
         """Two samples an image, each the other's baseline (leave one out); weights learn on both.
@@ -98,9 +100,11 @@ class Objective(nn.Module):
         advantage = (task - task_2).detach()  # of the second sample's gain; the first one's is its negative
         estimator = 0.5 * advantage * (one.log_prob - other.log_prob)
         expected = 0.5 * (one.expected_macs + other.expected_macs) / cost.backbone
-        loss = 0.5 * (task + task_2) + estimator + step.values * expected
+        hardness = _hardness(task, labels, soft)
+        told = 0.5 * _told([*one.difficulties, *other.difficulties], hardness, step)
+        loss = 0.5 * (task + task_2) + estimator + step.values * expected + told
         spent = 0.5 * (steps.macs + steps_2.macs) / cost.backbone
-        return self._outcome(loss.mean(), logits, labels, spent, step.draws.full, task)
+        return self._outcome(loss.mean(), logits, labels, spent, step.draws.full, task, hardness)
 
     def _execute(self, images: Tensor, policy: Policy, cost: Cost) -> tuple[Tensor, Steps]:
         x, steps = self.model.walk(self.model.embed(images), policy, Masked(cost), cost)
@@ -123,6 +127,22 @@ class Objective(nn.Module):
         return hard + self.recipe.distill_weight * (distilled - hard)
 
     @staticmethod
-    def _outcome(loss: Tensor, logits: Tensor, labels: Tensor, spent: Tensor, full: Tensor, task: Tensor) -> Outcome:
+    def _outcome(
+        loss: Tensor, logits: Tensor, labels: Tensor, spent: Tensor, full: Tensor, task: Tensor, hardness: Tensor
+    ) -> Outcome:
         correct = (logits.argmax(dim=1) == labels.argmax(dim=1)).float()
-        return Outcome(loss, correct, spent.detach().float(), full, task.detach())
+        return Outcome(loss, correct, spent.detach().float(), full, task.detach(), hardness.detach())
+
+
+def _hardness(task: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
+    """Log of the teacher's loss on each image (B,); of the model's own where there is no teacher."""
+    loss = task.detach() if soft is None else -(labels * soft.clamp(min=1e-7).log()).sum(dim=1)
+    return loss.clamp(min=1e-4).log()
+
+
+def _told(difficulties: list[Tensor], hardness: Tensor, step: Step) -> Tensor:
+    """How far off (B,) the controllers' predictions of difficulty are, squared, summed over blocks."""
+    mean, std = step.hardness
+    target = ((hardness - mean) / max(std, 1e-3)).clamp(-3, 3)
+    errors = [(predicted - target).square() for predicted in difficulties]
+    return 0.1 * torch.stack(errors).sum(dim=0)

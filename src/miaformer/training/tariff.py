@@ -28,6 +28,7 @@ class Tariff:
         self.log_price = torch.zeros(knots)
         self.log_value = torch.full((knots,), -2.0)  # log lambda; far too low, and all logits drift up at first
         self.feeling = torch.zeros(knots)  # running scale of the price's gradient
+        self.hard = torch.tensor([0.0, 1.0])  # running mean and variance of the log of the teacher's loss
         self.price_rate = price_rate
         self.value_rate = value_rate
 
@@ -71,6 +72,16 @@ class Tariff:
             self.log_value += self.value_rate * torch.where(seen, felt / self.feeling.clamp(min=1e-8), 0).clamp(-3, 3)
             self.log_value.clamp_(-6.0, 3.0)
 
+    def see(self, hardness: Tensor) -> None:
+        """How hard the images of a step were: (B,), logs of the teacher's loss."""
+        mean = hardness.mean()
+        now = torch.stack([mean, (hardness - self.hard[0]).square().mean()])
+        self.hard += 0.05 * (now.cpu() - self.hard)
+
+    def hardness(self) -> tuple[float, float]:
+        """Mean and standard deviation of what was seen."""
+        return float(self.hard[0]), float(self.hard[1].clamp(min=1e-6).sqrt())
+
     def _keep_monotone(self) -> None:
         """A larger budget never has the higher price."""
         self.log_price = self.log_price.flip(0).cummax(dim=0).values.flip(0)
@@ -85,7 +96,7 @@ class Tariff:
         return slope, float(price.mean() - slope * value.mean())
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).clone() for name in ("log_price", "log_value", "feeling")}
+        return {name: getattr(self, name).clone() for name in ("log_price", "log_value", "feeling", "hard")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

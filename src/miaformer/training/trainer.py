@@ -189,6 +189,7 @@ class Trainer:
             other.to(device),
             log_prices,
             self.tariff.values(draws.budgets),
+            self.tariff.hardness(),
             first + (last - first) * progress,
         )
         outcome: Outcome = wrapped(images, labels, given)
@@ -207,6 +208,7 @@ class Trainer:
                 outcome.full.float(),
                 given.draws.budgets,
                 felt.to(device) * len(images) / self._loss_scale(),
+                outcome.hardness.float(),
             ],
             dim=1,
         )
@@ -219,8 +221,8 @@ class Trainer:
         return self._account(stage, table)
 
     def _account(self, stage: Stage, table: Tensor) -> dict[str, float]:
-        """Metrics of all images of a step, and the tariff's update. table: (B, 6)."""
-        task, correct, spent, full, budgets, felt = table.unbind(dim=1)
+        """Metrics of all images of a step, and the tariff's update. table: (B, 7)."""
+        task, correct, spent, full, budgets, felt, hardness = table.unbind(dim=1)
         values = {"loss": float(task.mean()), "accuracy": float(correct.mean())}
         asked = full == 0
         if stage.kind == "backbone" or not bool(asked.any()):
@@ -235,6 +237,7 @@ class Trainer:
             values["budget"] = float(budgets[asked].mean())
             supervised = stage.kind == "supervised"
             self.tariff.update(budgets[asked], spent[asked], felt[asked] if supervised else None)
+            self.tariff.see(hardness)
             middle = len(self.tariff.knots) // 2
             values["log_price"] = float(self.tariff.log_price[middle])
             values["log_value"] = float(self.tariff.log_value[middle])
