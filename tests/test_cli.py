@@ -140,10 +140,10 @@ def test_policies_that_help_names_are_those_there_are() -> None:
         (["eval", "MODEL"], "--data"),
         (["eval", "MODEL", "--data", "digits", "--budgets", "half"], "half"),
         (["eval", "MODEL", "--data", "digits", "--policy", "best"], "best"),
-        (["eval", "no/such/model", "--data", "digits"], "no model 'no/such/model'"),
-        (["eval", "./nowhere", "--data", "digits"], "no model './nowhere'"),
-        (["eval", "timm:vit_huge_patch0", "--data", "digits"], "vit_huge_patch0"),
-        (["eval", "timm:resnet18", "--data", "digits"], "ResNet"),
+        (["eval", "no/such/model", "--data", "DATA"], "no model 'no/such/model'"),
+        (["eval", "./nowhere", "--data", "DATA"], "no model './nowhere'"),
+        (["eval", "timm:vit_huge_patch0", "--data", "DATA"], "vit_huge_patch0"),
+        (["eval", "timm:resnet18", "--data", "DATA"], "ResNet"),
         (["eval", "MODEL", "--data", "no-such-data"], "no-such-data"),
         (["eval", "MODEL", "--data", "DATA", "--device", "cuda:99"], "cuda:99"),
         (["eval", "MODEL", "--data", "DATA", "--device", "gpu"], "gpu"),
@@ -222,8 +222,7 @@ def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr(sys, "meta_path", [_Without("rich"), *sys.meta_path])
     status, _, err = run(capsys, "eval", "model", "--data", "digits")
     assert status == 2
-    assert err == "miaformer: error: this needs rich, which is not installed: pip install 'miaformer[cli]'
-"
+    assert err == "miaformer: error: this needs rich, which is not installed: pip install 'miaformer[cli]'\n"
 
 
 class _Without:
@@ -285,7 +284,7 @@ def test_eval_says_that_a_model_is_not_calibrated(
     assert status == 0
     assert "not calibrated" in out
     assert "random" in out
-    assert "learned " not in out
+    assert "│ learned" not in out
 
 
 def test_eval_of_a_timm_name_is_its_backbone_under_random_decisions(

@@ -223,6 +223,12 @@ def test_classes_are_sorted_folder_names_with_pictures_anywhere_below(tmp_path: 
     assert data.labels.tolist() == [0, 1, 1, 2]
 
 
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"bus": 10, "train": 10})
+    assert [len(open_data(tmp_path, split)) for split in SPLITS] == [16, 2, 2]
+    assert open_data(tmp_path, "train").classes == ["bus", "train"]
+
+
 def test_class_folder_mistakes_are_named(tmp_path: Path) -> None:
     write_folder(tmp_path / "x" / "train", {"a": 20})
     write_folder(tmp_path / "x" / "test", {"c": 1})
@@ -459,6 +465,19 @@ def test_any_shape_of_picture_becomes_the_input_size(size: tuple[int, int], augm
     transform = build_transform({**CONFIG, "input_size": (3, 224, 224)}, augment is not None, augment)
     random.seed(0)
     assert transform(Image.new("RGB", size, "red")).shape == (3, 224, 224)
+
+
+def test_a_very_long_picture_is_never_resized_to_an_enormous_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    areas: list[int] = []
+    resize = Image.Image.resize
+
+    def measured(self: Image.Image, size: tuple[int, int], *args: Any, **kwargs: Any) -> Image.Image:
+        areas.append(size[0] * size[1])
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", measured)
+    build_transform({**CONFIG, "input_size": (3, 224, 224)})(Image.new("RGB", (10_000, 1)))
+    assert 0 < max(areas) <= 8 * 224 * 224
 
 
 def test_a_long_picture_keeps_its_middle() -> None:

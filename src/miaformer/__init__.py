@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from miaformer import policy
+    from miaformer.config import AdaptConfig
     from miaformer.decisions import Decisions
     from miaformer.evaluation.calibration import calibrate
-    from miaformer.model import AdaptConfig, MIAFormer, Output, Trace, adapt
+    from miaformer.model import MIAFormer, Output, Trace, adapt
     from miaformer.training import train
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ __all__ = [
 # Imported where they are first used: torch and timm take seconds, which `miaformer --help` need not wait for,
 # and training needs accelerate, which running a model does not.
 _HOME = {
-    "AdaptConfig": "miaformer.model",
+    "AdaptConfig": "miaformer.config",
     "Decisions": "miaformer.decisions",
     "MIAFormer": "miaformer.model",
     "Output": "miaformer.model",

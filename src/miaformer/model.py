@@ -6,17 +6,14 @@ per image which blocks, heads and tokens to execute, executes only those, and sa
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -24,46 +21,18 @@ from torch import Tensor, nn
 
 from miaformer import backbone as static
 from miaformer.budget import Calibration, check_fraction
+from miaformer.config import AdaptConfig
 from miaformer.controller import LOG_PRICE_RANGE, Controller
 from miaformer.cost import Cost, count_macs
-from miaformer.decisions import Decisions, HeadChoice, MlpWidth, TokenScope
+from miaformer.decisions import Decisions
 from miaformer.engine.masked import Masked
 from miaformer.engine.sparse import Sparse
 from miaformer.engine.walk import Execution, Steps, walk
 from miaformer.importance import identity_orders, importance_orders
+from miaformer.model_files import ModelFiles, read_json, read_model_files, write_model_files
 from miaformer.policy import Full, Learned, Policy
 
 Budget = float | Sequence[float] | Tensor
-
-
-@dataclass(frozen=True)
-class AdaptConfig:
-    """How a backbone is made adaptive. See DESIGN.md, section 3, for what the choices mean."""
-
-    mlp_width: MlpWidth = "hidden"
-    token_scope: TokenScope = "progressive"
-    head_choice: HeadChoice = "nested"
-    controller_hidden: int = 32  # width of a controller's context
-    controller_rank: int | None = None  # of the token product; None: an eighth of the channels, 4 to 16
-    first_token_block: int | None = None  # tokens are decided from this block on; None: 2, or 1 of up to 4 blocks
-    default_budget: float | None = None  # used where a call names none; None: everything is executed
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("mlp_width", MlpWidth),
-            ("token_scope", TokenScope),
-            ("head_choice", HeadChoice),
-        ):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
-        for name, least in (("controller_hidden", 1), ("controller_rank", 1), ("first_token_block", 0)):
-            value = getattr(self, name)
-            if value is None and name != "controller_hidden":
-                continue
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-        if self.default_budget is not None:
-            check_fraction("default_budget", self.default_budget)
 
 
 @dataclass(frozen=True)
@@ -396,21 +365,14 @@ class MIAFormer(
         return twin.train(self.training)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        config = {
-            "model_type": "miaformer",
-            "format": 1,
-            "backbone": self._description,
-            "adapt": asdict(self.adapt_config),
-            "pretrained_cfg": _json_only(self.pretrained_cfg),
-        }
-        _write_json(save_directory / "config.json", config)
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, save_directory / "model.safetensors", metadata={"format": "pt"})
-        table = save_directory / "calibration.json"
-        if self.calibration is not None:
-            _write_json(table, self.calibration.to_json())
-        else:
-            table.unlink(missing_ok=True)
+        write_model_files(
+            save_directory,
+            self._description,
+            self.adapt_config,
+            self.pretrained_cfg,
+            self.state_dict(),
+            self.calibration,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MIAFormer:
@@ -420,7 +382,7 @@ class MIAFormer(
         """
         directory = Path(pretrained_model_name_or_path)
         if directory.is_dir():
-            _read_json(directory / "config.json")  # before the mixin reads it, whose errors name no file
+            read_json(directory / "config.json")  # before the mixin reads it, whose errors name no file
         elif directory.exists() or str(pretrained_model_name_or_path).startswith((".", "/", "~")):
             raise ValueError(f"{directory} is not a model directory: it should hold config.json and model.safetensors")
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -450,29 +412,16 @@ class MIAFormer(
                     allow_patterns=["config.json", "model.safetensors", "calibration.json"],
                 )
             )
-        config = _read_json(directory / "config.json")
-        if config.get("model_type") != "miaformer" or config.get("format") != 1:
-            raise ValueError(f"{directory / 'config.json'} does not describe a MIA-Former model of format 1")
+        return cls._of_files(read_model_files(directory))
+
+    @classmethod
+    def _of_files(cls, files: ModelFiles) -> MIAFormer:
+        model = cls(files.backbone, files.config, identity_orders(files.backbone))
         try:
-            backbone = static.rebuild(config["backbone"])
-            backbone.pretrained_cfg = backbone.default_cfg = config["pretrained_cfg"]
-            settings = AdaptConfig(**config["adapt"])
-        except KeyError as error:
-            raise ValueError(f"{directory / 'config.json'} lacks {error}") from error
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{directory / 'config.json'} has settings that do not fit this version: {error}"
-            ) from error
-        model = cls(backbone, settings, identity_orders(backbone))
-        weights = directory / "model.safetensors"
-        try:
-            model.load_state_dict(load_file(weights))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{weights} is missing or damaged ({error}): copy or download it again") from error
+            model.load_state_dict(files.state)
         except RuntimeError as error:
-            raise ValueError(f"{weights} does not fit config.json beside it: {error}") from error
-        if (directory / "calibration.json").exists():
-            model.calibration = Calibration.from_json(_read_json(directory / "calibration.json"))
+            raise ValueError(f"{files.weights} does not fit config.json beside it: {error}") from error
+        model.calibration = files.calibration
         return model.eval()
 
 
@@ -513,23 +462,3 @@ def _per_image(name: str, value: Budget, batch: int | None = None) -> Tensor:
         images = "image" if batch is None else f"of {batch} images"
         raise ValueError(f"{name}={value!r} must be a number, or one for each {images}")
     return numbers
-
-
-def _json_only(config: dict[str, Any]) -> dict[str, Any]:
-    return cast(dict[str, Any], json.loads(json.dumps(dict(config), default=str)))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: {path.parent} is not a model directory") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object")
-    return content

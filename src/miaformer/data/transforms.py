@@ -69,9 +69,9 @@ class Transform:
     """A picture to a normalised tensor: `transform(image) -> (3, H, W) float32`.
 
     `size` is (3, H, W). `deterministic` says that nothing in it is random, `keeps_pixels` that pictures of size
-    (W, H) are only normalised. `normalizes_batches` says that
-    `transform(image)` equals `transform.normalize(transform.pixels(image)[None])[0]`, which holds unless a
-    step follows the normalisation (random erasing does).
+    (W, H) are only normalised. `normalizes_batches` says that `transform(image)` equals
+    `transform.normalize(transform.pixels(image)[None])[0]`, which holds unless a step follows the normalisation
+    (random erasing does).
     """
 
     def __init__(self, steps: list[Callable[[Any], Any]], size: tuple[int, int, int], deterministic: bool) -> None:
@@ -84,7 +84,6 @@ class Transform:
         self.normalizes_batches = len(steps) == split + 2
         self._mean: Tensor = torch.as_tensor(normalize.mean).view(-1, 1, 1)  # type: ignore[attr-defined]
         self._std: Tensor = torch.as_tensor(normalize.std).view(-1, 1, 1)  # type: ignore[attr-defined]
-
         self.keeps_pixels = deterministic and self._keeps_noise()
 
     def __call__(self, image: Image.Image) -> Tensor:

@@ -55,13 +55,14 @@ def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
             _beside(axes, at, "everything\nexecuted", (0, -9), "center", "top", _INK)
     axes.plot(1.0, dense, marker="*", color=_INK, markersize=14, zorder=4)
     reference = f"dense: {dense:.1f} % at {_macs(report['dense']['macs'])}"
-    _beside(axes, (1.0, dense), reference, (8, 10), "right", "bottom", _INK)
+    _beside(axes, (1.0, dense), reference, (8, 12), "right", "bottom", _INK)
     least, most = min(p["macs_fraction"] for p in points), max(p["macs_fraction"] for p in points)
     axes.set_xlim(least - 0.26 * (1.0 - least), max(1.03, most))
     accuracies = [dense, *(100 * p["accuracy"] for p in points)]
     low, high = min(accuracies), max(accuracies)
     margin = max(high - low, 2.0) * 0.1
     axes.set_ylim(low - margin, high + 1.8 * margin)
+    axes.set_yticks([tick for tick in axes.get_yticks() if low - margin <= tick <= 100])
     _label_starts(axes, starts)
     axes.set_xlabel("mean MACs per image, as a fraction of the dense model's")
     axes.set_ylabel("accuracy, %")

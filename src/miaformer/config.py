@@ -1,0 +1,39 @@
+"""How a backbone is made adaptive: the choices of DESIGN.md, section 3, and the size of the controllers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from miaformer.budget import check_fraction
+from miaformer.decisions import HeadChoice, MlpWidth, TokenScope
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """The settings of `adapt`."""
+
+    mlp_width: MlpWidth = "hidden"
+    token_scope: TokenScope = "progressive"
+    head_choice: HeadChoice = "nested"
+    controller_hidden: int = 32  # width of a controller's context
+    controller_rank: int | None = None  # of the token product; None: an eighth of the channels, 4 to 16
+    first_token_block: int | None = None  # tokens are decided from this block on; None: 2, or 1 of up to 4 blocks
+    default_budget: float | None = None  # used where a call names none; None: everything is executed
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("mlp_width", MlpWidth),
+            ("token_scope", TokenScope),
+            ("head_choice", HeadChoice),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
+        for name, least in (("controller_hidden", 1), ("controller_rank", 1), ("first_token_block", 0)):
+            value = getattr(self, name)
+            if value is None and name != "controller_hidden":
+                continue
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        if self.default_budget is not None:
+            check_fraction("default_budget", self.default_budget)
