@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import softplus
 from vits import enliven, pictures, vit
 
 import miaformer
@@ -30,9 +31,10 @@ def drawn(seed: int, rank: int = 5, nested: bool = True, scale: float = 1.0) -> 
 def logits(controller: Controller, x: Tensor, active: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Depth (B,), heads (B, H) and tokens (B, N)."""
     context = controller.context(x, active, PREFIX, log_price)
-    query, shift = controller.token_query(context, log_price)
-    tokens = controller.token_logits(x[:, PREFIX:], query[:, None], shift[:, None])
-    return (*controller.depth_and_heads(context, log_price), tokens)
+    shift = controller.shift(controller.predicted_difficulty(context), log_price)
+    query, shared = controller.token_query(context, shift)
+    tokens = controller.token_logits(x[:, PREFIX:], query[:, None], shared[:, None])
+    return (*controller.depth_and_heads(context, shift), tokens)
 
 
 def rows(seed: int) -> Tensor:
@@ -55,9 +57,24 @@ def test_an_untrained_controller_keeps_everything() -> None:
 def test_content_alone_never_saturates_a_gate(seed: int, scale: float) -> None:
     """At a log-price of 0 logits stay near KEEP_LOGIT, whatever weights and input are."""
     everything = torch.ones(BATCH, PATCHES, dtype=torch.bool)
-    found = logits(drawn(seed, scale=scale), rows(seed) * scale, everything, torch.zeros(BATCH).double())
-    for part, bounded_terms in zip(found, (1, 1, 2), strict=True):  # tokens': their own, and what they share
-        assert (part - KEEP_LOGIT).abs().max() <= bounded_terms * LOGIT_BOUND + 1e-9
+    controller = drawn(seed, scale=scale)
+    found = logits(controller, rows(seed) * scale, everything, torch.zeros(BATCH).double())
+    difficulty = 3 * softplus(controller.gain)
+    for part, bounded_terms, hard in zip(found, (1, 1, 2), difficulty, strict=True):  # tokens': own, and shared
+        assert (part - KEEP_LOGIT).abs().max() <= bounded_terms * LOGIT_BOUND + hard + 1e-9
+
+
+def test_predicted_difficulty_raises_every_logit_and_learns_from_nothing_else() -> None:
+    controller = drawn(0)
+    everything, prices = torch.ones(BATCH, PATCHES, dtype=torch.bool), torch.zeros(BATCH).double()
+    before = logits(controller, rows(0), everything, prices)
+    controller.zero_grad()
+    sum(part.sum() for part in before).backward()
+    assert controller.difficulty.weight.grad is None
+    with torch.no_grad():
+        controller.difficulty.bias += 1
+    after = logits(controller, rows(0), everything, prices)
+    assert all(bool((b > a).all()) for a, b in zip(before, after, strict=True))
 
 
 @given(st.integers(0, 2**32), st.floats(-6, 6), st.floats(0.05, 6))
@@ -75,7 +92,7 @@ def test_a_higher_price_lowers_every_logit_that_content_does_not_move(seed: int,
 def test_the_price_also_speaks_through_the_context() -> None:
     controller, everything = drawn(0), torch.ones(BATCH, PATCHES, dtype=torch.bool)
     contexts = [controller.context(rows(0), everything, PREFIX, torch.full((BATCH,), p).double()) for p in (-1.0, 1.0)]
-    assert (contexts[0] - contexts[1]).abs().min() > 0
+    assert ((contexts[0] - contexts[1]).abs().amax(dim=1) > 0).all()
 
 
 def test_prices_over_the_whole_range_are_told_apart() -> None:
@@ -124,10 +141,11 @@ def test_a_controller_costs_what_it_says(rank: int) -> None:
 
     def decide() -> None:
         context = controller.context(x, everything, PREFIX, log_price)
-        controller.depth_and_heads(context, log_price)
+        shift = controller.shift(controller.predicted_difficulty(context), log_price)
+        controller.depth_and_heads(context, shift)
         if rank:
-            query, shift = controller.token_query(context, log_price)
-            controller.token_logits(x[:, PREFIX:], query[:, None], shift[:, None])
+            query, shared = controller.token_query(context, shift)
+            controller.token_logits(x[:, PREFIX:], query[:, None], shared[:, None])
 
     assert count_macs(decide) == BATCH * (controller.context_macs + PATCHES * controller.token_score_macs)
 

@@ -180,14 +180,15 @@ def test_learned_decisions_are_the_signs_of_the_controllers_logits() -> None:
     controller = model.controllers[0]
     log_price = torch.zeros(6, dtype=torch.float64)
     context = controller.context(x, torch.ones(6, 25, dtype=torch.bool), 1, log_price)
-    depth, heads = controller.depth_and_heads(context, log_price)
+    shift = controller.shift(controller.predicted_difficulty(context), log_price)
+    depth, heads = controller.depth_and_heads(context, shift)
     assert torch.equal(trace.depth[:, 0], depth > 0)
     assert torch.equal(trace.heads[:, 0], controller.most_likely_heads(heads) & (depth > 0)[:, None])
     policy = model.learned(1.0)
     gates = policy.decide(State(1, x, torch.ones(6, 25, dtype=torch.bool), None, 1, 3, 4))
     controller = model.controllers[1]
     context = controller.context(x, torch.ones(6, 25, dtype=torch.bool), 1, log_price)
-    query, shift = controller.token_query(context, log_price)
-    logits = controller.token_logits(x[:, 1:], query[:, None], shift[:, None])
+    query, shared = controller.token_query(context, shift)
+    logits = controller.token_logits(x[:, 1:], query[:, None], shared[:, None])
     executed = gates.depth[:, None]
     assert torch.equal(gates.tokens & executed, (logits > 0) & executed)

@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from tiny_training import RECIPE, STEPS, Quadrants, run, tiny_model
 
+from miaformer import adapt
 from miaformer.training import Interrupted, Recipe, Stage, get_recipe, train
 from miaformer.training.checkpoint import checkpoints
 from miaformer.training.progress import Display
@@ -165,3 +167,10 @@ def test_a_classifier_of_another_size_is_refused(tmp_path: Path) -> None:
     data.classes = ["a", "b"]
     with pytest.raises(ValueError, match="2 classes, the model's classifier 4"):
         train(tiny_model(), data, RECIPE, tmp_path, calibration_data=data, show_progress=False, device="cpu")
+
+
+def test_controllers_of_the_embedded_recipe_take_less_than_a_hundredth() -> None:
+    recipe = get_recipe("digits")
+    backbone = timm.create_model(recipe.model, num_classes=10, **recipe.model_args)
+    model = adapt(backbone, **recipe.adapt)
+    assert model.controller_macs() < 0.01 * model.cost().backbone

@@ -110,7 +110,7 @@ def enliven(model: MIAFormer, seed: int = 0) -> MIAFormer:
 def lively(seed: int = 0, settings: dict[str, Any] | None = None, **config: Any) -> MIAFormer:
     """A small adapted ViT in double precision whose decisions vary. settings: of the backbone; config: of adapt."""
     backbone = vit(seed, **{"depth": 4, "img_size": 20, **(settings or {})})
-    return enliven(miaformer.adapt(backbone, **config), seed).double().eval()
+    return enliven(miaformer.adapt(backbone, **{"controller_hidden": 32, **config}), seed).double().eval()
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

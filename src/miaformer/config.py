@@ -16,8 +16,8 @@ class AdaptConfig:
     mlp_width: MlpWidth = "hidden"
     token_scope: TokenScope = "progressive"
     head_choice: HeadChoice = "nested"
-    controller_hidden: int = 32  # width of a controller's context
-    controller_rank: int | None = None  # of the token product; None: an eighth of the channels, 4 to 16
+    controller_hidden: int | None = None  # width of a controller's context; None: a third of the channels, 8 to 32
+    controller_rank: int | None = None  # of the token product; None: a twelfth of the channels, 4 to 16
     first_token_block: int | None = None  # tokens are decided from this block on; None: 2, or 1 of up to 4 blocks
     default_budget: float | None = None  # used where a call names none; None: everything is executed
 
@@ -31,7 +31,7 @@ class AdaptConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
         for name, least in (("controller_hidden", 1), ("controller_rank", 1), ("first_token_block", 0)):
             value = getattr(self, name)
-            if value is None and name != "controller_hidden":
+            if value is None:
                 continue
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")

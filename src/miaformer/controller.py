@@ -84,20 +84,19 @@ class Controller(nn.Module):
         seen = torch.cat([_normalise(pooled), _normalise(prefix)], dim=1)
         return F.gelu(self.pooled(seen) + self.price(price_features(log_price)))
 
-    def depth_and_heads(self, context: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B,) of executing the block and (B, H) of its heads; the first nested head is always kept."""
-        logits = _bounded(self.gates(context)) + KEEP_LOGIT
-        shift = self._shift(context, log_price)
-        return logits[:, 0] + shift[:, 0], logits[:, 1:] + shift[:, 1:2]
-
     def predicted_difficulty(self, context: Tensor) -> Tensor:
-        """How hard the images are for the dense model, standardised: (B,), within about -3 and 3."""
+        """How hard the images are for the dense model, standardised: (B,), within -3 and 3."""
         return 3 * torch.tanh(self.difficulty(context).squeeze(1) / 3)
 
-    def _shift(self, context: Tensor, log_price: Tensor) -> Tensor:
-        """What price and difficulty add to the logits of depth, heads and tokens: (B, 3)."""
-        difficulty = self.predicted_difficulty(context).detach()  # learns from what is hard, not from what pays
-        return F.softplus(self.gain) * difficulty[:, None] - F.softplus(self.slope) * log_price[:, None]
+    def shift(self, difficulty: Tensor, log_price: Tensor) -> Tensor:
+        """What difficulty (B,) and price (B,) add to the logits of depth, heads and tokens: (B, 3)."""
+        # The prediction learns from what is hard, not from what pays; what pays sets its gain.
+        return F.softplus(self.gain) * difficulty.detach()[:, None] - F.softplus(self.slope) * log_price[:, None]
+
+    def depth_and_heads(self, context: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B,) of executing the block and (B, H) of its heads; the first nested head is always kept."""
+        logits = _bounded(self.gates(context)) + KEEP_LOGIT
+        return logits[:, 0] + shift[:, 0], logits[:, 1:] + shift[:, 1:2]
 
     def most_likely_heads(self, logits: Tensor) -> Tensor:
         """The heads (B, H) bool that are kept rather than not, at least one. logits: (B, H)."""
@@ -108,15 +107,14 @@ class Controller(nn.Module):
             return (kept | best).cumprod(dim=1).bool()
         return kept | best.scatter_(1, logits.argmax(dim=1, keepdim=True), True)
 
-    def token_query(self, context: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor]:
-        """What tokens are compared with: (B, rank), and the part of their logits that they share, (B,)."""
+    def token_query(self, context: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens are compared with, (B, rank), and the part of their logits that they share, (B,)."""
         query = self.query(context)
-        shift = KEEP_LOGIT + _bounded(query[:, -1]) + self._shift(context, log_price)[:, 2]
-        return query[:, :-1], shift
+        return query[:, :-1], KEEP_LOGIT + _bounded(query[:, -1]) + shift[:, 2]
 
-    def token_logits(self, tokens: Tensor, query: Tensor, shift: Tensor) -> Tensor:
-        """Logits (...) of keeping tokens (..., C), given query (..., rank) and shift (...) of their images."""
-        return _bounded((self.key(_normalise(tokens)) * query).sum(dim=-1)) + shift
+    def token_logits(self, tokens: Tensor, query: Tensor, shared: Tensor) -> Tensor:
+        """Logits (...) of keeping tokens (..., C), given query (..., rank) and shared part (...) of their images."""
+        return _bounded((self.key(_normalise(tokens)) * query).sum(dim=-1)) + shared
 
 
 def _inverse_softplus(value: float) -> float:

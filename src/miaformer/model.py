@@ -72,12 +72,13 @@ class MIAFormer(
         first = config.first_token_block
         if first is None:
             first = 2 if depth > 4 else 1
-        rank = config.controller_rank or min(16, max(4, dim // 8))
+        hidden = config.controller_hidden or min(32, max(8, dim // 3))
+        rank = config.controller_rank or min(16, max(4, dim // 12))
         self.controllers = nn.ModuleList(
             Controller(
                 dim,
                 block.attn.num_heads,
-                config.controller_hidden,
+                hidden,
                 rank if index >= first else 0,
                 config.head_choice == "nested",
             )

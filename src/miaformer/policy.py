@@ -185,17 +185,18 @@ class Learned:
         log_price = self.log_price.to(state.x).expand(len(state.x))
         active = state.active > 0
         context = controller.context(state.x, active, state.num_prefix_tokens, log_price)
-        depth_logits, head_logits = controller.depth_and_heads(context, log_price)
+        shift = controller.shift(controller.predicted_difficulty(context), log_price)
+        depth_logits, head_logits = controller.depth_and_heads(context, shift)
         depth = depth_logits > 0
         if state.affordable is not None:
             depth = depth & state.affordable
         if not controller.rank:
             return Gates(depth, controller.most_likely_heads(head_logits), active)
         image, token = (active & depth[:, None]).nonzero(as_tuple=True)
-        query, shift = controller.token_query(context, log_price)
+        query, shared = controller.token_query(context, shift)
         rows = state.x[image, state.num_prefix_tokens + token]
         scores = state.x.new_full(active.shape, float("-inf"))
-        scores[image, token] = controller.token_logits(rows, query[image], shift[image]).to(scores.dtype)
+        scores[image, token] = controller.token_logits(rows, query[image], shared[image]).to(scores.dtype)
         return Gates(depth, controller.most_likely_heads(head_logits), scores > 0, scores)
 
     def context_macs(self, cost: Cost, index: int) -> int:

@@ -215,12 +215,14 @@ def _logits(controllers: nn.ModuleList, state: State, log_price: Tensor) -> _Log
     controller = cast(Controller, controllers[state.index])
     x = state.x.detach()
     context = controller.context(x, (state.active > 0).detach(), state.num_prefix_tokens, log_price)
-    depth, heads = controller.depth_and_heads(context, log_price)
+    difficulty = controller.predicted_difficulty(context)
+    shift = controller.shift(difficulty, log_price)
+    depth, heads = controller.depth_and_heads(context, shift)
     tokens = None
     if controller.rank:
-        query, shift = controller.token_query(context, log_price)
-        tokens = controller.token_logits(x[:, state.num_prefix_tokens :], query[:, None], shift[:, None])
-    return _Logits(depth, heads, tokens, controller.predicted_difficulty(context))
+        query, shared = controller.token_query(context, shift)
+        tokens = controller.token_logits(x[:, state.num_prefix_tokens :], query[:, None], shared[:, None])
+    return _Logits(depth, heads, tokens, difficulty)
 
 
 def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
