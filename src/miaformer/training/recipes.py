@@ -104,8 +104,8 @@ DIGITS = Recipe(
     stages=(
         Stage("backbone", epochs=3.6, lr=2.5e-3),
         Stage("elastic", epochs=0.4, lr=2e-3),
-        Stage("supervised", epochs=1.3, lr=2e-3, controller_lr=1e-2, temperature=(1.0, 0.3)),
-        Stage("reinforce", epochs=0.2, lr=2e-4, controller_lr=1e-3, temperature=(0.3, 0.3)),
+        Stage("supervised", epochs=1.3, lr=1.5e-3, controller_lr=1e-2, temperature=(1.0, 0.3), full_share=0.3),
+        Stage("reinforce", epochs=0.2, lr=2e-4, controller_lr=1e-3, temperature=(0.3, 0.3), full_share=0.3),
     ),
     batch_size=64,
     label_smoothing=0.0,
