@@ -26,7 +26,7 @@ from miaformer.data.splits import stratified_position
 
 SIZE = 20  # canvas side, px
 RENDERINGS_TRAIN = 24  # per digit
-SIZES_HELD_OUT = (14, 17)  # px; calibration and test digits are drawn once at each
+SIZES_HELD_OUT = (15, 17)  # px; calibration and test digits are drawn once at each
 FRACTION_TEST, FRACTION_CALIBRATION = 0.25, 0.15  # of the 1,797 digits; train has the other 60 %
 
 _SEED = 1797
@@ -54,7 +54,7 @@ class _Style:
 
 _SIZES_TRAIN = (12, 18)  # px
 _TRAIN = _Style(contrast=(45, 140), noise=5, n_fragments=2, strength=140, angle=14, stretch=0.15, shear=0.2)
-_HELD_OUT = _Style(contrast=(95, 140), noise=4, n_fragments=1, strength=100, angle=6, stretch=0, shear=0)
+_HELD_OUT = _Style(contrast=(105, 140), noise=4, n_fragments=1, strength=80, angle=4, stretch=0, shear=0)
 
 
 class Digits(ImageData):
