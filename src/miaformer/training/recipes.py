@@ -97,14 +97,13 @@ DIGITS = Recipe(
         "depth": 6,
         "num_heads": 4,
         "mlp_ratio": 2,
-        "qk_norm": True,  # with LayerScale, no seed stays at chance for hundreds of steps
-        "init_values": 0.1,
+        "init_values": 0.1,  # with LayerScale no seed stays at chance for hundreds of steps
     },
     sincos_pos_embed=True,
     stages=(
         Stage("backbone", epochs=3.6, lr=2.5e-3),
         Stage("elastic", epochs=0.4, lr=2e-3),
-        Stage("supervised", epochs=1.3, lr=1.5e-3, controller_lr=1e-2, temperature=(1.0, 0.3), full_share=0.3),
+        Stage("supervised", epochs=1.2, lr=2e-3, controller_lr=1e-2, temperature=(1.0, 0.3), full_share=0.3),
         Stage("reinforce", epochs=0.2, lr=2e-4, controller_lr=1e-3, temperature=(0.3, 0.3), full_share=0.3),
     ),
     batch_size=64,
