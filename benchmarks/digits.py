@@ -76,9 +76,8 @@ def means(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(mean: dict[str, Any]) -> None:
-    print(
-        f"dense {100 * mean['dense_accuracy']:.2f} %, controllers {100 * mean['controllers_macs_fraction']:.2f} % of MACs"
-    )
+    controllers = 100 * mean["controllers_macs_fraction"]
+    print(f"dense {100 * mean['dense_accuracy']:.2f} %, controllers {controllers:.2f} % of MACs")
     print(f"rank correlation {mean['spearman_difficulty_macs']:.2f}, by seed {mean['spearman_by_seed']}")
     for row in mean["points"]:
         print(f"{row['policy']:<8} {row['budget']:.2f}  {100 * row['accuracy']:.2f} %  at {row['macs_fraction']:.3f}")
