@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/digits.py --out runs/digits-seeds
 
-Trains what is not there yet (about four minutes a seed on two cores), evaluates on the test split, and writes
+Trains what is not there yet (about five minutes a seed on one core), evaluates on the test split, and writes
 benchmarks/results/digits.json. The rank correlation is Spearman's: an image's MACs with the dense model's loss on it.
 """
 

@@ -54,7 +54,7 @@ class _Style:
 
 _SIZES_TRAIN = (12, 18)  # px
 _TRAIN = _Style(contrast=(45, 140), noise=5, n_fragments=2, strength=140, angle=14, stretch=0.15, shear=0.2)
-_HELD_OUT = _Style(contrast=(105, 140), noise=4, n_fragments=1, strength=80, angle=4, stretch=0, shear=0)
+_HELD_OUT = _Style(contrast=(110, 140), noise=4, n_fragments=1, strength=70, angle=2, stretch=0, shear=0)
 
 
 class Digits(ImageData):

@@ -101,7 +101,7 @@ DIGITS = Recipe(
     },
     sincos_pos_embed=True,
     stages=(
-        Stage("backbone", epochs=3.6, lr=2.5e-3),
+        Stage("backbone", epochs=4.5, lr=2.5e-3),
         Stage("elastic", epochs=0.4, lr=2e-3),
         Stage("supervised", epochs=1.2, lr=2e-3, controller_lr=1e-2, temperature=(1.0, 0.3), full_share=0.3),
         Stage("reinforce", epochs=0.2, lr=2e-4, controller_lr=1e-3, temperature=(0.3, 0.3), full_share=0.3),
