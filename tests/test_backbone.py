@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import GlobalResponseNormMlp, LayerScale2d, Mlp, PatchEmbed, RmsNorm
+from timm.layers import GlobalResponseNormMlp, LayerScale2d, Mlp, PatchEmbed
 from timm.models.vision_transformer import (
     Block,
     DiffParallelScalingBlock,
@@ -255,7 +255,6 @@ UNSUPPORTED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "parameters that .* has not: blocks.1.mlp.fc1",
     ),
     "patch embedding": (lambda: vit(embed_layer=ConvolutionalStem), ValueError, "patch embedding is ConvolutionalStem"),
-    "norm of the embedding": (lambda: vit(embed_norm_layer=RmsNorm), ValueError, "has not: patch_embed.norm"),
     "no blocks": (lambda: vit(depth=0), ValueError, "at least one block"),
 }
 

@@ -111,7 +111,7 @@ def describe(backbone: VisionTransformer) -> dict[str, Any]:
     attn, mlp, embed = first.attn, first.mlp, backbone.patch_embed
     hidden = (mlp.fc1_x if hasattr(mlp, "fc1_x") else mlp.fc1).out_features
     identity = nn.Identity
-    return {
+    description = {
         "class": type(backbone).__name__,
         "img_size": list(embed.img_size) if embed.img_size else None,
         "patch_size": list(embed.patch_size),
@@ -144,26 +144,37 @@ def describe(backbone: VisionTransformer) -> dict[str, Any]:
         "proj_drop_rate": attn.proj_drop.p,
         "attn_drop_rate": attn.attn_drop.p,
         "drop_path_rate": getattr(block.drop_path1, "drop_prob", 0.0) or 0.0,
-        "norm_layer": [type(first.norm1).__name__, first.norm1.eps],
+        "norm_layer": _described_norm(first.norm1),
         "act_layer": type(mlp.act).__name__,
         "mlp_layer": type(mlp).__name__,
         "gate_last": getattr(mlp, "gate_last", None),
     }
+    if not isinstance(embed.norm, identity):
+        description["embed_norm_layer"] = _described_norm(embed.norm)
+    return description
+
+
+def _described_norm(norm: Any) -> list[Any]:
+    return [type(norm).__name__, norm.eps]
+
+
+def _norm_layer(description: list[Any]) -> Any:
+    name, eps = description
+    return partial(_named_layer(name), eps=eps)
 
 
 def build(description: dict[str, Any]) -> VisionTransformer:
     """A backbone of the shape described, its weights not initialised to anything in particular."""
     args = dict(description)
     model_class = {c.__name__: c for c in (VisionTransformer, VisionTransformerDistilled)}[args.pop("class")]
-    norm_name, eps = args.pop("norm_layer")
-    norm_layer = partial(_named_layer(norm_name), eps=eps)
+    norms = {name: _norm_layer(args.pop(name)) for name in ("norm_layer", "embed_norm_layer") if name in description}
     mlp_layer: Any = MLPS[args.pop("mlp_layer")]
     gate_last = args.pop("gate_last")
     if gate_last is not None:
         mlp_layer = partial(mlp_layer, gate_last=gate_last)
     act_layer = _named_layer(args.pop("act_layer"))
     # Drawing weights takes longer than all else, most of all on the meta device.
-    model = model_class(**args, norm_layer=norm_layer, act_layer=act_layer, mlp_layer=mlp_layer, weight_init="skip")
+    model = model_class(**args, **norms, act_layer=act_layer, mlp_layer=mlp_layer, weight_init="skip")
     return model
 
 

@@ -84,6 +84,13 @@ def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
     for note in report_notes(report):
         terminal.print(note, soft_wrap=True, markup=False)
 
+    if max(row["time_fraction"] for row in rows) > 1:
+        terminal.print(
+            "Time is that of eager PyTorch. A model this small spends it on the overhead of each operation, not on "
+            "MACs: here skipping saves none.",
+            soft_wrap=True,
+        )
+
     write_json(out / "report.json", report)
     plot_tradeoff(report, out / "tradeoff.png")
     middle = [contender.budget for contender in found if contender.name == "learned"]
