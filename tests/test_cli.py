@@ -323,27 +323,14 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_demo_trains_evaluates_times_and_draws(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With a recipe whose training is over at once."""
-    from miaformer import training
-
-    asked: list[Any] = []
-
-    def trained(recipe: Any, out: Path, **options: Any) -> MIAFormer:
-        asked.append((recipe.name, out, options))
-        model = classifier()
-        calibrate(model, batches_of(model, data, "calibration").epoch(0))
-        model.save_pretrained(out / "model")
-        return model
-
-    monkeypatch.setattr(training, "train_recipe", trained)
-    monkeypatch.setattr(training, "get_recipe", lambda name: training.Recipe(name=name, data=str(data), model="none"))
+    """The real one, trained a fiftieth as long; a second time it has nothing to train."""
     monkeypatch.setattr(demo, "TIMED_BATCHES", {1: 2, 4: 1})
     out_dir = tmp_path / "demo"
-    status, out, err = run(capsys, "demo", "--out", out_dir, "--seed", 2, "--recipe", "instant", "--device", "cpu")
+    command = ("demo", "--out", out_dir, "--seed", 2, "--epochs-scale", 0.02, "--device", "cpu", "--processes", 1)
+    status, out, err = run(capsys, *command)
     assert (status, err) == (0, "")
-    assert asked == [("instant", out_dir, {"seed": 2, "resume": False, "device": "cpu"})]
     report = json.loads((out_dir / "report.json").read_text())
     points = [(point["policy"], point["budget"]) for point in report["points"]]
     assert points == [(name, budget) for budget in demo.BUDGETS for name in ("learned", "static", "random")]
@@ -356,6 +343,17 @@ def test_demo_trains_evaluates_times_and_draws(
         assert str(out_dir / name) in out
     assert "time, batch" in out
     assert "efficiency" not in out
+
+    def no_training(*args: Any, **options: Any) -> None:
+        raise AssertionError("the model is there")
+
+    monkeypatch.setattr("miaformer.training.train_recipe", no_training)
+    assert run(capsys, *command)[0] == 0
+    again = json.loads((out_dir / "report.json").read_text())
+    assert again["points"] == report["points"]
+    status, _, err = run(capsys, *command, "--seed", 3)
+    assert status == 2
+    assert "different in seed" in err
 
 
 def test_pictures_of_the_tests_differ() -> None:

@@ -73,7 +73,8 @@ def test_every_weight_of_the_model_learns(uninterrupted: Path) -> None:
 
 def test_two_processes_equal_one(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "two"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # With --cpu, accelerate starts a single process whatever number is asked; this is its launcher of several.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
         [*command, str(Path(__file__).with_name("tiny_training.py")), str(out)],
@@ -84,9 +85,12 @@ def test_two_processes_equal_one(uninterrupted: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("process of 2") == 2
     one, two = (load_file(p / "model" / "model.safetensors") for p in (uninterrupted, out))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    fresh = tiny_model().state_dict()
+    # Not weight for weight: AdamW makes a step of a gradient that is rounding alone (a key's bias has no other).
+    apart, learned = (torch.cat([(state[n] - two[n]).flatten() for n in one]).norm() for state in (one, fresh))
+    assert apart < 2e-3 * learned
     for row, same in zip(metrics(uninterrupted), metrics(out), strict=True):
         assert same["loss"] == pytest.approx(row["loss"], rel=1e-3)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from miaformer import MIAFormer, adapt
@@ -82,3 +83,4 @@ def run(out: Path, recipe: Recipe = RECIPE, **settings: object) -> MIAFormer:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]))
+    sys.stdout.write(f"process of {PartialState().num_processes}\n")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from miaformer.data.splits import stratified_position
 
 SIZE = 20  # canvas side, px
 RENDERINGS_TRAIN = 24  # per digit
-SIZES_HELD_OUT = (15, 17)  # px; calibration and test digits are drawn once at each
+SIZES_HELD_OUT = (16, 17)  # px; calibration and test digits are drawn once at each
 FRACTION_TEST, FRACTION_CALIBRATION = 0.25, 0.15  # of the 1,797 digits; train has the other 60 %
 
 _SEED = 1797
@@ -66,28 +67,34 @@ class Digits(ImageData):
 
     def __init__(self, split: Split) -> None:
         check_split(split)
-        digits, labels = _load()
         self.name = f"digits/{split}"
         self.classes = [str(c) for c in range(10)]
-        members = digit_split(labels)
-        per_digit = RENDERINGS_TRAIN if split == "train" else len(SIZES_HELD_OUT)
-        self.digit: Array = np.repeat(members[split], per_digit)
-        self.labels = labels[self.digit]
-        rng = np.random.Generator(np.random.PCG64([_SEED, _STREAM[split]]))
-        if split == "train":
-            style, (smallest, largest) = _TRAIN, _SIZES_TRAIN
-            self.size_px: Array = smallest + (largest - smallest) * rng.random(len(self.digit))
-        else:
-            style = _HELD_OUT
-            self.size_px = np.tile(np.asarray(SIZES_HELD_OUT, dtype=np.float64), len(members[split]))
-        bank = _fragment_bank(digits[members["train"]])
-        self.pixels: Array = _render(digits, self.digit, self.size_px, bank, style, rng)
+        self.pixels: Array
+        self.pixels, self.labels, self.digit, self.size_px = (array.copy() for array in _drawn(split))
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
+
+
+@cache
+def _drawn(split: Split) -> tuple[Array, Array, Array, Array]:
+    """Pixels, labels, digits and sizes of a split. Kept, for drawing the train split takes over a second."""
+    digits, labels = _load()
+    members = digit_split(labels)
+    rng = np.random.Generator(np.random.PCG64([_SEED, _STREAM[split]]))
+    if split == "train":
+        which = np.repeat(members[split], RENDERINGS_TRAIN)
+        style, (smallest, largest) = _TRAIN, _SIZES_TRAIN
+        size_px: Array = smallest + (largest - smallest) * rng.random(len(which))
+    else:
+        which = np.repeat(members[split], len(SIZES_HELD_OUT))
+        style = _HELD_OUT
+        size_px = np.tile(np.asarray(SIZES_HELD_OUT, dtype=np.float64), len(members[split]))
+    bank = _fragment_bank(digits[members["train"]])
+    return _render(digits, which, size_px, bank, style, rng), labels[which], which, size_px
 
 
 def digit_split(labels: Array) -> dict[str, Array]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from rich.console import Console
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -19,6 +19,7 @@ from miaformer.backbone import check_supported
 from miaformer.data import Augmentation, Batches, ImageData, build_transform, open_data
 from miaformer.evaluation.calibration import calibrate
 from miaformer.model import MIAFormer, adapt
+from miaformer.model_files import read_json
 from miaformer.training.progress import Display
 from miaformer.training.recipes import Recipe, get_recipe
 from miaformer.training.trainer import Trainer, seed_everything
@@ -68,10 +69,15 @@ def train(
         cpu=device == "cpu",
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # no stage changes a buffer
     )
     main = accelerator.is_main_process
-    _claim(out, recipe, train_data, seed, resume, main)
-    accelerator.wait_for_everyone()
+    description = _description(recipe, train_data, seed)
+    _check_free(out, description, resume)
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.json").write_text(json.dumps(description, indent=2) + "\n")
     display = Display(console, enabled=show_progress and main)
     accelerator.init_trackers("tensorboard")
 
@@ -140,6 +146,21 @@ def train_recipe(
     )
 
 
+def trained_model(
+    recipe: Recipe, out: str | Path, *, data: str | Path | None = None, seed: int = 0
+) -> MIAFormer | None:
+    """What `train_recipe` left in `out`: its model, or None where it has not come to its end.
+
+    Raises ValueError where `out` holds another run.
+    """
+    out = Path(out)
+    last_written = "calibration.json" if any(stage.decides for stage in recipe.stages) else "model.safetensors"
+    if not (out / "recipe.json").exists() or not (out / "model" / last_written).exists():
+        return None
+    _check_free(out, _description(recipe, open_data(data or recipe.data, "train"), seed), resume=True)
+    return MIAFormer.from_pretrained(out / "model")
+
+
 @torch.no_grad()
 def _start_from_sincos(backbone: VisionTransformer) -> None:
     """Learned position embeddings start from sines and cosines of both coordinates.
@@ -153,24 +174,25 @@ def _start_from_sincos(backbone: VisionTransformer) -> None:
         backbone.pos_embed[0, prefix:] = 0.3 * table
 
 
-def _claim(out: Path, recipe: Recipe, data: ImageData, seed: int, resume: bool, main: bool) -> None:
-    """Write down what runs in `out`; refuse to mix it with another run."""
-    description: dict[str, Any] = json.loads(
-        json.dumps({"recipe": recipe.to_json(), "data": data.name, "num_images": len(data), "seed": seed})
-    )
+def _description(recipe: Recipe, data: ImageData, seed: int) -> dict[str, Any]:
+    """What a run is, as JSON."""
+    description = {"recipe": recipe.to_json(), "data": data.name, "num_images": len(data), "seed": seed}
+    return cast(dict[str, Any], json.loads(json.dumps(description)))
+
+
+def _check_free(out: Path, description: dict[str, Any], resume: bool) -> None:
+    """Refuse to mix a run with another one in `out`."""
     path = out / "recipe.json"
-    if path.exists():
-        if not resume:
-            raise ValueError(f"{out} holds a run already: resume it (--resume), or choose another directory")
-        before = json.loads(path.read_text())
-        if before != description:
-            changed = _differences(before, description)
-            raise ValueError(
-                f"{out} holds another run, different in {', '.join(changed)}: it cannot be resumed as this one"
-            )
-    elif main:
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**description}, indent=2) + "\n")
+    if not path.exists():
+        return
+    if not resume:
+        raise ValueError(f"{out} holds a run already: resume it (--resume), or choose another directory")
+    before = read_json(path)
+    if before != description:
+        changed = _differences(before, description)
+        raise ValueError(
+            f"{out} holds another run, different in {', '.join(changed)}: it cannot be resumed as this one"
+        )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -32,14 +32,16 @@ class Tariff:
         self.price_rate = price_rate
         self.value_rate = value_rate
 
-    def start(self, mean_fraction: Callable[[float], float]) -> None:
-        """Bisect the log-price of every knot on untrained controllers. mean_fraction(log_price) falls."""
-        for k, budget in enumerate(self.knots.tolist()):
-            low, high = LOG_PRICE_RANGE
-            for _ in range(12):
-                middle = (low + high) / 2
-                low, high = (middle, high) if mean_fraction(middle) > budget else (low, middle)
-            self.log_price[k] = (low + high) / 2
+    def start(self, mean_fraction: Callable[[float], float], points: int = 25) -> None:
+        """Read the log-price of every knot off what untrained controllers spend. mean_fraction(log_price) falls."""
+        grid = torch.linspace(*LOG_PRICE_RANGE, points)
+        spent = torch.tensor([mean_fraction(log_price) for log_price in grid.tolist()]).cummin(dim=0).values
+        for k, budget in enumerate(self.knots):
+            right = min(int((spent > budget).sum()), points - 1)  # the first that does not overspend
+            left = max(right - 1, 0)
+            gap = (spent[left] - spent[right]).clamp(min=1e-6)
+            share = ((spent[left] - budget) / gap).clamp(0, 1)
+            self.log_price[k] = grid[left] + share * (grid[right] - grid[left])
         self._keep_monotone()
 
     def _weights(self, budgets: Tensor) -> Tensor:

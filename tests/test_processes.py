@@ -1,0 +1,59 @@
+"""Several processes on one machine: Ctrl-C loses nothing, the first failure is told, and told once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+SCALE = 0.02
+STEPS = 36 + 3 + 10 + 2  # of the stages of `digits` at that scale; two seconds or so
+
+
+def start(out: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "miaformer.cli", "train", "--recipe", "digits", "--epochs-scale", str(SCALE)]
+    return subprocess.Popen(
+        [*command, "--out", str(out), "--processes", "2", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def steps(out: Path) -> list[int]:
+    path = out / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_ctrl_c_stops_all_and_resuming_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(out)
+    deadline = time.monotonic() + 120
+    while len(steps(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher and to the processes
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.count("Go on with the same command and --resume.") == 1
+    done = len(steps(out))
+    assert 3 <= done < STEPS
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{done:08d}"]
+
+    process = start(out, "--resume")
+    told, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert f"Resuming after step {done}." in told
+    assert steps(out) == list(range(1, STEPS + 1))
+    assert load_file(out / "model" / "model.safetensors")
+
+    process = start(out)  # without --resume
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said.count("holds a run already") == 1
