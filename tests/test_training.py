@@ -65,6 +65,19 @@ def test_resumed_after_ctrl_c_equals_uninterrupted(
     assert (out / "model/calibration.json").read_text() == (uninterrupted / "model/calibration.json").read_text()
 
 
+def test_muon_resumes_as_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(RECIPE, optimizer="muon")
+    run(tmp_path / "whole", recipe)
+    out = tmp_path / "parts"
+    with monkeypatch.context() as patched:
+        interrupt_at(2 * STEPS + 2, patched)  # where controllers learn
+        with pytest.raises(Interrupted):
+            run(out, recipe)
+    run(out, recipe, resume=True)
+    whole, parts = (load_file(p / "model" / "model.safetensors") for p in (tmp_path / "whole", out))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 def test_every_weight_of_the_model_learns(uninterrupted: Path) -> None:
     trained, fresh = load_file(uninterrupted / "model" / "model.safetensors"), tiny_model().state_dict()
     still = [n for n in fresh if "order_" not in n and torch.equal(trained[n], fresh[n])]

@@ -17,6 +17,7 @@ from miaformer.cli.processes import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from miaformer.data import Batches
@@ -63,24 +64,28 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from miaformer.training import Interrupted, get_recipe, train_recipe, trained_model
-
     out = Path(args.out)
-    recipe = get_recipe(args.recipe).scaled(args.epochs_scale)
-    if not recipe.data:
-        raise ValueError(f"--recipe {args.recipe} has no data of its own; use `miaformer train` with --data")
     device = open_device(args.device, args.threads)
     processes = args.processes
     if processes is None:
         processes = min(2, processor_cores()) if device.type == "cpu" else 1
     check_processes(processes)
-    model = trained_model(recipe, out, seed=args.seed)
-    if model is None and processes > 1 and not is_one_of_several():
-        status = run_in_processes([*args.argv, "--device", "cpu"], processes)
+    if processes > 1 and not is_one_of_several() and not (out / "model" / "calibration.json").exists():
+        status = run_in_processes([*args.argv, "--device", "cpu"], processes)  # each trains and comes back from here
         if status:
             return status
-        model = trained_model(recipe, out, seed=args.seed)
-    elif model is None:
+    return _train_and_show(args, out, device)
+
+
+def _train_and_show(args: argparse.Namespace, out: Path, device: torch.device) -> int:
+    """Train what is not trained yet, then show it; one of several processes has trained only."""
+    from miaformer.training import Interrupted, get_recipe, train_recipe, trained_model
+
+    recipe = get_recipe(args.recipe).scaled(args.epochs_scale)
+    if not recipe.data:
+        raise ValueError(f"--recipe {args.recipe} has no data of its own; use `miaformer train` with --data")
+    model = trained_model(recipe, out, seed=args.seed)
+    if model is None:
         resume = (out / "recipe.json").exists()
         on = "cpu" if device.type == "cpu" else None
         try:
@@ -88,7 +93,6 @@ def run(args: argparse.Namespace) -> int:
         except Interrupted as stop:
             say_stopped(stop, "The same command goes on from there.")
             return STOPPED
-    assert model is not None
     if not is_one_of_several():
         show(model.to(device), recipe.data, out, args.seed)
     return 0

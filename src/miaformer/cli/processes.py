@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from miaformer.training import Interrupted
 
-STOPPED = 130  # exit status after Ctrl-C
+WRONG, STOPPED = 2, 130  # exit status after an error told in one line, and after Ctrl-C
 _PATIENCE_S = 20.0  # for the other processes, once one has failed
 
 
@@ -50,8 +50,8 @@ def is_one_of_several() -> bool:
 def run_in_processes(arguments: Sequence[str], count: int) -> int:
     """Run `miaformer ARGUMENTS` in `count` processes and return its exit status: that of the first one to fail.
 
-    The first process has the terminal; what another one says is shown where it was the first to fail. Ctrl-C is
-    passed on, and waited for: they save and end by themselves. Raises ChildProcessError where one was killed.
+    The first process has the terminal; what others say is shown where it fails without a reason of its own. Ctrl-C
+    is passed on, and waited for: they save and end by themselves. Raises ChildProcessError where one was killed.
     """
     port = _free_port()
     with tempfile.TemporaryFile("w+") as others:
@@ -66,7 +66,7 @@ def run_in_processes(arguments: Sequence[str], count: int) -> int:
         if failed is None:
             return 0
         status = int(processes[failed].returncode)
-        if failed > 0 and status != STOPPED:
+        if processes[0].returncode not in (WRONG, STOPPED):  # it has not told why by itself
             others.seek(0)
             sys.stderr.write(others.read())
     if status < 0:

@@ -7,6 +7,7 @@ CUDA, `scaled_dot_product_attention` over runs of equally long images everywhere
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,24 +27,34 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, dropout: float 
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if not keys.requires_grad:
         return out
-    return out + _effect_of_gates(q, k, v, keys, mask, out)
+    with_gradient: Tensor = _EffectOfGates.apply(keys, q.detach(), k.detach(), v.detach(), mask, out)
+    return with_gradient
 
 
-def _effect_of_gates(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
-    """Zero, with the gradient by each key's gate that keeping the key rather than not has on the output.
+class _EffectOfGates(torch.autograd.Function):
+    """`out` as it is; a key's gate gets the gradient of what keeping the key rather than not does to it.
 
     For a skipped key that is the weight it would have, not the derivative of the masked softmax: the latter grows with
     the exponential of the key's score, and one such key drowned all other gradients of a step (by 1e5, measured).
     """
-    with torch.no_grad():
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask, out)
+        ctx.gate_dtype = gates.dtype
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, out = ctx.saved_tensors
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         among_kept = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
-        log_total = among_kept.logsumexp(dim=-1, keepdim=True)
-        weight = (scores - log_total).exp()  # of kept keys
-        if mask is not None:
-            weight = torch.where(mask, weight, (scores - torch.logaddexp(log_total, scores)).exp())
-    change = weight * (gates - gates.detach())[:, None, None, :]
-    return change @ v.detach() - change.sum(dim=-1, keepdim=True) * out.detach()
+        above = scores - among_kept.logsumexp(dim=-1, keepdim=True)
+        weight = above.exp() if mask is None else torch.where(mask, above.exp(), above.sigmoid())
+        # With key j, output i moves towards its value, by the key's weight: w_ij (v_j - out_i).
+        effect = grad @ v.transpose(-2, -1) - (grad * out).sum(dim=-1, keepdim=True)
+        return (weight * effect).sum(dim=(1, 2)).to(ctx.gate_dtype), None, None, None, None, grad
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_lengths: list[int]) -> Tensor:

@@ -48,7 +48,7 @@ class Recipe:
     stages: tuple[Stage, ...] = ()
     batch_size: int = 256  # of all processes together
     budgets: tuple[float, float] = (0.25, 0.9)  # controllers learn every budget between
-    optimizer: str = "adamw"
+    optimizer: str = "adamw"  # a name of timm's, or muon: for the matrices of blocks, with AdamW for the rest
     weight_decay: float = 0.05
     clip_grad: float | None = 1.0
     label_smoothing: float = 0.1

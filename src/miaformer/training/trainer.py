@@ -31,6 +31,7 @@ from miaformer.engine.masked import Masked
 from miaformer.model import MIAFormer
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
 from miaformer.training.gates import Draws, Relaxed
+from miaformer.training.muon import MuonAdamW
 from miaformer.training.objective import Objective, Outcome, Step
 from miaformer.training.progress import Display, Means, MetricsFile
 from miaformer.training.recipes import Recipe, Stage
@@ -120,11 +121,7 @@ class Trainer:
         model.controllers.requires_grad_(stage.decides)
         if stage.kind != "backbone" and self.teacher is None and self.recipe.distill_weight:
             self.teacher = copy.deepcopy(model.backbone).requires_grad_(False).eval()
-        # One kernel for all parameters instead of several for each: a tenth of a small model's step.
-        fused: dict[str, Any] = {"fused": True} if self.recipe.optimizer in ("adam", "adamw") else {}
-        optimizer = create_optimizer_v2(
-            _parameter_groups(model, stage, self.recipe), opt=self.recipe.optimizer, lr=stage.lr, **fused
-        )
+        optimizer = _optimizer(model, stage, self.recipe)
         length = span.last - span.first
         schedule = CosineLRScheduler(
             optimizer,
@@ -361,6 +358,17 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(mixed))
 
 
+def _optimizer(model: MIAFormer, stage: Stage, recipe: Recipe) -> torch.optim.Optimizer:
+    """`muon` is ours, any other name timm's."""
+    groups = _parameter_groups(model, stage, recipe)
+    if recipe.optimizer == "muon":
+        inside = {id(p) for p in model.backbone.blocks.parameters() if p.ndim == 2}
+        return MuonAdamW(_split(groups, inside), lr=stage.lr)
+    # One kernel for all parameters instead of several for each: a tenth of a small model's step.
+    fused: dict[str, Any] = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}
+    return create_optimizer_v2(groups, opt=recipe.optimizer, lr=stage.lr, **fused)
+
+
 def _parameter_groups(model: MIAFormer, stage: Stage, recipe: Recipe) -> list[dict[str, Any]]:
     groups = []
     for part, lr in ((model.backbone, stage.lr), (model.controllers, stage.controller_lr)):
@@ -370,6 +378,17 @@ def _parameter_groups(model: MIAFormer, stage: Stage, recipe: Recipe) -> list[di
         for group in param_groups_weight_decay(part, recipe.weight_decay, without_decay):
             groups.append({**group, "lr": lr})
     return groups
+
+
+def _split(groups: list[dict[str, Any]], matrices: set[int]) -> list[dict[str, Any]]:
+    """The same groups, each in two: parameters whose id is among `matrices`, and the others."""
+    halves = []
+    for group in groups:
+        for wanted in (True, False):
+            chosen = [p for p in group["params"] if (id(p) in matrices) is wanted]
+            if chosen:
+                halves.append({**group, "params": chosen, "matrices": wanted})
+    return halves
 
 
 def _smooth(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:

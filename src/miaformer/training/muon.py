@@ -1,0 +1,72 @@
+"""Muon for the weight matrices of blocks, AdamW for all other parameters, as one optimiser.
+
+Muon (Jordan et al. 2024) makes every singular value of a matrix's momentum one before it steps. timm's and PyTorch's do
+that in bfloat16 whatever the device, which a processor without it emulates: 71 ms a step of the `digits` ViT against 6
+here, in the parameters' own precision and all matrices of a shape at once. The iteration itself is timm's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients of the iteration, by Jordan et al.
+_ITERATIONS = 5
+
+
+class MuonAdamW(Optimizer):
+    """Groups of parameters with `matrices` true get Muon, the others (fused) AdamW.
+
+    Steps of both have the size of AdamW's at the same learning rate (Liu et al. 2025: 0.2 root mean square).
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95) -> None:
+        groups = list(groups)
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "matrices": False})
+        others = [group for group in self.param_groups if not group["matrices"]]
+        self._adamw = AdamW(others, lr=lr, betas=(0.9, 0.95), fused=True) if others else None
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        """AdamW works on the groups and the state of this optimiser, so that they are saved and scheduled as one."""
+        if self._adamw is not None:
+            self._adamw.param_groups = [group for group in self.param_groups if not group["matrices"]]
+            self._adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step, without a closure."""
+        for group in self.param_groups:
+            if group["matrices"]:
+                self._muon(group)
+        if self._adamw is not None:
+            self._adamw.step()
+
+    def _muon(self, group: dict[str, Any]) -> None:
+        alike: dict[tuple[torch.Size, torch.device], list[Tensor]] = {}
+        for matrix in group["params"]:
+            if matrix.grad is not None:
+                alike.setdefault((matrix.shape, matrix.device), []).append(matrix)
+        for (shape, _), matrices in alike.items():
+            updates = torch.stack([self._momentum(matrix, group["momentum"]) for matrix in matrices])
+            directions = zeropower_via_newtonschulz(updates, _ITERATIONS, [_QUINTIC], dtype=updates.dtype)
+            step_size = group["lr"] * get_lr_scale(shape, "match_rms_adamw")
+            for matrix, direction in zip(matrices, directions, strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-step_size)
+
+    def _momentum(self, matrix: Tensor, momentum: float) -> Tensor:
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        average: Tensor = state["momentum_buffer"]
+        average.lerp_(matrix.grad, 1 - momentum)  # type: ignore[arg-type]
+        return average
