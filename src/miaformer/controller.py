@@ -19,7 +19,8 @@ KEEP_LOGIT = 3.0  # untrained controllers keep with probability 0.95 at a log-pr
 LOGIT_BOUND = 6.0  # what content can say; bounded, so that no gate saturates beyond return
 DIFFICULTY_GAIN = 0.5  # what a standard deviation of difficulty adds to every logit, to begin with
 PRICE_FEATURES = 8
-LOG_PRICE_RANGE = (-6.0, 12.0)
+LOG_PRICE_RANGE = (-6.0, 12.0)  # where training sets prices, and features tell them apart
+LEAST_LOG_PRICE = -16.0  # below that range the straight path to each logit goes on, until everything is kept
 
 
 def price_features(log_price: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def price_features(log_price: Tensor) -> Tensor:
     low, high = LOG_PRICE_RANGE
     centres = torch.linspace(low, high, PRICE_FEATURES, device=log_price.device, dtype=log_price.dtype)
     width = (high - low) / (PRICE_FEATURES - 1)
-    return torch.exp(-0.5 * ((log_price[:, None] - centres) / width) ** 2)
+    return torch.exp(-0.5 * ((log_price.clamp(low, high)[:, None] - centres) / width) ** 2)
 
 
 class Controller(nn.Module):

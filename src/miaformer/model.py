@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from miaformer import backbone as static
 from miaformer.budget import Calibration, check_fraction
 from miaformer.config import AdaptConfig
-from miaformer.controller import LOG_PRICE_RANGE, Controller
+from miaformer.controller import LEAST_LOG_PRICE, LOG_PRICE_RANGE, Controller
 from miaformer.cost import Cost, count_macs
 from miaformer.decisions import Decisions
 from miaformer.engine.masked import Masked
@@ -323,12 +323,14 @@ class MIAFormer(
     def _log_price(self, price: Tensor) -> Tensor:
         """What controllers see of prices (B,), within the range that they know."""
         slope, shift = self.price_scale
-        return (slope * price.to(slope.device).clamp(min=1e-9).log() + shift).clamp(*LOG_PRICE_RANGE)
+        return (slope * price.to(slope.device).clamp(min=1e-30).log() + shift).clamp(
+            LEAST_LOG_PRICE, LOG_PRICE_RANGE[1]
+        )
 
     def price_range(self) -> tuple[float, float]:
         """The prices between which controllers differ."""
         slope, shift = self.price_scale.tolist()
-        low, high = (math.exp((end - shift) / slope) for end in LOG_PRICE_RANGE)
+        low, high = (math.exp((end - shift) / slope) for end in (LEAST_LOG_PRICE, LOG_PRICE_RANGE[1]))
         return low, high
 
     def price_of(self, budget: Budget) -> Budget:

@@ -101,11 +101,12 @@ DIGITS = Recipe(
     },
     sincos_pos_embed=True,
     stages=(
-        Stage("backbone", epochs=4.5, lr=2.5e-3),
-        Stage("elastic", epochs=0.4, lr=2e-3),
-        Stage("supervised", epochs=1.2, lr=2e-3, controller_lr=1e-2, temperature=(1.0, 0.3), full_share=0.3),
-        Stage("reinforce", epochs=0.2, lr=2e-4, controller_lr=1e-3, temperature=(0.3, 0.3), full_share=0.3),
+        Stage("backbone", epochs=2.8, lr=2e-2),
+        Stage("elastic", epochs=0.4, lr=1e-2),
+        Stage("supervised", epochs=1.4, lr=8e-3, controller_lr=1e-2, temperature=(1.0, 0.3), full_share=0.3),
+        Stage("reinforce", epochs=0.2, lr=1e-3, controller_lr=1e-3, temperature=(0.3, 0.3), full_share=0.3),
     ),
+    optimizer="muon",
     batch_size=64,
     label_smoothing=0.0,
 )

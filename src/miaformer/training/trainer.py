@@ -377,6 +377,8 @@ def _parameter_groups(model: MIAFormer, stage: Stage, recipe: Recipe) -> list[di
         without_decay: Any = model.backbone.no_weight_decay() if part is model.backbone else ()
         for group in param_groups_weight_decay(part, recipe.weight_decay, without_decay):
             groups.append({**group, "lr": lr})
+            if part is model.controllers:
+                groups[-1]["betas"] = (0.9, 0.999)  # whatever the backbone has: their gradients are noisy
     return groups
 
 
