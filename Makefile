@@ -15,7 +15,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_USER := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-zoo lint types format clean clean-all
+.PHONY: help setup demo test test-zoo lint types format clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,9 +28,6 @@ demo: setup ## train, calibrate and run a small model on digits; writes demo/
 
 test: lint types ## lint, check types, run the tests
 	$(PYTEST)
-
-test-slow: setup ## run the tests marked slow
-	$(PYTEST) -m slow
 
 test-zoo: setup ## check every supported timm ViT
 	$(PYTEST) -m zoo

@@ -12,7 +12,15 @@ from vits import enliven, pictures, vit
 
 import miaformer
 from miaformer import MIAFormer
-from miaformer.controller import KEEP_LOGIT, LOG_PRICE_RANGE, LOGIT_BOUND, PRICE_FEATURES, Controller, price_features
+from miaformer.controller import (
+    KEEP_LOGIT,
+    LEAST_LOG_PRICE,
+    LOG_PRICE_RANGE,
+    LOGIT_BOUND,
+    PRICE_FEATURES,
+    Controller,
+    price_features,
+)
 from miaformer.cost import count_macs
 
 BATCH, PREFIX, PATCHES, DIM, HEADS = 4, 2, 7, 12, 3
@@ -87,6 +95,20 @@ def test_a_higher_price_lowers_every_logit_that_content_does_not_move(seed: int,
     cheap, dear = (logits(controller, rows(seed), everything, p) for p in prices)
     for at_low, at_high in zip(cheap, dear, strict=True):
         assert bool((at_high < at_low).all())
+
+
+@given(st.integers(0, 2**32), st.floats(0.1, 30.0))
+@settings(max_examples=40)
+def test_the_least_price_keeps_everything_whatever_content_says(seed: int, scale: float) -> None:
+    """Else a model could not spend the larger budgets. Slopes and gains as they are to begin with."""
+    controller, everything = drawn(seed, scale=scale), torch.ones(BATCH, PATCHES, dtype=torch.bool)
+    fresh = Controller(DIM, HEADS, hidden=8, rank=5, nested=True)
+    with torch.no_grad():
+        controller.slope.copy_(fresh.slope)
+        controller.gain.copy_(fresh.gain)
+    least = torch.full((BATCH,), LEAST_LOG_PRICE, dtype=torch.float64)
+    for found in logits(controller, rows(seed) * scale, everything, least):
+        assert (found > 0).all()
 
 
 def test_the_price_also_speaks_through_the_context() -> None:
