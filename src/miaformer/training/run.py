@@ -69,7 +69,7 @@ def train(
         cpu=device == "cpu",
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # no stage changes a buffer
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     main = accelerator.is_main_process
     description = _description(recipe, train_data, seed)
@@ -100,7 +100,8 @@ def train(
     if any(stage.decides for stage in recipe.stages):
         model.set_price_scale(*trainer.tariff.price_scale())
         plain = build_transform(data_config, training=False)
-        held_out_batches = Batches(held_out, plain, recipe.batch_size, seed=seed, shuffle=False, drop_last=False)
+        size = max(recipe.batch_size, 256)  # nothing learns from them: the larger the faster
+        held_out_batches = Batches(held_out, plain, size, seed=seed, shuffle=False, drop_last=False)
         display.say(f"Calibrating on {len(held_out)} images of {held_out.name} ...")
         calibrate(model, held_out_batches.epoch(0), held_out.name)
     if main:
