@@ -10,7 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
+
+from miaformer.cli import processes
 
 SCALE = 0.02
 STEPS = 36 + 3 + 10 + 2  # of the stages of `digits` at that scale; two seconds or so
@@ -57,3 +60,14 @@ def test_ctrl_c_stops_all_and_resuming_goes_on(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert said.count("holds a run already") == 1
+
+
+def test_a_failure_beside_the_first_process_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(arguments: object, rank: int, *_: object) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", ("import time; time.sleep(60)", "raise SystemExit(3)")[rank]])
+
+    monkeypatch.setattr(processes, "_start", started)
+    monkeypatch.setattr(processes, "_PATIENCE_S", 0.2)
+    start_s = time.monotonic()
+    assert processes.run_in_processes([], 2) == 3
+    assert time.monotonic() - start_s < 30

@@ -103,18 +103,15 @@ def _free_port() -> int:
 
 def _wait(processes: Sequence[subprocess.Popen[Any]]) -> int | None:
     """Until all have ended, or for a while after one has failed: the first that failed."""
-    failed, deadline = None, None
-    while any(process.poll() is None for process in processes):
+    failed, deadline = None, float("inf")
+    while True:
+        statuses = [process.poll() for process in processes]
         if failed is None:
-            failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
-        elif deadline is None:
-            deadline = time.monotonic() + _PATIENCE_S
-        elif time.monotonic() > deadline:
-            break
+            failed = next((rank for rank, status in enumerate(statuses) if status), None)
+            deadline = float("inf") if failed is None else time.monotonic() + _PATIENCE_S
+        if None not in statuses or time.monotonic() > deadline:
+            return failed
         time.sleep(0.05)
-    if failed is None:
-        failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
-    return failed
 
 
 @contextmanager

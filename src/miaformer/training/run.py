@@ -66,7 +66,8 @@ def train(
     AcceleratorState._reset_state()  # of an earlier run in this process, perhaps of another precision
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
-        cpu=device == "cpu",
+        # Where there is no accelerator several processes find each other only if told that they are on processors.
+        cpu=device == "cpu" or not torch.accelerator.is_available(),
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
