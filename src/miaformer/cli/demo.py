@@ -125,7 +125,7 @@ def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
     if max(row["time_fraction"] for row in rows) > 1:
         terminal.print(
             "Time is that of eager PyTorch. A model this small spends it on the overhead of each operation, not on "
-            "MACs: here skipping saves none.",
+            "MACs: here skipping saves little or nothing.",
             soft_wrap=True,
         )
 
