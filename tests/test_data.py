@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from miaformer.data import Augmentation, Batch, Batches, Digits, ImageData, build_transform, open_data
+from miaformer.data import digits as digits_module
 from miaformer.data import splits as splits_module
 from miaformer.data.digits import RENDERINGS_TRAIN, SIZE, SIZES_HELD_OUT
 from miaformer.data.splits import stratified_position
@@ -416,6 +417,7 @@ def test_a_torchvision_name_opens_through_timm(tmp_path: Path) -> None:
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "test.parquet", [0])
+    monkeypatch.setattr(digits_module, "_drawn", digits_module._drawn.__wrapped__)  # not what an earlier test has drawn
     for module, spec, install in (
         ("sklearn.datasets", "digits", "miaformer[digits]"),
         ("pyarrow", tmp_path, "miaformer[data]"),
