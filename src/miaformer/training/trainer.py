@@ -363,6 +363,10 @@ def _optimizer(model: MIAFormer, stage: Stage, recipe: Recipe) -> torch.optim.Op
     groups = _parameter_groups(model, stage, recipe)
     if recipe.optimizer == "muon":
         inside = {id(p) for p in model.backbone.blocks.parameters() if p.ndim == 2}
+        controllers = {id(p) for p in model.controllers.parameters()}
+        for group in groups:
+            if id(group["params"][0]) in controllers:
+                group["betas"] = (0.9, 0.999)  # their gradients are noisier than the backbone's
         return MuonAdamW(_split(groups, inside), lr=stage.lr)
     # One kernel for all parameters instead of several for each: a tenth of a small model's step.
     fused: dict[str, Any] = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}
@@ -377,8 +381,6 @@ def _parameter_groups(model: MIAFormer, stage: Stage, recipe: Recipe) -> list[di
         without_decay: Any = model.backbone.no_weight_decay() if part is model.backbone else ()
         for group in param_groups_weight_decay(part, recipe.weight_decay, without_decay):
             groups.append({**group, "lr": lr})
-            if part is model.controllers:
-                groups[-1]["betas"] = (0.9, 0.999)  # whatever the backbone has: their gradients are noisy
     return groups
 
 
