@@ -14,6 +14,7 @@ from vits import STRUCTURES, relative, vit
 from miaformer.block import Width, masked_block, packed_block
 from miaformer.decisions import Gates
 from miaformer.engine.attention import attend_masked, attend_packed
+from miaformer.engine.products import products_for
 
 WIDTHS = ("coupled", "hidden", "full")
 
@@ -204,9 +205,9 @@ def test_packed_rows_of_the_full_width_are_the_blocks_own() -> None:
         dim, heads = block.attn.qkv.in_features, block.attn.num_heads
         x = normal(torch.Generator().manual_seed(1), 3, 6, dim)
         width = Width.of(range(heads), block, "coupled", x.device)
-        found = packed_block(block, x.flatten(0, 1), width, [6] * 3, None, "coupled")
+        found = packed_block(block, x.flatten(0, 1), width, [6] * 3, None, products_for(x))
         assert relative(found.view_as(x), block(x)) < 1e-12
-        prefix = packed_block(block, x.flatten(0, 1), width, [6] * 3, 2, "coupled")
+        prefix = packed_block(block, x.flatten(0, 1), width, [6] * 3, 2, products_for(x))
         assert relative(prefix.view(3, 2, dim), block(x)[:, :2]) < 1e-12
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from miaformer.decisions import Decisions, Gates, effective
+from miaformer.decisions import Decisions, Gates, HostGates
 
 
 def draw_bools(generator: torch.Generator, keep: float, *shape: int) -> Tensor:
@@ -27,6 +29,10 @@ def asked(draw: st.DrawFn) -> tuple[Gates, Tensor]:
         draw_bools(generator, keeps[2], batch, num_patches),
     )
     return gates, draw_bools(generator, keeps[3], batch, num_patches)
+
+
+def effective(gates: Gates, active: Tensor, num_prefix_tokens: int, head_choice: Any) -> Gates:
+    return HostGates.of(gates).effective(active.numpy(), num_prefix_tokens, head_choice).to("cpu")
 
 
 @given(asked(), st.integers(0, 2), st.sampled_from(["nested", "subset"]))

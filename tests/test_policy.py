@@ -190,5 +190,5 @@ def test_learned_decisions_are_the_signs_of_the_controllers_logits() -> None:
     context = controller.context(x, torch.ones(6, 25, dtype=torch.bool), 1, log_price)
     query, shared = controller.token_query(context, shift)
     logits = controller.token_logits(x[:, 1:], query[:, None], shared[:, None])
-    executed = gates.depth[:, None]
-    assert torch.equal(gates.tokens & executed, (logits > 0) & executed)
+    executed = torch.from_numpy(gates.depth)[:, None]
+    assert torch.equal(torch.from_numpy(gates.tokens) & executed, (logits > 0) & executed)

@@ -119,8 +119,8 @@ def test_expected_cost_is_the_mean_over_samples(images: Tensor) -> None:
         for seed in range(repeats):
             policy = Sampled(model.controllers, prices, draws(model, seed), 1.0, cost, True)
             _, steps = model.walk(x, policy, Masked(cost), cost)
-            blocks = sum(cost.block(i, g) for i, g in enumerate(steps.gates))
-            spent += blocks / cost.backbone / repeats
+            blocks = sum(cost.of_host(i, g) for i, g in enumerate(steps.gates))
+            spent += torch.from_numpy(blocks / cost.backbone / repeats)
             expected += policy.expected_macs / cost.backbone / repeats
     # Products of gates (attention's square, heads by tokens) are taken at their means: a little off, not more.
     torch.testing.assert_close(spent.mean(), expected.mean(), rtol=0.05, atol=0.01)

@@ -96,10 +96,15 @@ def check_images(images: Any, backbone: VisionTransformer, name: str = "images")
             raise ValueError(f"{name} are {height} x {width}, this backbone takes {wanted} (or dynamic_img_size=True)")
     elif not backbone.patch_embed.dynamic_img_pad and (height % patch[0] or width % patch[1]):
         raise ValueError(f"{name} are {height} x {width}, not a multiple of the patch size {patch[0]} x {patch[1]}")
-    if images.device.type != "meta" and not bool(images.isfinite().all()):
+    if images.device.type != "meta" and not _finite(images):
         bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
         raise ValueError(f"{name} {bad[:8]} of the batch hold NaN or infinite values")
     return images
+
+
+def _finite(images: Tensor) -> bool:
+    # A sum takes a tenth of the time of a test of every pixel, and shows any NaN or infinity. It may overflow, too.
+    return bool(images.sum().isfinite()) or bool(images.isfinite().all())
 
 
 def describe(backbone: VisionTransformer) -> dict[str, Any]:
@@ -229,6 +234,17 @@ def apply_orders(backbone: VisionTransformer, orders: dict[str, Tensor]) -> None
             _order_heads(block.attn, orders["heads"][index])
             _order_hidden(block.mlp, orders["hidden"][index])
         _order_channels(backbone, orders["channels"])
+
+
+def store_input_major(backbone: VisionTransformer) -> None:
+    """Turn the memory, not the shape, of the layers that nested heads cut by inputs: then every cut is without gaps.
+
+    Attention's projection and the MLP's second layer, (out, in), are stored input by input. Products with a cut that
+    has gaps are slower: MKL's by a tenth, oneDNN's by 200 times.
+    """
+    for block in transformer_blocks(backbone):
+        for layer in (block.attn.proj, block.mlp.fc2):
+            layer.weight.data = layer.weight.data.t().contiguous().t()
 
 
 def inverse_orders(orders: dict[str, Tensor]) -> dict[str, Tensor]:

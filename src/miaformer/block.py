@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from miaformer.cost import group_sizes
 from miaformer.decisions import Gates, MlpWidth
 from miaformer.engine.attention import attend_masked, attend_packed
+from miaformer.engine.products import Products
 
 Index = slice | Tensor  # nested heads are slices (views), subsets are indices (gathers)
 
@@ -34,17 +36,32 @@ class Width:
     @staticmethod
     def of(kept: Sequence[int], block: Any, mlp_width: MlpWidth, device: torch.device) -> Width:
         """kept: indices of the kept heads, ascending; the first k of them become slices."""
-        total = block.attn.num_heads
-        everything = slice(None)
-        if len(kept) == total:
-            return Width(total, everything, everything, everything)
-        hidden = _units(kept, block.mlp.fc2.in_features, total, device)
-        dim = _units(kept, block.mlp.fc2.out_features, total, device)
+        attn, fc2 = block.attn, block.mlp.fc2
+        if len(kept) == attn.num_heads:
+            return Width(len(kept), _ALL, _ALL, _ALL)
+        sizes = (attn.num_heads, attn.attn_dim, fc2.in_features, fc2.out_features)
+        return _width(tuple(kept), *sizes, mlp_width, device)
+
+
+_ALL = slice(None)
+
+
+@lru_cache(maxsize=1024)
+def _width(
+    kept: tuple[int, ...],
+    num_heads: int,
+    attn_dim: int,
+    hidden: int,
+    dim: int,
+    mlp_width: MlpWidth,
+    device: torch.device,
+) -> Width:
+    with torch.inference_mode(False):  # indices are kept for later, also for calls that want gradients
         return Width(
             len(kept),
-            _units(kept, block.attn.attn_dim, total, device),
-            everything if mlp_width == "full" else hidden,
-            dim if mlp_width == "coupled" else everything,
+            _units(kept, attn_dim, num_heads, device),
+            _ALL if mlp_width == "full" else _units(kept, hidden, num_heads, device),
+            _units(kept, dim, num_heads, device) if mlp_width == "coupled" else _ALL,
         )
 
 
@@ -62,52 +79,75 @@ def packed_block(
     width: Width,
     lengths: list[int],
     read_prefix: int | None,
-    mlp_width: MlpWidth,
+    products: Products,
 ) -> Tensor:
     """The rows that one block changes, after it. Nothing that is not kept is computed.
 
     x: (T, C), the kept rows of several images, one image after the other, prefix rows first; lengths: rows of each
     image, T in all; read_prefix: None, or P where only the P prefix rows of each image are read afterwards: then
-    those alone come back.
+    those alone come back; products: what computes the matrix products.
     """
     attn = block.attn
     y = block.norm1(x)
     prefix = None if read_prefix is None else _prefix_rows(lengths, read_prefix, x.device)
     q_rows = y if prefix is None else y[prefix]
-    q, k, v = _query_key_value(attn, q_rows, y, width)
+    q, k, v = _query_key_value(attn, products, q_rows, y, width)
     q_lengths = lengths if read_prefix is None else [read_prefix] * len(lengths)
     out = attend_packed(attn.q_norm(q), attn.k_norm(k), v, q_lengths, lengths).flatten(1)
     out = _norm_part(attn.norm, out, width.heads)
-    out = F.linear(out, attn.proj.weight[:, width.heads], attn.proj.bias)
-    x = x if prefix is None else x[prefix]
-    x = x + block.ls1(out)
-    return _packed_mlp(block, x, width, mlp_width)
+    weight = attn.proj.weight if width.heads is _ALL else attn.proj.weight[:, width.heads]
+    x = _added(products, out, weight, attn.proj.bias, block.ls1, x if prefix is None else x[prefix])
+    return _packed_mlp(block, products, x, width)
 
 
-def _query_key_value(attn: Any, q_rows: Tensor, rows: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
+def _added(
+    products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None, layer_scale: Any, residual: Tensor
+) -> Tensor:
+    if isinstance(layer_scale, nn.Identity):
+        return products.added(rows, weight, bias, residual)
+    return torch.addcmul(residual, products.linear(rows, weight, bias), layer_scale.gamma)
+
+
+def _query_key_value(
+    attn: Any, products: Products, q_rows: Tensor, rows: Tensor, width: Width
+) -> tuple[Tensor, Tensor, Tensor]:
     """Each (rows, kept heads, head_dim)."""
     weight, bias = attn.qkv.weight, attn.qkv.bias
-    if q_rows is rows and width.num_heads == attn.num_heads:
-        q, k, v = F.linear(rows, weight, bias).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+    if q_rows is rows and width.heads is _ALL:
+        packed = products.linear(rows, weight, bias).view(len(rows), 3, attn.num_heads, attn.head_dim)
+        q, k, v = packed.unbind(1)
         return q, k, v
     weights = weight.unflatten(0, (3, attn.attn_dim))[:, width.heads].unbind(0)
     biases = [None] * 3 if bias is None else bias.view(3, attn.attn_dim)[:, width.heads].unbind(0)
     sources = (q_rows, rows, rows)
     q, k, v = (
-        F.linear(source, w, b).unflatten(1, (width.num_heads, attn.head_dim))
+        products.linear(source, w, b).view(len(source), width.num_heads, attn.head_dim)
         for source, w, b in zip(sources, weights, biases, strict=True)
     )
     return q, k, v
 
 
-def _packed_mlp(block: Any, x: Tensor, width: Width, mlp_width: MlpWidth) -> Tensor:
+def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tensor:
     mlp, dim, hidden = block.mlp, width.dim, width.hidden
-    y = block.norm2(x)[:, dim]
-    y = _hidden(mlp, y, lambda layer: (layer.weight[hidden][:, dim], _part(layer.bias, hidden)))
+    y = block.norm2(x)
+    if dim is not _ALL:
+        y = y[:, dim].contiguous()
+
+    def part(layer: Any) -> tuple[Tensor, Tensor | None]:
+        if hidden is _ALL and dim is _ALL:
+            return layer.weight, layer.bias
+        return layer.weight[hidden][:, dim], _part(layer.bias, hidden)
+
+    value, gate, activate_value = mlp_inputs(mlp)
+    if gate is None:
+        y = products.activated(y, *part(value), mlp.act)
+    else:
+        y = _gated(mlp.act, products.linear(y, *part(value)), products.linear(y, *part(gate)), activate_value)
     y = _norm_part(mlp.norm, y, hidden)
-    y = F.linear(y, mlp.fc2.weight[dim][:, hidden], _part(mlp.fc2.bias, dim))
-    if isinstance(dim, slice) and dim == slice(None):
-        return x + block.ls2(y)
+    weight = mlp.fc2.weight
+    if dim is _ALL:
+        return _added(products, y, weight if hidden is _ALL else weight[:, hidden], mlp.fc2.bias, block.ls2, x)
+    y = products.linear(y, weight[dim][:, hidden], _part(mlp.fc2.bias, dim))
     if not isinstance(block.ls2, nn.Identity):
         y = y * block.ls2.gamma[dim]
     x = x.clone()
@@ -115,13 +155,17 @@ def _packed_mlp(block: Any, x: Tensor, width: Width, mlp_width: MlpWidth) -> Ten
     return x
 
 
-def _hidden(mlp: Any, y: Tensor, part: Any) -> Tensor:
-    """Activated hidden units of a plain or gated MLP. part(layer): the weight and bias to use of that layer."""
+def _hidden(mlp: Any, y: Tensor) -> Tensor:
+    """Activated hidden units of a plain or gated MLP."""
     value, gate, activate_value = mlp_inputs(mlp)
+    values = F.linear(y, value.weight, value.bias)
     if gate is None:
-        return mlp.act(F.linear(y, *part(value)))
-    values, gates = F.linear(y, *part(value)), F.linear(y, *part(gate))
-    return mlp.act(values) * gates if activate_value else values * mlp.act(gates)
+        return mlp.act(values)
+    return _gated(mlp.act, values, F.linear(y, gate.weight, gate.bias), activate_value)
+
+
+def _gated(act: Any, values: Tensor, gates: Tensor, activate_value: bool) -> Tensor:
+    return act(values) * gates if activate_value else values * act(gates)
 
 
 @dataclass(frozen=True)
@@ -132,16 +176,15 @@ class LinearView:
     bias: Tensor | None
 
 
-def mlp_inputs(mlp: Any) -> tuple[LinearView, LinearView | None, bool]:
-    """The input layers of timm's `Mlp`, `SwiGLU` and `GluMlp`: value, gate, and whether the value is activated."""
+def mlp_inputs(mlp: Any) -> tuple[Any, Any, bool]:
+    """The input layers of timm's `Mlp`, `SwiGLU` and `GluMlp`: value, gate or None, and whether the value is activated.
+
+    Each has a weight and a bias.
+    """
     if hasattr(mlp, "fc1_g"):
-        return (
-            LinearView(mlp.fc1_x.weight, mlp.fc1_x.bias),
-            LinearView(mlp.fc1_g.weight, mlp.fc1_g.bias),
-            False,
-        )
+        return mlp.fc1_x, mlp.fc1_g, False
     if not hasattr(mlp, "gate_last"):
-        return LinearView(mlp.fc1.weight, mlp.fc1.bias), None, True
+        return mlp.fc1, None, True
     weights = mlp.fc1.weight.chunk(2)
     biases = (None, None) if mlp.fc1.bias is None else mlp.fc1.bias.chunk(2)
     first, second = (LinearView(w, b) for w, b in zip(weights, biases, strict=True))
@@ -191,7 +234,7 @@ def masked_block(block: Any, x: Tensor, gates: Gates, num_prefix_tokens: int, ml
     y = block.norm2(x)
     if mlp_width == "coupled":
         y = y * _spread(heads, x.shape[2])
-    y = mlp.drop1(_hidden(mlp, y, lambda layer: (layer.weight, layer.bias)))
+    y = mlp.drop1(_hidden(mlp, y))
     if mlp_width == "full":
         y = mlp.norm(y)
     else:

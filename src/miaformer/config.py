@@ -19,7 +19,15 @@ class AdaptConfig:
     controller_hidden: int | None = None  # width of a controller's context; None: a third of the channels, 8 to 32
     controller_rank: int | None = None  # of the token product; None: a twelfth of the channels, 4 to 16
     first_token_block: int | None = None  # tokens are decided from this block on; None: 2, or 1 of up to 4 blocks
+    token_multiple: int | None = None  # rows kept are rounded up to this; None: 8 from 128 patch tokens on, else 1
     default_budget: float | None = None  # used where a call names none; None: everything is executed
+
+    def rows_multiple(self, num_patches: int) -> int:
+        """What the learned policy rounds the rows of an image up to, for images of so many patch tokens.
+
+        Kernels are compiled or tuned for a number of rows: few numbers come again, many do not (docs/speed.md).
+        """
+        return self.token_multiple or (8 if num_patches >= 128 else 1)
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -29,7 +37,12 @@ class AdaptConfig:
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
-        for name, least in (("controller_hidden", 1), ("controller_rank", 1), ("first_token_block", 0)):
+        for name, least in (
+            ("controller_hidden", 1),
+            ("controller_rank", 1),
+            ("first_token_block", 0),
+            ("token_multiple", 1),
+        ):
             value = getattr(self, name)
             if value is None:
                 continue

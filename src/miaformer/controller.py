@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 KEEP_LOGIT = 3.0  # untrained controllers keep with probability 0.95 at a log-price of 0
 LOGIT_BOUND = 6.0  # what content can say; bounded, so that no gate saturates beyond return
+DIFFICULTY_BOUND = 3.0  # standard deviations
 DIFFICULTY_GAIN = 0.5  # what a standard deviation of difficulty adds to every logit, to begin with
 PRICE_FEATURES = 8
 LOG_PRICE_RANGE = (-6.0, 12.0)  # where training sets prices, and features tell them apart
@@ -67,8 +68,8 @@ class Controller(nn.Module):
 
     @property
     def context_macs(self) -> int:
-        """For each image: pooling's product, the price's, the gates', and the token query's."""
-        layers = [self.pooled, self.price, self.difficulty, self.gates] + ([self.query] if self.rank else [])
+        """For each image: the products of the context, difficulty, gates, and token query."""
+        layers = [self.pooled, self.difficulty, self.gates] + ([self.query] if self.rank else [])
         return sum(layer.in_features * layer.out_features for layer in layers)
 
     @property
@@ -83,11 +84,16 @@ class Controller(nn.Module):
         pooled = (patches * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         prefix = x[:, :num_prefix_tokens].mean(dim=1) if num_prefix_tokens else pooled
         seen = torch.cat([_normalise(pooled), _normalise(prefix)], dim=1)
-        return F.gelu(self.pooled(seen) + self.price(price_features(log_price)))
+        return F.gelu(self.pooled(seen) + self.price_part(log_price))
+
+    def price_part(self, log_price: Tensor) -> Tensor:
+        """The price's part (B, hidden) of contexts, before their activation; no product: no image is in it."""
+        features = price_features(log_price).to(self.price.weight.dtype)
+        return (features[:, None] * self.price.weight).sum(dim=2)
 
     def predicted_difficulty(self, context: Tensor) -> Tensor:
         """How hard the images are for the dense model, standardised: (B,), within -3 and 3."""
-        return 3 * torch.tanh(self.difficulty(context).squeeze(1) / 3)
+        return DIFFICULTY_BOUND * torch.tanh(self.difficulty(context).squeeze(1) / DIFFICULTY_BOUND)
 
     def shift(self, difficulty: Tensor, log_price: Tensor) -> Tensor:
         """What difficulty (B,) and price (B,) add to the logits of depth, heads and tokens: (B, 3)."""

@@ -9,27 +9,28 @@ in the last block of a class-token model):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
-from miaformer.decisions import Gates, MlpWidth
+from miaformer.decisions import Gates, HostGates, MlpWidth
+
+Counts = NDArray[np.int64]
 
 
 def count_macs(call: Callable[[], Any]) -> int:
-    """The MACs that a call really executes, counted by `torch.utils.flop_counter`."""
-    # The counter (torch 2.14) does not know the CPU's fused attention kernel: same product, same formula.
-    fused_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    """The MACs that a call really executes, counted by `torch.utils.flop_counter`.
 
-    def attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    counter = FlopCounterMode(display=False, custom_mapping={fused_on_cpu: attention_flops})
+    What the counter does not know of the CPU's fused kernels `engine.products` has told it.
+    """
+    counter = FlopCounterMode(display=False)
     counter.mod_tracker = cast(Any, _NoModules())
     with counter, torch.no_grad():
         call()
@@ -78,28 +79,48 @@ class Cost:
     def block(self, index: int, gates: Gates) -> Tensor:
         """MACs (B,) of block `index` under `gates`: int64 for boolean gates, else differentiable."""
         depth, heads, tokens = (_countable(g) for g in (gates.depth, gates.heads, gates.tokens))
-        kept_rows = self.num_prefix_tokens + tokens.sum(dim=1)
-        kept_channels = heads.sum(dim=1) * self.head_dim
-        macs = self._rows_and_width(index, kept_rows, kept_channels, self._mlp_row(heads))
-        return depth * macs
+        rows = self.num_prefix_tokens + tokens.sum(1)
+        macs: Tensor = depth * self._rows_and_heads(rows, self._read(index, rows), heads)
+        return macs
 
-    def _mlp_row(self, heads: Tensor) -> Tensor | int:
+    def of_host(self, index: int, gates: HostGates) -> Counts:
+        """The same (B,) int64 of gates on the host."""
+        rows = self.num_prefix_tokens + gates.tokens.sum(axis=1, dtype=np.int64)
+        macs: Counts = gates.depth * self._rows_and_heads(rows, self._read(index, rows), gates.heads.astype(np.int64))
+        return macs
+
+    def of_blocks(self, gates: Sequence[HostGates]) -> Counts:
+        """MACs (B,) int64 of all blocks together, in one go."""
+        depth = np.concatenate([g.depth for g in gates])  # (L * B,), and so on
+        heads = np.concatenate([g.heads for g in gates]).astype(np.int64)
+        rows = self.num_prefix_tokens + np.concatenate([g.tokens for g in gates]).sum(axis=1, dtype=np.int64)
+        read = rows.copy()
+        batch = len(gates[0].depth)
+        if self.trims_last_block:
+            read[len(read) - batch :] = self.num_prefix_tokens
+        macs: Counts = (depth * self._rows_and_heads(rows, read, heads)).reshape(len(gates), batch).sum(axis=0)
+        return macs
+
+    def _rows_and_heads(self, rows: Any, read: Any, heads: Any) -> Any:
+        """Of executed blocks. rows: those kept; read: those of them that are read afterwards; heads: (..., H).
+
+        Numbers of any kind, torch's or numpy's.
+        """
+        dim, channels = self.embed_dim, heads.sum(1) * self.head_dim
+        qkv = dim * channels * (read + 2 * rows)
+        attention = 2 * read * rows * channels
+        return qkv + attention + read * (channels * dim + self._mlp_row(heads))
+
+    def _read(self, index: int, rows: Any) -> Any:
+        return self.num_prefix_tokens if self.trims(index) else rows
+
+    def _mlp_row(self, heads: Any) -> Any:
         """MACs of the MLP for one row. heads: (B, H)."""
         dim, hidden, inputs = self.embed_dim, self.mlp_hidden, self.mlp_inputs
         if self.mlp_width == "full":
             return (inputs + 1) * dim * hidden
-        kept_hidden = (heads * heads.new_tensor(group_sizes(hidden, self.num_heads))).sum(dim=1)
-        kept_dim: Tensor | int = dim
-        if self.mlp_width == "coupled":
-            kept_dim = (heads * heads.new_tensor(group_sizes(dim, self.num_heads))).sum(dim=1)
-        return (inputs + 1) * kept_dim * kept_hidden
-
-    def _rows_and_width(self, index: int, rows: Any, channels: Any, mlp_row: Any) -> Any:
-        dim = self.embed_dim
-        read = self.num_prefix_tokens if self.trims(index) else rows
-        qkv = dim * channels * (read + 2 * rows)
-        attention = 2 * read * rows * channels
-        return qkv + attention + read * (channels * dim + mlp_row)
+        kept_dim = _units(heads, dim) if self.mlp_width == "coupled" else dim
+        return (inputs + 1) * kept_dim * _units(heads, hidden)
 
     def trims(self, index: int) -> bool:
         return self.trims_last_block and index == self.depth - 1
@@ -121,3 +142,12 @@ class Cost:
 
 def _countable(gate: Tensor) -> Tensor:
     return gate.long() if gate.dtype == torch.bool else gate
+
+
+def _units(heads: Any, width: int) -> Any:
+    """How many of `width` units heads (B, H) keep: (B,)."""
+    num_heads = heads.shape[1]
+    if width % num_heads == 0:
+        return heads.sum(1) * (width // num_heads)
+    sizes = group_sizes(width, num_heads)
+    return (heads * (heads.new_tensor(sizes) if isinstance(heads, Tensor) else np.array(sizes))).sum(1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from timm.data import resolve_data_config
@@ -23,11 +24,12 @@ from miaformer import backbone as static
 from miaformer.budget import Calibration, check_fraction
 from miaformer.config import AdaptConfig
 from miaformer.controller import LEAST_LOG_PRICE, LOG_PRICE_RANGE, Controller
-from miaformer.cost import Cost, count_macs
+from miaformer.cost import Cost, Counts, count_macs
 from miaformer.decisions import Decisions
 from miaformer.engine.masked import Masked
 from miaformer.engine.sparse import Sparse
 from miaformer.engine.walk import Execution, Steps, walk
+from miaformer.folded import Controllers
 from miaformer.importance import identity_orders, importance_orders
 from miaformer.model_files import ModelFiles, read_json, read_model_files, write_model_files
 from miaformer.policy import Full, Learned, Policy
@@ -67,6 +69,8 @@ class MIAFormer(
         self.adapt_config = config
         self.calibration: Calibration | None = None
         self._describes_itself()
+        if config.head_choice == "nested":
+            static.store_input_major(backbone)
         block = static.transformer_blocks(backbone)[0]
         dim, depth = backbone.embed_dim, len(backbone.blocks)
         first = config.first_token_block
@@ -74,7 +78,7 @@ class MIAFormer(
             first = 2 if depth > 4 else 1
         hidden = config.controller_hidden or min(32, max(8, dim // 3))
         rank = config.controller_rank or min(16, max(4, dim // 12))
-        self.controllers = nn.ModuleList(
+        self.controllers = Controllers(
             Controller(
                 dim,
                 block.attn.num_heads,
@@ -228,6 +232,8 @@ class MIAFormer(
             raise ValueError(f"execution={execution!r} must be 'sparse' or 'masked'")
         cost = self.cost((images.shape[-2], images.shape[-1]))
         x, steps = self._walk(images, cost, self._policy(policy, budget, price, len(images)), cap, execution)
+        if cost.trims_last_block:  # nothing else is read
+            x = x[:, : cost.num_prefix_tokens]
         logits = self._head(self.backbone.norm(x))
         taken = steps.decisions()
         macs_fraction = steps.macs.double() / cost.backbone
@@ -270,11 +276,16 @@ class MIAFormer(
         return cast(Tensor, backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images)))))
 
     def walk(
-        self, x: Tensor, policy: Policy, execution: Execution, cost: Cost, cap_macs: Tensor | None = None
+        self, x: Tensor, policy: Policy, execution: Execution, cost: Cost, cap_macs: Counts | None = None
     ) -> tuple[Tensor, Steps]:
         """Take embedded tokens through the blocks, leaving x itself as it is: what `run` and training share."""
+        return self._through_blocks(x.clone(), policy, execution, cost, cap_macs)
+
+    def _through_blocks(
+        self, x: Tensor, policy: Policy, execution: Execution, cost: Cost, cap_macs: Counts | None
+    ) -> tuple[Tensor, Steps]:
+        """The same of an x that nobody needs afterwards: sparse execution writes in place where it may."""
         config = self.adapt_config
-        x = x.clone()  # sparse execution writes in place where it may
         return walk(self.backbone.blocks, x, policy, execution, cost, config.token_scope, config.head_choice, cap_macs)
 
     def _walk(
@@ -283,9 +294,9 @@ class MIAFormer(
         cap_macs = None
         if cap is not None:
             limit = int(check_fraction("cap", cap) * cost.backbone)
-            cap_macs = torch.full((len(images),), limit, dtype=torch.int64, device=images.device)
+            cap_macs = np.full(len(images), limit, dtype=np.int64)
         carried_out = Sparse(cost) if execution == "sparse" else Masked(cost)
-        return self.walk(self.embed(images), policy, carried_out, cost, cap_macs)
+        return self._through_blocks(self.embed(images), policy, carried_out, cost, cap_macs)
 
     def _policy(self, policy: Policy | None, budget: Budget | None, price: Budget | None, batch: int) -> Policy:
         given = [
@@ -312,7 +323,8 @@ class MIAFormer(
         prices = torch.atleast_1d(_per_image("price", price, batch)).float()
         if not bool((prices >= 0).all()):
             raise ValueError(f"price={price!r} must be at least 0: a number, or one for each of {batch} images")
-        return Learned(self.controllers, self._log_price(prices))
+        multiple = self.adapt_config.rows_multiple(self.cost().num_patches)
+        return Learned(self.controllers, self._log_price(prices), multiple)
 
     def set_price_scale(self, slope: float, shift: float) -> None:
         """Give prices their unit: controllers see slope * log(price) + shift."""

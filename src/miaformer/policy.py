@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from miaformer.controller import Controller
 from miaformer.cost import Cost
-from miaformer.decisions import Decisions, Gates
+from miaformer.decisions import Booleans, Decisions, Gates, HostGates
 from miaformer.engine.walk import Policy, State
+from miaformer.folded import Controllers, Folded
 
 __all__ = ["ClsAttention", "Fixed", "Full", "Learned", "Policy", "Random", "Static"]
 
@@ -135,11 +139,11 @@ class ClsAttention(_Free):
 
     def decide(self, state: State) -> Gates:
         full = Gates.full(len(state.x), state.num_heads, state.num_patches, state.x.device)
-        active = state.active > 0
+        active = (state.active > 0).to(state.x.device)
         if not self.selects(state.index):
             return Gates(full.depth, full.heads, active)
         if state.affordable is not None:  # who cannot pay for the block is not scored
-            active = active & state.affordable[:, None]
+            active = active & state.affordable.to(active.device)[:, None]
         if not state.num_prefix_tokens:
             raise ValueError("ClsAttention needs a class token; this backbone has none")
         block = self.blocks_of_model[state.index]
@@ -170,37 +174,94 @@ def _class_attention(block: Any, x: Tensor, active: Tensor, num_prefix_tokens: i
     return logits.softmax(dim=1).mean(dim=2).nan_to_num(0.0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Learned:
     """Asks the controllers, and executes what is more likely kept than not.
 
-    log_price: (B,) or (1,), what the controllers are conditioned on.
+    log_price: (B,) or (1,), what the controllers are conditioned on. token_multiple: the rows that an image keeps,
+    prefix tokens too, are rounded up to a multiple of this with the likeliest of the other tokens, as far as there
+    are any (see `AdaptConfig`).
     """
 
     controllers: nn.ModuleList
     log_price: Tensor
+    token_multiple: int = 1
+    _folded: list[Folded] = field(default_factory=list, init=False, repr=False, compare=False)
 
-    def decide(self, state: State) -> Gates:
-        controller = cast(Controller, self.controllers[state.index])
-        log_price = self.log_price.to(state.x).expand(len(state.x))
-        active = state.active > 0
-        context = controller.context(state.x, active, state.num_prefix_tokens, log_price)
-        shift = controller.shift(controller.predicted_difficulty(context), log_price)
-        depth_logits, head_logits = controller.depth_and_heads(context, shift)
-        depth = depth_logits > 0
+    @torch.no_grad()
+    def decide(self, state: State) -> HostGates:
+        x, prefix = state.x, state.num_prefix_tokens
+        if state.index == 0 or not self._folded:
+            log_price = self.log_price.to(x.device)
+            self._folded = (
+                self.controllers.folded(log_price)
+                if isinstance(self.controllers, Controllers)
+                else Folded.of(cast(list[Controller], list(self.controllers)), log_price)
+            )
+        folded = self._folded[state.index]
+        active = state.active.numpy()
+        everything = bool(active.all())
+        if len(x) == 1:  # one gather serves twice
+            rows = x[0, prefix:] if everything else _rows(x, active, prefix)
+            pooled = rows.sum(dim=0, keepdim=True) / max(len(rows), 1)
+        else:
+            pooled = x[:, prefix:].mean(dim=1) if everything else _mean_of_active(x, active, prefix)
+        means = pooled if not prefix else x[:, 0] if prefix == 1 else x[:, :prefix].mean(dim=1)
+        logits, query = folded.logits(pooled, means)
+        depth = logits[:, 0] > 0
         if state.affordable is not None:
-            depth = depth & state.affordable
-        if not controller.rank:
-            return Gates(depth, controller.most_likely_heads(head_logits), active)
-        image, token = (active & depth[:, None]).nonzero(as_tuple=True)
-        query, shared = controller.token_query(context, shift)
-        rows = state.x[image, state.num_prefix_tokens + token]
-        scores = state.x.new_full(active.shape, float("-inf"))
-        scores[image, token] = controller.token_logits(rows, query[image], shared[image]).to(scores.dtype)
-        return Gates(depth, controller.most_likely_heads(head_logits), scores > 0, scores)
+            depth &= state.affordable.numpy()
+        heads = folded.heads(logits[:, 1 : 1 + state.num_heads])
+        effective = bool(prefix) and state.affordable is None  # otherwise an image may have no row left, or not pay
+        if not depth.all():
+            heads, active = heads & depth[:, None], active & depth[:, None]
+        if folded.key is None or not depth.any():
+            return HostGates(depth, heads, active, None, effective)
+        shared = logits[:, -1]
+        if len(x) > 1:
+            rows = _rows(x, active, prefix)
+            image = active.nonzero()[0]
+            query, shared = query[image], shared[image]
+        scores = np.full(active.shape, -np.inf, dtype=logits.dtype)
+        scores[active] = folded.token_logits(rows, query, shared)
+        kept = scores > 0
+        if self.token_multiple > 1:
+            kept = _rounded_up(kept, scores, prefix, self.token_multiple)
+        return HostGates(depth, heads, kept, scores, effective)
 
     def context_macs(self, cost: Cost, index: int) -> int:
         return cast(Controller, self.controllers[index]).context_macs
 
     def token_score_macs(self, cost: Cost, index: int) -> int:
         return cast(Controller, self.controllers[index]).token_score_macs
+
+
+def _rows(x: Tensor, patches: Booleans, num_prefix_tokens: int) -> Tensor:
+    """Rows (T, C) of the patch tokens (B, N) that are True. x: (B, P+N, C)."""
+    image, token = patches.nonzero()
+    rows = torch.from_numpy(image * x.shape[1] + token + num_prefix_tokens)
+    return x.reshape(-1, x.shape[2]).index_select(0, rows.to(x.device))
+
+
+def _mean_of_active(x: Tensor, active: Booleans, num_prefix_tokens: int) -> Tensor:
+    """Mean (B, C) of the active patch tokens (B, N), zero where there is none. x: (B, P+N, C)."""
+    image, token = active.nonzero()
+    rows = torch.from_numpy(image * x.shape[1] + token + num_prefix_tokens).to(x.device)
+    counts = active.sum(axis=1)
+    starts = torch.from_numpy(counts.cumsum() - counts).to(x.device)
+    return F.embedding_bag(rows, x.reshape(-1, x.shape[2]), starts, mode="mean")
+
+
+def _rounded_up(kept: Booleans, scores: NDArray[Any], num_prefix_tokens: int, multiple: int) -> Booleans:
+    """`kept` (B, N) and the best of the other tokens that have a score, as many as make the rows a multiple."""
+    count = kept.sum(axis=1)
+    wanted = -(-(count + num_prefix_tokens) // multiple) * multiple - num_prefix_tokens
+    short = np.flatnonzero((wanted > count) & (count > 0))
+    if not len(short):
+        return kept
+    kept = kept.copy()
+    for image in short:
+        place = max(0, kept.shape[1] - int(wanted[image]))
+        least = np.partition(scores[image], place)[place]
+        kept[image] = (scores[image] >= least) & np.isfinite(scores[image])
+    return kept

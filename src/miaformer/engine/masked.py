@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from miaformer.block import masked_block
 from miaformer.cost import Cost
-from miaformer.decisions import Gates
+from miaformer.decisions import Gates, HostGates
 
 
 @dataclass(frozen=True)
 class Masked:
     cost: Cost
 
-    def __call__(self, index: int, block: nn.Module, x: Tensor, gates: Gates) -> Tensor:
+    def __call__(self, index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor:
+        if isinstance(gates, HostGates):
+            gates = gates.to(x.device)
         return masked_block(block, x, gates, self.cost.num_prefix_tokens, self.cost.mlp_width)

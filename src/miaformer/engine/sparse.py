@@ -7,70 +7,112 @@ among them images of equal length are neighbours and share one attention call. A
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from miaformer.block import Width, packed_block
 from miaformer.cost import Cost
-from miaformer.decisions import Gates
+from miaformer.decisions import Gates, HostGates
+from miaformer.engine.products import products_for
+
+CHUNK_ROWS = 256  # on CPU, of one call: its activations stay in the cache, and few shapes come again and again
+
+ROWS_THAT_COME_AGAIN = 8  # multiples of this: the learned policy rounds up to them (`AdaptConfig.token_multiple`)
+
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Sparse:
     cost: Cost
 
-    def __call__(self, index: int, block: nn.Module, x: Tensor, gates: Gates) -> Tensor:
+    def __call__(self, index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor:
+        if not isinstance(gates, HostGates):
+            raise TypeError("sparse execution carries out boolean gates; numbers need masked execution")
         batch, num_rows, dim = x.shape
-        prefix = self.cost.num_prefix_tokens
-        read_prefix = prefix if self.cost.trims(index) else None
-        plans = _plan(gates, prefix)
-        if not plans:
+        read_prefix = self.cost.num_prefix_tokens if self.cost.trims(index) else None
+        plan = _Plan(gates, self.cost.num_prefix_tokens)
+        if not len(plan.images):
             return x
         flat = x.reshape(batch * num_rows, dim)
-        everything = len(plans) == 1 and sum(plans[0].lengths) == batch * num_rows
-        if everything and read_prefix is None:
-            width = Width.of(plans[0].kept_heads, block, self.cost.mlp_width, x.device)
-            out = packed_block(block, flat, width, plans[0].lengths, None, self.cost.mlp_width)
-            return out.view_as(x)
-        keys = torch.cat([gates.tokens.new_ones(batch, prefix), gates.tokens], dim=1)
         in_place = not (torch.is_grad_enabled() and x.requires_grad)
+        most_rows = CHUNK_ROWS if x.device.type == "cpu" else batch * num_rows
         result = flat
-        for plan in plans:
-            images = torch.tensor(plan.images, device=x.device)
-            kept = keys[images].nonzero()  # (T, 2): position in `images`, row of the image
-            rows = images[kept[:, 0]] * num_rows + kept[:, 1]
-            width = Width.of(plan.kept_heads, block, self.cost.mlp_width, x.device)
-            out = packed_block(block, flat[rows], width, plan.lengths, read_prefix, self.cost.mlp_width)
-            written = rows if read_prefix is None else rows[kept[:, 1] < read_prefix]
+        for group in plan.groups(most_rows):
+            width = Width.of(group.kept_heads, block, self.cost.mlp_width, x.device)
+            lengths = group.lengths.tolist()
+            products = products_for(flat, len(group.rows) % ROWS_THAT_COME_AGAIN == 0 or lengths[0] == num_rows)
+            if group.is_everything and read_prefix is None:
+                return packed_block(block, flat, width, lengths, None, products).view_as(x)
+            rows = torch.from_numpy(group.rows).to(x.device)
+            packed = flat if group.is_everything else flat.index_select(0, rows)
+            out = packed_block(block, packed, width, lengths, read_prefix, products)
+            if read_prefix is not None:
+                rows = torch.from_numpy(group.prefix_rows).to(x.device)
             out = out.to(flat.dtype)
-            result = result.index_copy_(0, written, out) if in_place else result.index_copy(0, written, out)
+            result = result.index_copy_(0, rows, out) if in_place else result.index_copy(0, rows, out)
         return result.view_as(x)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Images that share one call."""
+class _Group:
+    """Images that share one call, sorted by length."""
 
     kept_heads: tuple[int, ...]
-    images: list[int]  # sorted by length
-    lengths: list[int]  # rows of each of them
+    lengths: Indices  # rows of each of them
+    rows: Indices  # (T,) of the flat batch, image by image, prefix rows first
+    prefix_rows: Indices  # those of them that are prefix rows
+    is_everything: bool  # all rows of the batch, in their order
 
 
-def _plan(gates: Gates, num_prefix_tokens: int) -> list[_Plan]:
-    """Executing images, grouped by the heads they keep. One host copy of the decisions is all that it needs."""
-    rows = (gates.tokens.sum(dim=1) + num_prefix_tokens) * gates.depth
-    table = torch.cat([rows[:, None], gates.heads.long()], dim=1).tolist()
-    executing = [
-        (tuple(head for head, kept in enumerate(heads) if kept), length, image)
-        for image, (length, *heads) in enumerate(table)
-        if length
-    ]
-    executing.sort()
-    plans = []
-    for kept_heads, group in groupby(executing, key=lambda entry: entry[0]):
-        members = list(group)
-        plans.append(_Plan(kept_heads, [image for *_, image in members], [length for _, length, _ in members]))
-    return plans
+class _Plan:
+    """Which images execute a block, and which of them together."""
+
+    def __init__(self, chosen: HostGates, num_prefix_tokens: int) -> None:
+        self.chosen, self.prefix = chosen, num_prefix_tokens
+        self.images = np.flatnonzero(chosen.depth)
+
+    def groups(self, most_rows: int) -> Iterator[_Group]:
+        """Groups of at most `most_rows` rows, or of one image."""
+        chosen, images = self.chosen, self.images
+        batch, num_patches = chosen.tokens.shape
+        lengths = chosen.tokens.sum(axis=1) + self.prefix
+        keys = np.empty((batch, self.prefix + num_patches), dtype=bool)
+        keys[:, : self.prefix] = True
+        keys[:, self.prefix :] = chosen.tokens
+        if len(images) == 1:
+            yield self._group(images, lengths, keys)
+            return
+        codes = np.packbits(chosen.heads, axis=1)
+        order = images[np.lexsort((lengths[images], *codes[images].T))]
+        new = np.empty(len(order), dtype=bool)
+        rows = 0
+        for place, image in enumerate(order):
+            rows += lengths[image]
+            new[place] = place == 0 or rows > most_rows or (codes[image] != codes[order[place - 1]]).any()
+            if new[place]:
+                rows = lengths[image]
+        for members in np.split(order, np.flatnonzero(new)[1:]):
+            yield self._group(members, lengths, keys)
+
+    def _group(self, images: Indices, lengths: Indices, keys: NDArray[Any]) -> _Group:
+        batch, num_rows = keys.shape
+        kept = tuple(np.flatnonzero(self.chosen.heads[images[0]]).tolist())
+        own_lengths = lengths[images]
+        if len(images) == batch and own_lengths[0] == num_rows:
+            images = np.arange(batch)
+        offsets = images[:, None] * num_rows
+        in_batch = offsets + np.arange(num_rows)
+        return _Group(
+            kept,
+            own_lengths,
+            in_batch[keys[images]],
+            in_batch[:, : self.prefix].ravel(),
+            len(images) == batch and int(own_lengths[0]) == num_rows,
+        )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from miaformer.cost import Cost
-from miaformer.decisions import Decisions, Gates, HeadChoice, TokenScope, effective
+from miaformer.cost import Cost, Counts
+from miaformer.decisions import Booleans, Decisions, Gates, HeadChoice, HostGates, TokenScope
 from miaformer.engine.cap import Purse
 
 
@@ -19,8 +21,8 @@ class State:
 
     index: int
     x: Tensor  # (B, P+N, C), the block's input
-    active: Tensor  # (B, N), the patch tokens that can be kept: bool, or gates where gates are
-    affordable: Tensor | None  # (B,) bool, the images whose cap still pays for the least of this block; None: all
+    active: Tensor  # (B, N), the patch tokens that can be kept: bool on the host, or gates where gates are numbers
+    affordable: Tensor | None  # (B,) bool on the host, images whose cap pays for the block's least; None: all
     num_prefix_tokens: int
     num_heads: int
     num_blocks: int
@@ -33,7 +35,7 @@ class State:
 class Policy(Protocol):
     """Makes the gates of one block after the other, and says what making them costs."""
 
-    def decide(self, state: State) -> Gates: ...
+    def decide(self, state: State) -> Gates | HostGates: ...
 
     def context_macs(self, cost: Cost, index: int) -> int:
         """MACs that deciding block `index` takes for every image."""
@@ -45,21 +47,29 @@ class Policy(Protocol):
 
 
 class Execution(Protocol):
-    """Carries out the gates of block `index`: x (B, P+N, C) -> (B, P+N, C)."""
+    """Carries out the gates of block `index`: x (B, P+N, C) -> (B, P+N, C).
 
-    def __call__(self, index: int, block: nn.Module, x: Tensor, gates: Gates) -> Tensor: ...
+    Boolean gates come in effective form, on the host; floating-point ones only to masked execution.
+    """
+
+    def __call__(self, index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Steps:
     """What a walk did: the gates of every block and the MACs (B,) of everything, floating point if gates were."""
 
-    gates: list[Gates]
+    gates: list[Gates | HostGates]
     macs: Tensor
 
     def decisions(self) -> Decisions:
+        device = self.macs.device
+
         def stacked(name: str) -> Tensor:
-            return torch.stack([getattr(g, name) > 0 for g in self.gates], dim=1)
+            parts = [getattr(g, name) for g in self.gates]
+            if isinstance(parts[0], np.ndarray):
+                return torch.from_numpy(np.stack(parts, axis=1)).to(device)
+            return torch.stack([part > 0 for part in parts], dim=1)
 
         return Decisions(stacked("depth"), stacked("heads"), stacked("tokens"))
 
@@ -72,46 +82,86 @@ def walk(
     cost: Cost,
     token_scope: TokenScope,
     head_choice: HeadChoice,
-    cap_macs: Tensor | None = None,
+    cap_macs: Counts | None = None,
 ) -> tuple[Tensor, Steps]:
-    """Take embedded tokens x (B, P+N, C) through all blocks.
+    """Take embedded tokens x (B, P+N, C) through all blocks. cap_macs: (B,) int64.
 
-    Boolean gates are brought into effective form (`decisions.effective`) and cut to the cap; floating-point gates
+    Boolean gates are brought into effective form (`HostGates.effective`) and cut to the cap; floating-point gates
     (training) are the policy's own responsibility.
     """
-    batch = len(x)
-    active = torch.ones(batch, cost.num_patches, dtype=torch.bool, device=x.device)
-    macs: Tensor = torch.full((batch,), cost.fixed, dtype=torch.int64, device=x.device)
-    contexts = [policy.context_macs(cost, index) for index in range(cost.depth)]
-    scores = [policy.token_score_macs(cost, index) for index in range(cost.depth)]
-    purse = None if cap_macs is None else Purse(cost, cap_macs, sum(contexts))
-    taken: list[Gates] = []
+    progressive = token_scope == "progressive"
+    ledger = _Ledger(cost, policy, len(x), progressive, cap_macs)
+    active: Booleans | Tensor = np.ones((len(x), cost.num_patches), dtype=bool)  # a tensor where gates are numbers
+    taken: list[Gates | HostGates] = []
     for index, block in enumerate(blocks):
-        scored = active.sum(dim=1) if token_scope == "progressive" else active.new_ones(()) * cost.num_patches
-        scoring = scored * scores[index]
-        affordable = None if purse is None else purse.affordable(index, scoring)
-        gates = policy.decide(State(index, x, active, affordable, cost.num_prefix_tokens, cost.num_heads, cost.depth))
-        boolean = gates.depth.dtype == torch.bool
-        if boolean:
-            depth = gates.depth if affordable is None else gates.depth & affordable
-            gates = Gates(depth, gates.heads, gates.tokens, gates.token_scores)
-            gates = effective(gates, active, cost.num_prefix_tokens, head_choice)
-            scoring = scoring * depth
+        affordable = ledger.affordable(index, active) if isinstance(active, np.ndarray) else None
+        shown = torch.from_numpy(active) if isinstance(active, np.ndarray) else active
+        pays = None if affordable is None else torch.from_numpy(affordable)
+        gates = policy.decide(
+            State(index, x, shown, pays, cost.num_prefix_tokens, cost.num_heads, cost.depth),
+        )
+        if isinstance(gates, HostGates) or gates.depth.dtype == torch.bool:
+            assert isinstance(active, np.ndarray)
+            asked = gates if isinstance(gates, HostGates) else HostGates.of(gates)
+            if affordable is not None:
+                asked = replace(asked, depth=asked.depth & affordable, is_effective=False)
+            ledger.score(index, active, asked.depth)
+            gates = ledger.cut(index, asked.effective(active, cost.num_prefix_tokens, head_choice))
+            if progressive:
+                active = gates.tokens if gates.depth.all() else np.where(gates.depth[:, None], gates.tokens, active)
         else:
-            scoring = scoring * gates.depth
-        if purse is not None:
-            purse.pay(scoring)
-            gates = purse.limit(index, gates)
-        spent = cost.block(index, gates)
-        if purse is not None:
-            purse.pay(spent)
-        macs = macs + contexts[index] + scoring + spent
+            active = shown.to(gates.depth)
+            ledger.enter_numbers(index, active, gates)
+            if progressive:
+                kept = gates.depth[:, None]
+                active = kept * gates.tokens + (1 - kept) * active
         x = execution(index, block, x, gates)
         taken.append(gates)
-        if token_scope == "progressive":
-            if boolean:
-                active = torch.where(gates.depth[:, None], gates.tokens, active)
-            else:
-                kept = gates.depth[:, None]
-                active = kept * gates.tokens + (1 - kept) * active.to(kept.dtype)
-    return x, Steps(taken, macs)
+    if isinstance(active, np.ndarray):
+        ledger.settle(cast(list[HostGates], taken))
+    return x, Steps(taken, torch.as_tensor(ledger.macs).to(x.device))
+
+
+class _Ledger:
+    """What the images have spent so far, in MACs, and under a cap what is left to them."""
+
+    def __init__(self, cost: Cost, policy: Policy, batch: int, progressive: bool, cap_macs: Counts | None) -> None:
+        self.cost, self.progressive = cost, progressive
+        self.scores = [policy.token_score_macs(cost, index) for index in range(cost.depth)]
+        contexts = sum(policy.context_macs(cost, index) for index in range(cost.depth))
+        self.purse = None if cap_macs is None else Purse(cost, cap_macs, contexts)
+        self.macs: Counts | Tensor = np.full(batch, cost.fixed + contexts, dtype=np.int64)
+
+    def _scoring(self, index: int, active: Booleans) -> Counts:
+        """MACs (B,) of scoring the tokens of an image that executes the block."""
+        scored = active.sum(axis=1, dtype=np.int64) if self.progressive else np.full(len(active), active.shape[1])
+        return scored * self.scores[index]
+
+    def affordable(self, index: int, active: Booleans) -> Booleans | None:
+        return None if self.purse is None else self.purse.affordable(index, self._scoring(index, active))
+
+    def score(self, index: int, active: Booleans, asked: Booleans) -> None:
+        """Take what scoring the tokens took, for the images (B,) whose policy asked for the block."""
+        if self.scores[index]:
+            scoring = self._scoring(index, active) * asked
+            self.macs = self.macs + scoring
+            if self.purse is not None:
+                self.purse.pay(scoring)
+
+    def cut(self, index: int, gates: HostGates) -> HostGates:
+        """The gates, cut to what can be paid. What they come to, `settle` takes from all blocks at once."""
+        if self.purse is None:
+            return gates
+        gates = self.purse.limit(index, gates)
+        self.purse.pay(self.cost.of_host(index, gates))
+        return gates
+
+    def settle(self, gates: Sequence[HostGates]) -> None:
+        """Take the MACs of all blocks."""
+        self.macs = self.macs + self.cost.of_blocks(gates)
+
+    def enter_numbers(self, index: int, active: Tensor, gates: Gates) -> None:
+        """Take the MACs of a block, and of deciding it, by floating-point gates, which know no cap."""
+        scored = active.sum(dim=1) if self.progressive else active.shape[1]
+        scoring = scored * self.scores[index] * gates.depth
+        self.macs = torch.as_tensor(self.macs).to(gates.depth.device) + scoring + self.cost.block(index, gates)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from miaformer.budget import check_fraction
 from miaformer.cost import Cost
-from miaformer.decisions import Decisions, Gates, HeadChoice, TokenScope
+from miaformer.decisions import Decisions, Gates, HeadChoice, HostGates, TokenScope
 from miaformer.engine.walk import Policy, Steps, walk
 from miaformer.model import MIAFormer
 from miaformer.policy import ClsAttention, Fixed, Random, Static
@@ -57,7 +57,7 @@ class Simulation:
         return self.run(policy, num_images).macs.double() / self.cost.backbone
 
 
-def _execute_nothing(index: int, block: nn.Module, x: Tensor, gates: Gates) -> Tensor:
+def _execute_nothing(index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor:
     return x
 
 

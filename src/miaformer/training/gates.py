@@ -112,7 +112,7 @@ class Relaxed:
             h_hard, h_soft = _chain(h_hard), _chain(h_soft)
         else:
             h_hard = _at_least_one(h_hard, heads)
-        active = state.active.to(depth.dtype)
+        active = state.active.to(depth)
         if tokens is None:
             kept = active
         else:
@@ -164,7 +164,7 @@ class Sampled:
         if index == 0:
             self.log_prob = torch.zeros_like(depth)
             self.expected_macs = torch.zeros_like(depth)
-            self._still_active = torch.ones_like(state.active, dtype=depth.dtype)
+            self._still_active = depth.new_ones(state.active.shape)
         nested = cast(Controller, self.controllers[index]).nested
         executed, depth_p = draws.depth[:, index] < depth.sigmoid(), depth.sigmoid()
         going_on = draws.heads[:, index] < heads.sigmoid()
@@ -176,10 +176,11 @@ class Sampled:
         else:
             kept_heads, head_p = _at_least_one(going_on.to(depth.dtype), heads).bool(), heads.sigmoid()
         chosen = head_log_prob.sum(dim=1)
-        kept_tokens, token_p = state.active, self._still_active
+        active = state.active.to(depth.device)
+        kept_tokens, token_p = active, self._still_active
         if tokens is not None:
-            kept_tokens = (draws.tokens[:, index] < tokens.sigmoid()) & state.active
-            chosen = chosen + (_log_prob(tokens, kept_tokens) * state.active).sum(dim=1)
+            kept_tokens = (draws.tokens[:, index] < tokens.sigmoid()) & active
+            chosen = chosen + (_log_prob(tokens, kept_tokens) * active).sum(dim=1)
             token_p = tokens.sigmoid() * self._still_active
         sampled = ~draws.full
         self.log_prob = self.log_prob + (_log_prob(depth, executed) + chosen * executed) * sampled
@@ -214,7 +215,7 @@ def _logits(controllers: nn.ModuleList, state: State, log_price: Tensor) -> _Log
     """
     controller = cast(Controller, controllers[state.index])
     x = state.x.detach()
-    context = controller.context(x, (state.active > 0).detach(), state.num_prefix_tokens, log_price)
+    context = controller.context(x, (state.active > 0).detach().to(x.device), state.num_prefix_tokens, log_price)
     difficulty = controller.predicted_difficulty(context)
     shift = controller.shift(difficulty, log_price)
     depth, heads = controller.depth_and_heads(context, shift)

@@ -1,0 +1,131 @@
+"""Matrix products of inference behind one interface, with what follows them fused in where the processor can.
+
+On CPUs, PyTorch's `addmm` copies the bias to the size of the result, and leaves GELU and residual to passes of their
+own: a third of an eager block of DeiT-S (docs/log.md). oneDNN's linear, which `torch.compile` calls, does all in
+one pass; it is used wherever nobody asks for gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
+
+
+class Products(Protocol):
+    """x: (T, in); weight: (out, in), a slice of a parameter; bias: (out,) or None."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(T, out)."""
+        ...
+
+    def activated(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any) -> Tensor:
+        """The same through the activation `act`, a module."""
+        ...
+
+    def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """The same plus `residual` (T, out)."""
+        ...
+
+
+class Plain:
+    """PyTorch's own operations: any device, any dtype, differentiable."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def activated(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any) -> Tensor:
+        activated: Tensor = act(F.linear(x, weight, bias))
+        return activated
+
+    def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        return residual + F.linear(x, weight, bias)
+
+
+class OneDnn(Plain):
+    """oneDNN's linear with fused bias, GELU and residual: CPU, no gradients."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not _pays(x, weight):
+            return F.linear(x, weight, bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+        return out
+
+    def activated(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any) -> Tensor:
+        if type(act) is not nn.GELU or not _pays(x, weight):
+            activated: Tensor = act(self.linear(x, weight, bias))
+            return activated
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "gelu", [], act.approximate)
+        return out
+
+    def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        if not _pays(x, weight):
+            out = torch.addmm(residual, x, weight.t())
+            return out if bias is None else out.add_(bias)
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        return fused
+
+
+_LEAST_MACS = 6_000_000  # of a float32 product: below, a call's overhead (30 us, of PyTorch's own 6) is not regained
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    if x.dtype == torch.float32 and len(x) * weight.numel() < _LEAST_MACS:
+        return False
+    # For a weight whose memory has gaps oneDNN falls back to a loop, 200 times slower.
+    return weight.is_contiguous() or weight.t().is_contiguous()
+
+
+def _supported_by_onednn() -> frozenset[torch.dtype]:
+    try:
+        torch.ops.mkldnn._linear_pointwise.binary  # noqa: B018  # raises where PyTorch was built without oneDNN
+        bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):
+        return frozenset()
+    return frozenset({torch.float32, torch.bfloat16} if bfloat16 else {torch.float32})
+
+
+def _count_flops() -> None:
+    """Tell `torch.utils.flop_counter` (torch 2.14 knows neither) what the CPU's fused kernels compute."""
+
+    def linear(x: Any, *others: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return int(2 * math.prod(x) * out_shape[-1])
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    fused: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    if _ONEDNN_DTYPES:
+        fused[torch.ops.mkldnn._linear_pointwise] = linear
+    for operation, formula in fused.items():
+        if operation not in flop_registry:
+            register_flop_formula(operation)(formula)
+
+
+_ONEDNN_DTYPES = _supported_by_onednn()
+_count_flops()
+_PLAIN, _ONEDNN = Plain(), OneDnn()
+
+
+def products_for(x: Tensor, comes_again: bool = True) -> Products:
+    """What computes products with x, (T, C).
+
+    comes_again: whether T is one of few. oneDNN compiles its kernels for every number of rows, 0.5 to 1 ms each, and
+    keeps 1,024 of them; in float32, numbers that may not come again are left to MKL, which has no such cost.
+    `torch.backends.mkldnn.flags(enabled=False)` keeps to PyTorch's own operations.
+    """
+    if (
+        x.dtype in _ONEDNN_DTYPES
+        and (comes_again or x.dtype != torch.float32)
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return _ONEDNN
+    return _PLAIN

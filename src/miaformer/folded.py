@@ -1,0 +1,153 @@
+"""Controllers as inference runs them: the formula of `controller`, in the fewest operations.
+
+Each operation on a block's few numbers takes as long as a small matrix product, so: the linear layers that read one
+context are one, what depends on the price alone is computed for all blocks at once, products run where the tokens are,
+and the arithmetic on their results, a dozen numbers an image, on the host with numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from miaformer.controller import DIFFICULTY_BOUND, KEEP_LOGIT, LOGIT_BOUND, Controller, price_features
+from miaformer.decisions import Booleans
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One controller at given prices. J logits: of depth, of the H heads, and where tokens are decided the part of
+    their logits that they share.
+    """
+
+    nested: bool
+    pooled: Tensor  # (2C, hidden)
+    pooled_bias: Tensor  # (B or 1, hidden), the price's part in it
+    outputs: Tensor  # (hidden, J + 1 + rank): logits and difficulty, before they are bounded, and the token query
+    outputs_bias: Tensor
+    key: Tensor | None  # (C, rank), where tokens are decided
+    bounds: Array  # (J + 1,), of logits and difficulty
+    gain: Array  # (J,), what difficulty adds to each
+    shift: Array  # (B or 1, J), what does not depend on the image
+
+    @staticmethod
+    @torch.no_grad()
+    def of(controllers: Sequence[Controller], log_price: Tensor) -> list[Folded]:
+        """log_price: (B,) or (1,)."""
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for c in controllers:
+            weights += [c.gates.weight, c.difficulty.weight]
+            biases += [c.gates.bias, c.difficulty.bias]
+            if c.rank:  # its last row is a logit, which belongs before difficulty
+                weights[-1:] = [c.query.weight[-1:], c.difficulty.weight, c.query.weight[:-1]]
+                biases[-1:] = [c.query.bias[-1:], c.difficulty.bias, c.query.bias[:-1]]
+        rows = [c.gates.out_features + 1 + (c.rank + 1 if c.rank else 0) for c in controllers]
+        outputs = torch.cat(weights).split(rows)
+        outputs_bias = torch.cat(biases).split(rows)
+        exact = torch.promote_types(outputs[0].dtype, torch.float32)
+        log_price = log_price.to(exact)
+        features = price_features(log_price).to(outputs[0].dtype)  # (B, features)
+        price = torch.stack([c.price.weight for c in controllers])
+        pooled_bias = torch.stack([c.pooled.bias for c in controllers])[:, None]
+        pooled_bias = pooled_bias + (features[:, None] * price[:, None]).sum(dim=3)  # (L, B, hidden)
+        slopes, gains = (
+            F.softplus(torch.stack([getattr(c, name) for c in controllers]).to(exact)).cpu().numpy()  # (L, 3)
+            for name in ("slope", "gain")
+        )
+        prices = log_price.cpu().numpy()[:, None]
+        made = []
+        for index, c in enumerate(controllers):
+            grains = [0] + [1] * (c.gates.out_features - 1) + [2] * bool(c.rank)
+            made.append(
+                Folded(
+                    c.nested,
+                    c.pooled.weight.t(),
+                    pooled_bias[index],
+                    outputs[index].t(),
+                    outputs_bias[index],
+                    c.key.weight.t() if c.rank else None,
+                    np.array([LOGIT_BOUND] * len(grains) + [DIFFICULTY_BOUND], dtype=prices.dtype),
+                    gains[index][grains] * DIFFICULTY_BOUND,
+                    KEEP_LOGIT - prices * slopes[index][grains],
+                )
+            )
+        return made
+
+    def logits(self, pooled: Tensor, prefix: Tensor) -> tuple[Array, Array]:
+        """Logits (B, J) and token query (B, rank) of images whose active patch tokens and whose prefix tokens have
+        these means, (B, C).
+        """
+        seen = F.layer_norm(torch.stack([pooled, prefix], dim=1), pooled.shape[1:]).flatten(1)
+        context = F.gelu(torch.addmm(self.pooled_bias.expand(len(seen), -1), seen, self.pooled))
+        out = _numpy(torch.addmm(self.outputs_bias, context, self.outputs))
+        count = len(self.bounds)
+        content = np.tanh(out[:, :count] / self.bounds)
+        return content[:, :-1] * self.bounds[:-1] + content[:, -1:] * self.gain + self.shift, out[:, count:]
+
+    def heads(self, logits: Array) -> Booleans:
+        """The heads (B, H) that are kept rather than not, at least one. logits: (B, H), of heads."""
+        kept: Booleans = logits > 0
+        if self.nested:
+            kept[:, 0] = True
+            return np.logical_and.accumulate(kept, axis=1)
+        kept[np.arange(len(kept)), logits.argmax(axis=1)] = True
+        return kept
+
+    def token_logits(self, tokens: Tensor, query: Array, shared: Array) -> Array:
+        """Logits (T,) of keeping tokens (T, C). query: (T or 1, rank); shared: (T or 1,)."""
+        assert self.key is not None
+        keys = _numpy(torch.mm(F.layer_norm(tokens, tokens.shape[1:]), self.key))
+        scores = keys @ query[0] if len(query) == 1 else np.einsum("tr,tr->t", keys, query)
+        logits: Array = np.tanh(scores / LOGIT_BOUND) * LOGIT_BOUND + shared
+        return logits
+
+
+def _numpy(tensor: Tensor) -> Array:
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return (tensor if tensor.device.type == "cpu" else tensor.cpu()).numpy()
+
+
+class Controllers(nn.ModuleList):
+    """The controllers of all blocks, which remember how they were folded last.
+
+    Forgotten where they may have changed: when they are trained, moved, loaded, or edited in place.
+    """
+
+    _known: tuple[Any, list[Folded]] | None = None
+
+    def folded(self, log_price: Tensor) -> list[Folded]:
+        key = ([(0 if p.is_inference() else p._version, p.data_ptr()) for p in self._every_parameter()], log_price.tolist(), self.training)
+        if self._known is None or self._known[0] != key:
+            self._known = (key, Folded.of(cast(list[Controller], list(self)), log_price))
+        return self._known[1]
+
+    def _every_parameter(self) -> list[nn.Parameter]:
+        if "_parameters_in_order" not in self.__dict__:
+            self.__dict__["_parameters_in_order"] = list(self.parameters())
+        return cast(list[nn.Parameter], self.__dict__["_parameters_in_order"])
+
+    def train(self, mode: bool = True) -> Self:
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_known", "_parameters_in_order")}
+
+    def _forget(self) -> None:
+        self._known = None
+        self.__dict__.pop("_parameters_in_order", None)
