@@ -7,7 +7,7 @@ channels. Norms inside attention or MLP take their statistics over what is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -87,16 +87,42 @@ def packed_block(
     image, T in all; read_prefix: None, or P where only the P prefix rows of each image are read afterwards: then
     those alone come back; products: what computes the matrix products.
     """
-    attn = block.attn
-    y = block.norm1(x)
-    prefix = None if read_prefix is None else _prefix_rows(lengths, read_prefix, x.device)
-    q_rows = y if prefix is None else y[prefix]
-    q, k, v = _query_key_value(attn, products, q_rows, y, width)
-    q_lengths = lengths if read_prefix is None else [read_prefix] * len(lengths)
+    attn, prefix = block.attn, None
+    if read_prefix is None:
+        q, k, v = _sliced(lambda rows: _query_key_value(block, products, rows, width), products, x)
+        q_lengths = lengths
+    else:
+        prefix = _prefix_rows(lengths, read_prefix, x.device)
+        q, k, v = _prefix_query_key_value(block, products, x, prefix, width)
+        q_lengths = [read_prefix] * len(lengths)
+        x = x[prefix]
     out = attend_packed(attn.q_norm(q), attn.k_norm(k), v, q_lengths, lengths).flatten(1)
-    out = _norm_part(attn.norm, out, width.heads)
-    weight = attn.proj.weight if width.heads is _ALL else attn.proj.weight[:, width.heads]
-    x = _added(products, out, weight, attn.proj.bias, block.ls1, x if prefix is None else x[prefix])
+    (x,) = _sliced(lambda out, x: (_after_attention(block, products, out, x, width),), products, out, x)
+    return x
+
+
+def _sliced(function: Callable[..., tuple[Tensor, ...]], products: Products, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """A function of rows (T, ...), applied to as many at a time as `products` wants."""
+    num_rows = len(inputs[0])
+    slices = products.row_slices(num_rows)
+    if len(slices) == 1:
+        return function(*inputs)
+    whole: tuple[Tensor, ...] = ()
+    for rows in slices:
+        parts = function(*(part[rows] for part in inputs))
+        if not whole:
+            whole = tuple(part.new_empty(num_rows, *part.shape[1:]) for part in parts)
+        for target, part in zip(whole, parts, strict=True):
+            target[rows] = part
+    return whole
+
+
+def _after_attention(block: Any, products: Products, out: Tensor, x: Tensor, width: Width) -> Tensor:
+    """out: (T, kept channels), what attention gives; x: (T, C), the residual -> (T, C)."""
+    proj = block.attn.proj
+    out = _norm_part(block.attn.norm, out, width.heads)
+    weight = proj.weight if width.heads is _ALL else proj.weight[:, width.heads]
+    x = _added(products, out, weight, proj.bias, block.ls1, x)
     return _packed_mlp(block, products, x, width)
 
 
@@ -108,23 +134,39 @@ def _added(
     return torch.addcmul(residual, products.linear(rows, weight, bias), layer_scale.gamma)
 
 
-def _query_key_value(
-    attn: Any, products: Products, q_rows: Tensor, rows: Tensor, width: Width
-) -> tuple[Tensor, Tensor, Tensor]:
+def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
     """Each (rows, kept heads, head_dim)."""
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    if q_rows is rows and width.heads is _ALL:
-        packed = products.linear(rows, weight, bias).view(len(rows), 3, attn.num_heads, attn.head_dim)
+    attn, y = block.attn, block.norm1(rows)
+    if width.heads is _ALL:
+        packed = products.linear(y, attn.qkv.weight, attn.qkv.bias).view(len(y), 3, attn.num_heads, attn.head_dim)
         q, k, v = packed.unbind(1)
         return q, k, v
-    weights = weight.unflatten(0, (3, attn.attn_dim))[:, width.heads].unbind(0)
-    biases = [None] * 3 if bias is None else bias.view(3, attn.attn_dim)[:, width.heads].unbind(0)
-    sources = (q_rows, rows, rows)
     q, k, v = (
-        products.linear(source, w, b).view(len(source), width.num_heads, attn.head_dim)
-        for source, w, b in zip(sources, weights, biases, strict=True)
+        products.linear(y, *layer).view(len(y), width.num_heads, attn.head_dim)
+        for layer in _query_key_value_layers(attn, width)
     )
     return q, k, v
+
+
+def _prefix_query_key_value(
+    block: Any, products: Products, rows: Tensor, prefix: Tensor, width: Width
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with queries of the rows `prefix` alone."""
+    attn, y = block.attn, block.norm1(rows)
+    sources = (y[prefix], y, y)
+    q, k, v = (
+        products.linear(source, *layer).view(len(source), width.num_heads, attn.head_dim)
+        for source, layer in zip(sources, _query_key_value_layers(attn, width), strict=True)
+    )
+    return q, k, v
+
+
+def _query_key_value_layers(attn: Any, width: Width) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of each."""
+    weights = attn.qkv.weight.unflatten(0, (3, attn.attn_dim))[:, width.heads].unbind(0)
+    bias = attn.qkv.bias
+    biases = [None] * 3 if bias is None else bias.view(3, attn.attn_dim)[:, width.heads].unbind(0)
+    return list(zip(weights, biases, strict=True))
 
 
 def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tensor:

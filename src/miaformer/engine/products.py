@@ -19,6 +19,10 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 class Products(Protocol):
     """x: (T, in); weight: (out, in), a slice of a parameter; bias: (out,) or None."""
 
+    def row_slices(self, num_rows: int) -> list[slice]:
+        """How many rows to compute at a time."""
+        ...
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(T, out)."""
         ...
@@ -35,6 +39,9 @@ class Products(Protocol):
 class Plain:
     """PyTorch's own operations: any device, any dtype, differentiable."""
 
+    def row_slices(self, num_rows: int) -> list[slice]:
+        return [slice(None)]
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
@@ -47,7 +54,14 @@ class Plain:
 
 
 class OneDnn(Plain):
-    """oneDNN's linear with fused bias, GELU and residual: CPU, no gradients."""
+    """oneDNN's linear with fused bias, GELU and residual: CPU, no gradients.
+
+    Its kernels are compiled for a number of rows, at 0.5 to 1 ms each, and 1,024 of them are kept; so that few numbers
+    come, many rows are computed some at a time, which also keeps their activations in the cache.
+    """
+
+    def row_slices(self, num_rows: int) -> list[slice]:
+        return [slice(start, min(start + SLICE_ROWS, num_rows)) for start in range(0, num_rows, SLICE_ROWS)]
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _pays(x, weight):
@@ -70,6 +84,7 @@ class OneDnn(Plain):
         return fused
 
 
+SLICE_ROWS = 512
 _LEAST_MACS = 6_000_000  # of a float32 product: below, a call's overhead (30 us, of PyTorch's own 6) is not regained
 
 
@@ -114,8 +129,8 @@ _PLAIN, _ONEDNN = Plain(), OneDnn()
 def products_for(x: Tensor, comes_again: bool = True) -> Products:
     """What computes products with x, (T, C).
 
-    comes_again: whether T is one of few. oneDNN compiles its kernels for every number of rows, 0.5 to 1 ms each, and
-    keeps 1,024 of them; in float32, numbers that may not come again are left to MKL, which has no such cost.
+    comes_again: whether T is one of few. In float32, numbers of rows that may not come again are left to MKL, which
+    compiles nothing (see `OneDnn`).
     `torch.backends.mkldnn.flags(enabled=False)` keeps to PyTorch's own operations.
     """
     if (

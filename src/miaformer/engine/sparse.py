@@ -21,7 +21,7 @@ from miaformer.cost import Cost
 from miaformer.decisions import Gates, HostGates
 from miaformer.engine.products import products_for
 
-CHUNK_ROWS = 256  # on CPU, of one call: its activations stay in the cache, and few shapes come again and again
+CHUNK_ROWS = 1600  # on CPU, of one call: eight images of DeiT, whose memory is then needed again and again
 
 ROWS_THAT_COME_AGAIN = 8  # multiples of this: the learned policy rounds up to them (`AdaptConfig.token_multiple`)
 
