@@ -174,9 +174,11 @@ def test_a_report_is_what_the_design_says(report: dict, model: MIAFormer) -> Non
     assert report["controllers"]["macs_fraction"] == model.controller_macs() / model.cost().backbone
     assert report["left_out"] == []
     environment = report["environment"]
-    assert environment.keys() == {"seed", "versions", "device", "threads", "git_commit", "command", "date"}
+    assert environment.keys() == {
+        *("seed", "versions", "device", "processor", "threads", "git_commit", "command", "date"),
+    }
     assert environment["seed"] == 7
-    assert environment["versions"].keys() == {"miaformer", "torch", "timm", "python"}
+    assert environment["versions"].keys() == {"miaformer", "torch", "timm", "python", "onnxruntime"}
 
 
 def test_a_learned_point_is_what_running_the_images_gives(

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import miaformer
 
-COMMANDS = ("train", "eval", "predict", "demo")  # modules of this package, in the order that help lists them
+COMMANDS = ("train", "eval", "bench", "predict", "demo")  # modules of this package, in the order that help lists them
 
 DESCRIPTION = """\
 Vision Transformers that skip blocks, heads and tokens image by image, and do not pay for what they skip.
@@ -31,6 +31,8 @@ examples:
       train, calibrate, evaluate and draw a small model; a few minutes on a laptop
   miaformer eval demo/model --data digits --budgets 0.35 0.5 0.7 --json report.json
       accuracy per compute, against controls of equal cost
+  miaformer bench timm:deit_small_patch16_224 --data photos/ --engines eager --batch-sizes 1 8
+      time sparse against dense execution
   miaformer predict demo/model photos/ --out predictions.csv --budget 0.5
       classify a folder
 

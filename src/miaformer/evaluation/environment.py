@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import miaformer
 
 
 def describe_environment(device: torch.device | str, seed: int) -> dict[str, Any]:
-    """Seed, versions, device, threads, commit of miaformer, command line and date, as JSON knows them."""
+    """Seed, versions, device, processor, threads, commit of miaformer, command line and date, as JSON knows them."""
     return {
         "seed": seed,
         "versions": {
@@ -25,8 +26,10 @@ def describe_environment(device: torch.device | str, seed: int) -> dict[str, Any
             "torch": torch.__version__,
             "timm": timm.__version__,
             "python": platform.python_version(),
+            "onnxruntime": _installed("onnxruntime"),
         },
         "device": device_name(torch.device(device)),
+        "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "git_commit": git_commit(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -39,6 +42,13 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({_processor()})" if device.type == "cpu" else device.type
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -5,14 +5,75 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import Any, cast
+from functools import partial
+from statistics import fmean, median, quantiles
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from miaformer.model import MIAFormer
 from miaformer.policy import Policy
+
+Input = TypeVar("Input")
+
+
+class Race(Generic[Input]):
+    """Calls timed in turn on the same inputs, sweep by sweep, so that a machine that slows down slows all of them.
+
+    A call is known by its place in `calls`. Inputs differ in compute, so each counts for itself: what is reported are
+    medians over the sweeps of one input, and of these the mean over inputs. rehearse: run each call once untimed right
+    before it is timed, so that it finds caches and threads as it left them itself, not as its predecessor did.
+    """
+
+    def __init__(
+        self, calls: Sequence[Callable[[Input], Any]], inputs: Sequence[Input], rehearse: bool = False
+    ) -> None:
+        if not calls or not inputs:
+            raise ValueError(f"a race needs calls and inputs, got {len(calls)} and {len(inputs)}")
+        self.calls, self.inputs, self.rehearse = calls, inputs, rehearse
+        self._ms: list[list[list[float]]] = []  # [sweep][input][call]
+
+    @property
+    def sweeps(self) -> int:
+        return len(self._ms)
+
+    @property
+    def last_ms(self) -> list[float]:
+        """What each call took in the last sweep, on the last input."""
+        return self._ms[-1][-1]
+
+    def sweep(self) -> None:
+        """Time every call on every input once. Interrupted, it leaves what was timed before as it was."""
+        self._ms.append([self._round(value) for value in self.inputs])
+
+    def _round(self, value: Input) -> list[float]:
+        times = []
+        for call in self.calls:
+            run = partial(call, value)
+            if self.rehearse:
+                run()
+            times.append(_milliseconds(run))
+        return times
+
+    def ms(self, call: int) -> float:
+        return fmean(median(sweep[i][call] for sweep in self._ms) for i in range(len(self.inputs)))
+
+    def fraction(self, call: int, of: int) -> float:
+        """The time of one call as a fraction of another's, each pair for itself."""
+        return fmean(median(ratios) for ratios in self._ratios(call, of))
+
+    def spread(self, call: int, of: int) -> float:
+        """The interquartile range of the same fractions over all pairs, of all sweeps and inputs."""
+        ratios = [ratio for of_input in self._ratios(call, of) for ratio in of_input]
+        if len(ratios) < 2:
+            return 0.0
+        low, _, high = quantiles(ratios, n=4, method="inclusive")
+        return high - low
+
+    def _ratios(self, call: int, of: int) -> list[list[float]]:
+        """[input][sweep]"""
+        return [[sweep[i][call] / sweep[i][of] for sweep in self._ms] for i in range(len(self.inputs))]
 
 
 @dataclass(frozen=True)
@@ -33,12 +94,10 @@ def time_pairs(
     for _ in range(warm_up):
         dense_call()
         sparse_call()
-    pairs = [(_milliseconds(dense_call), _milliseconds(sparse_call)) for _ in range(repeats)]
-    return PairTimes(
-        median(dense for dense, _ in pairs),
-        median(sparse for _, sparse in pairs),
-        median(sparse / dense for dense, sparse in pairs),
-    )
+    race = Race([lambda _: dense_call(), lambda _: sparse_call()], [None])
+    for _ in range(repeats):
+        race.sweep()
+    return PairTimes(race.ms(0), race.ms(1), race.fraction(1, 0))
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:

@@ -1,0 +1,210 @@
+"""Controllers drawn at random, so that an untrained model decides differently from image to image.
+
+For measuring speed: what a decision costs and saves does not depend on how good it is, but it does depend on how much
+images, heads and tokens differ. Weights are scaled and centred block by block on real pictures: over images each depth
+and head logit, and over tokens each token logit, gets a standard deviation of `SPREAD`, and keep rates move with the
+price.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miaformer.controller import KEEP_LOGIT, LOGIT_BOUND, Controller
+from miaformer.cost import Cost
+from miaformer.decisions import HostGates
+from miaformer.engine.sparse import Sparse
+from miaformer.engine.walk import State
+from miaformer.model import MIAFormer
+from miaformer.policy import Learned
+
+Grains = Literal["all", "depth", "heads", "tokens"]
+
+SPREAD = 2.0  # standard deviation of logits
+SHARED_SPREAD = 1.0  # of the part of token logits that all tokens of an image share: images differ in length
+# Means of logits at a log-price of 0. What is lost stays lost in nested heads and progressive tokens, so they start
+# higher: at one price the three grains then keep about equal shares.
+DEPTH_CENTRE, HEADS_CENTRE, TOKENS_CENTRE = KEEP_LOGIT, KEEP_LOGIT + 1.0, KEEP_LOGIT + 2.5
+DRAWN_AT_LOG_PRICE = 1.5  # blocks see inputs as at about half of the compute
+_SLOPE = 0.5413  # softplus of it is 1: a logit falls by 1 where the log-price rises by 1
+_NO_SLOPE = -40.0  # softplus of it is 4e-18
+_SURE = 4 * LOGIT_BOUND  # the bound of this is the bound itself
+_FIT_STEPS = 30
+
+
+def drawn_models(
+    model: MIAFormer, images: Tensor, seed: int = 0, grains: Sequence[Grains] = ("all",)
+) -> dict[str, MIAFormer]:
+    """One model for each of `grains`, with controllers of its own drawn, all sharing the backbone of `model`."""
+    models: dict[str, MIAFormer] = {}
+    for grain in dict.fromkeys(grains):
+        twin = copy.deepcopy(model, {id(model.backbone): model.backbone})
+        draw_controllers(twin, images, seed, grain)
+        models[grain] = twin
+    return models
+
+
+@torch.no_grad()
+def draw_controllers(model: MIAFormer, images: Tensor, seed: int = 0, grains: Grains = "all") -> None:
+    """Draw the model's controllers anew, in place, by what they see of `images` (B, 3, H, W), normalised.
+
+    grains: what is decided; everything else is always kept. The calibration, of other controllers, is dropped.
+
+    Raises ValueError for unknown grains, for fewer than two images, and for images that a block cannot tell apart.
+    """
+    if grains not in get_args(Grains):
+        raise ValueError(f"grains={grains!r} must be one of {', '.join(get_args(Grains))}")
+    if len(images) < 2:
+        raise ValueError(f"draw_controllers() needs at least two images that differ, got {len(images)}")
+    parameter = next(model.parameters())
+    training = model.training
+    model.eval()
+    policy = _Drawing(model.controllers, torch.Generator().manual_seed(seed), grains)
+    cost = model.cost((images.shape[-2], images.shape[-1]))
+    model.walk(model.embed(images.to(parameter)), policy, Sparse(cost), cost)
+    model.calibration = None
+    model.train(training)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """Draws each controller when its block is reached, then decides as it does."""
+
+    controllers: nn.ModuleList
+    generator: torch.Generator
+    grains: Grains
+
+    def decide(self, state: State) -> HostGates:
+        controller = cast(Controller, self.controllers[state.index])
+        _draw(controller, state, self.generator, self.grains)
+        log_price = state.x.new_full((1,), DRAWN_AT_LOG_PRICE)
+        return Learned(self.controllers, log_price).decide(state)
+
+    def context_macs(self, cost: Cost, index: int) -> int:
+        return 0
+
+    def token_score_macs(self, cost: Cost, index: int) -> int:
+        return 0
+
+
+def _draw(controller: Controller, state: State, generator: torch.Generator, grains: Grains) -> None:
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    decides = [grains in ("all", grain) for grain in ("depth", "heads", "tokens")]
+    # The price acts on its own path only, and nothing is known of difficulty.
+    for layer in (controller.price, controller.difficulty):
+        layer.weight.zero_()
+    controller.difficulty.bias.zero_()
+    controller.slope.copy_(torch.where(torch.tensor(decides), _SLOPE, _NO_SLOPE).to(controller.slope))
+
+    seen = _seen(state)
+    weight = _apart_from_mean(normal(controller.pooled.weight), seen)
+    shown = seen @ weight.T  # (B, hidden)
+    scale, offset = 1 / _spread(shown, state.index), -shown.mean(dim=0) / _spread(shown, state.index)
+    controller.pooled.weight.copy_(weight * scale[:, None])
+    controller.pooled.bias.copy_(offset)
+
+    log_price = state.x.new_full((len(state.x),), DRAWN_AT_LOG_PRICE)
+    context = controller.context(state.x, _active(state), state.num_prefix_tokens, log_price)
+    weight = normal(controller.gates.weight)
+    weight[1:] += normal(weight[:1])  # heads agree half of the way: images differ in how many they want
+    centres = torch.full_like(controller.gates.bias, HEADS_CENTRE - KEEP_LOGIT)
+    centres[0] = DEPTH_CENTRE - KEEP_LOGIT
+    weight, bias = _fitted(weight, context, centres, SPREAD)
+    for rows, decided in ((slice(0, 1), decides[0]), (slice(1, None), decides[1])):
+        controller.gates.weight[rows] = weight[rows] if decided else 0.0
+        controller.gates.bias[rows] = bias[rows] if decided else _SURE
+    if controller.rank:
+        _draw_tokens(controller, state, context, generator, decides[2])
+
+
+def _draw_tokens(
+    controller: Controller, state: State, context: Tensor, generator: torch.Generator, decided: bool
+) -> None:
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    query, key = controller.query, controller.key
+    image, token = _active(state).nonzero(as_tuple=True)
+    rows = F.layer_norm(state.x[image, state.num_prefix_tokens + token], state.x.shape[-1:])
+    key.weight.copy_(_apart_from_mean(normal(key.weight), rows) * key.in_features**-0.5)
+    if not decided:
+        query.weight.zero_()
+        query.bias.zero_()
+        query.bias[-1] = _SURE
+        return
+    weight, bias = normal(query.weight[:-1]) * query.in_features**-0.5, normal(query.bias[:-1])
+    product = (key(rows) * (context @ weight.T + bias)[image]).sum(dim=1, keepdim=True)  # (tokens, 1)
+    own_spread = (SPREAD**2 - SHARED_SPREAD**2) ** 0.5
+    scale, _ = _fit(product / _spread(product, state.index), None, own_spread)
+    scale = scale / _spread(product, state.index)
+    query.weight[:-1], query.bias[:-1] = weight * scale, bias * scale
+    rest = _bounded(product * scale).mean(dim=0)
+    shared, offset = _fitted(normal(query.weight[-1:]), context, TOKENS_CENTRE - KEEP_LOGIT - rest, SHARED_SPREAD)
+    query.weight[-1:], query.bias[-1:] = shared, offset
+
+
+def _active(state: State) -> Tensor:
+    """(B, N) bool where the tokens are: a walk keeps it on the host."""
+    return (state.active > 0).to(state.x.device)
+
+
+def _seen(state: State) -> Tensor:
+    """What a controller's context is made from: active tokens pooled, and the prefix: (B, 2 C)."""
+    patches, prefix = state.x[:, state.num_prefix_tokens :], state.x[:, : state.num_prefix_tokens]
+    weight = _active(state).to(patches.dtype).unsqueeze(-1)
+    pooled = (patches * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+    pooled_prefix = prefix.mean(dim=1) if state.num_prefix_tokens else pooled
+    return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in (pooled, pooled_prefix)], dim=1)
+
+
+def _apart_from_mean(weight: Tensor, rows: Tensor) -> Tensor:
+    """Weight (out, C) without the direction of the mean of rows (M, C).
+
+    What all rows have in common would only be taken off again by a bias: in half precision, with the differences.
+    """
+    mean = F.normalize(rows.mean(dim=0), dim=0)
+    return weight - (weight @ mean)[:, None] * mean
+
+
+def _fitted(weight: Tensor, context: Tensor, centres: Tensor, spread: float) -> tuple[Tensor, Tensor]:
+    """Weight (out, hidden) scaled, and the bias (out,), so that bounded logits of context (B, hidden) are as asked."""
+    shown = context @ weight.T
+    mean, std = shown.mean(dim=0), shown.std(dim=0, correction=0).clamp(min=1e-12)
+    scale, offset = _fit((shown - mean) / std, centres, spread)
+    scale = scale / std
+    return weight * scale[:, None], offset - scale * mean
+
+
+def _fit(standard: Tensor, centres: Tensor | None, spread: float) -> tuple[Tensor, Tensor]:
+    """Scale and offset (out,) that give bounded logits of standardised values (M, out) their mean and spread.
+
+    centres: None leaves the offset 0.
+    """
+    scale, offset = standard.new_full(standard.shape[1:], spread), standard.new_zeros(standard.shape[1:])
+    for _ in range(_FIT_STEPS):
+        logits = _bounded(standard * scale + offset)
+        scale = scale * spread / logits.std(dim=0, correction=0).clamp(min=1e-12)
+        if centres is not None:
+            offset = offset + centres - logits.mean(dim=0)
+    return scale, offset
+
+
+def _spread(values: Tensor, index: int) -> Tensor:
+    """Standard deviations (out,) of values (M, out). Raises ValueError where there are none to speak of."""
+    found = values.std(dim=0, correction=0)
+    if not bool((found > 1e-6 * values.abs().max()).all()) or not bool(found.isfinite().all()):
+        raise ValueError(f"to block {index} all images look alike: draw_controllers() needs pictures that differ")
+    return found
+
+
+def _bounded(logits: Tensor) -> Tensor:
+    return LOGIT_BOUND * torch.tanh(logits / LOGIT_BOUND)
