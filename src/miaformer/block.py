@@ -7,7 +7,7 @@ channels. Norms inside attention or MLP take their statistics over what is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -89,7 +89,7 @@ def packed_block(
     """
     attn, prefix = block.attn, None
     if read_prefix is None:
-        q, k, v = _sliced(lambda rows: _query_key_value(block, products, rows, width), products, x)
+        q, k, v = _query_key_value(block, products, x, width)
         q_lengths = lengths
     else:
         prefix = _prefix_rows(lengths, read_prefix, x.device)
@@ -97,24 +97,7 @@ def packed_block(
         q_lengths = [read_prefix] * len(lengths)
         x = x[prefix]
     out = attend_packed(attn.q_norm(q), attn.k_norm(k), v, q_lengths, lengths).flatten(1)
-    (x,) = _sliced(lambda out, x: (_after_attention(block, products, out, x, width),), products, out, x)
-    return x
-
-
-def _sliced(function: Callable[..., tuple[Tensor, ...]], products: Products, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """A function of rows (T, ...), applied to as many at a time as `products` wants."""
-    num_rows = len(inputs[0])
-    slices = products.row_slices(num_rows)
-    if len(slices) == 1:
-        return function(*inputs)
-    whole: tuple[Tensor, ...] = ()
-    for rows in slices:
-        parts = function(*(part[rows] for part in inputs))
-        if not whole:
-            whole = tuple(part.new_empty(num_rows, *part.shape[1:]) for part in parts)
-        for target, part in zip(whole, parts, strict=True):
-            target[rows] = part
-    return whole
+    return _after_attention(block, products, out, x, width)
 
 
 def _after_attention(block: Any, products: Products, out: Tensor, x: Tensor, width: Width) -> Tensor:

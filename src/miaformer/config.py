@@ -19,7 +19,7 @@ class AdaptConfig:
     controller_hidden: int | None = None  # width of a controller's context; None: a third of the channels, 8 to 32
     controller_rank: int | None = None  # of the token product; None: a twelfth of the channels, 4 to 16
     first_token_block: int | None = None  # tokens are decided from this block on; None: 2, or 1 of up to 4 blocks
-    token_multiple: int | None = None  # rows kept are rounded up to this; None: 8 from 128 patch tokens on, else 1
+    token_multiple: int | None = None  # rows kept are rounded up to this; None: 16 from 128 patch tokens on, else 1
     default_budget: float | None = None  # used where a call names none; None: everything is executed
 
     def rows_multiple(self, num_patches: int) -> int:
@@ -27,7 +27,7 @@ class AdaptConfig:
 
         Kernels are compiled or tuned for a number of rows: few numbers come again, many do not (docs/speed.md).
         """
-        return self.token_multiple or (8 if num_patches >= 128 else 1)
+        return self.token_multiple or (16 if num_patches >= 128 else 1)
 
     def __post_init__(self) -> None:
         for name, choices in (

@@ -19,10 +19,6 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 class Products(Protocol):
     """x: (T, in); weight: (out, in), a slice of a parameter; bias: (out,) or None."""
 
-    def row_slices(self, num_rows: int) -> list[slice]:
-        """How many rows to compute at a time."""
-        ...
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(T, out)."""
         ...
@@ -39,9 +35,6 @@ class Products(Protocol):
 class Plain:
     """PyTorch's own operations: any device, any dtype, differentiable."""
 
-    def row_slices(self, num_rows: int) -> list[slice]:
-        return [slice(None)]
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
@@ -56,12 +49,8 @@ class Plain:
 class OneDnn(Plain):
     """oneDNN's linear with fused bias, GELU and residual: CPU, no gradients.
 
-    Its kernels are compiled for a number of rows, at 0.5 to 1 ms each, and 1,024 of them are kept; so that few numbers
-    come, many rows are computed some at a time, which also keeps their activations in the cache.
+    Its kernels are compiled for a number of rows, at 0.5 to 1 ms each, and the last 1,024 are kept.
     """
-
-    def row_slices(self, num_rows: int) -> list[slice]:
-        return [slice(start, min(start + SLICE_ROWS, num_rows)) for start in range(0, num_rows, SLICE_ROWS)]
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _pays(x, weight):
@@ -84,7 +73,6 @@ class OneDnn(Plain):
         return fused
 
 
-SLICE_ROWS = 512
 _LEAST_MACS = 6_000_000  # of a float32 product: below, a call's overhead (30 us, of PyTorch's own 6) is not regained
 
 

@@ -23,7 +23,7 @@ from miaformer.engine.products import products_for
 
 CHUNK_ROWS = 1600  # on CPU, of one call: eight images of DeiT, whose memory is then needed again and again
 
-ROWS_THAT_COME_AGAIN = 8  # multiples of this: the learned policy rounds up to them (`AdaptConfig.token_multiple`)
+ROWS_THAT_COME_AGAIN = 16  # multiples of this: the learned policy rounds up to them (`AdaptConfig.token_multiple`)
 
 Indices = NDArray[np.int64]
 
