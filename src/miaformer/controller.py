@@ -10,6 +10,7 @@ learns to tell: where nothing else is known, harder images get more.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -66,13 +67,13 @@ class Controller(nn.Module):
             nn.init.zeros_(self.query.bias[-1:])
             nn.init.normal_(self.key.weight, std=self.key.in_features**-0.5)
 
-    @property
+    @cached_property
     def context_macs(self) -> int:
         """For each image: the products of the context, difficulty, gates, and token query."""
         layers = [self.pooled, self.difficulty, self.gates] + ([self.query] if self.rank else [])
         return sum(layer.in_features * layer.out_features for layer in layers)
 
-    @property
+    @cached_property
     def token_score_macs(self) -> int:
         """For each token scored."""
         return self.key.in_features * self.rank if self.rank else 0

@@ -130,16 +130,16 @@ class Controllers(nn.ModuleList):
     _known: tuple[Any, list[Folded]] | None = None
 
     def folded(self, log_price: Tensor) -> list[Folded]:
-        versions = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self._every_parameter()]
-        key = (versions, log_price.tolist())
+        key = ([p._version for p in self._versioned()], log_price.tolist())
         if self._known is None or self._known[0] != key:
             self._known = (key, Folded.of(cast(list[Controller], list(self)), log_price))
         return self._known[1]
 
-    def _every_parameter(self) -> list[nn.Parameter]:
-        if "_parameters_in_order" not in self.__dict__:
-            self.__dict__["_parameters_in_order"] = list(self.parameters())
-        return cast(list[nn.Parameter], self.__dict__["_parameters_in_order"])
+    def _versioned(self) -> list[nn.Parameter]:
+        """The parameters that count their changes: those not made in inference mode, which hardly change."""
+        if "_in_order" not in self.__dict__:
+            self.__dict__["_in_order"] = [p for p in self.parameters() if not p.is_inference()]
+        return cast(list[nn.Parameter], self.__dict__["_in_order"])
 
     def train(self, mode: bool = True) -> Self:
         self._forget()
@@ -149,9 +149,13 @@ class Controllers(nn.ModuleList):
         self._forget()
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_known", "_parameters_in_order")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_known", "_in_order")}
 
     def _forget(self) -> None:
         self._known = None
-        self.__dict__.pop("_parameters_in_order", None)
+        self.__dict__.pop("_in_order", None)

@@ -1,0 +1,140 @@
+"""Fused products say what PyTorch's own say, are counted, and are used where they pay."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from vits import enliven, pictures, relative, vit
+
+import miaformer
+from miaformer import MIAFormer
+from miaformer.cost import count_macs
+from miaformer.engine.products import OneDnn, Plain, products_for
+from miaformer.engine.sparse import ROWS_THAT_COME_AGAIN
+from miaformer.policy import Full, Random
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch was built without oneDNN")
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
+# Wide enough that products of a whole image pay for oneDNN's overhead, and 144 patches, so that rows come in 16s.
+WIDE: dict[str, Any] = {"img_size": 48, "embed_dim": 192, "num_heads": 3, "mlp_ratio": 4.0, "depth": 4}
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def wide(dtype: torch.dtype, **config: Any) -> MIAFormer:
+    return enliven(miaformer.adapt(vit(1, **WIDE), **config), 1).to(dtype).eval()
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cut", ["whole", "rows", "columns"])
+@pytest.mark.parametrize("rows", [0, 1, 48, 200])
+def test_fused_products_are_the_plain_ones(dtype: torch.dtype, cut: str, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator) for s in [(rows, 256), (512, 256), (512,)])
+    if cut == "rows":
+        weight, bias = weight[:320], bias[:320]
+    if cut == "columns":  # of a weight stored input by input, as those are that heads cut so
+        weight = weight.t().contiguous().t()[:, :192]
+        x = x[:, :192].contiguous()
+    residual = torch.randn(rows, len(weight), generator=generator)
+    x, weight, bias, residual = (t.to(dtype) for t in (x, weight, bias, residual))
+    plain, fused = Plain(), OneDnn()
+    with torch.no_grad():
+        for b in (bias, None):
+            for act in (nn.GELU(), nn.GELU("tanh"), nn.SiLU()):
+                found, wanted = fused.activated(x, weight, b, act), plain.activated(x, weight, b, act)
+                assert relative(found.float(), wanted.float()) < TOLERANCE[dtype]
+            assert relative(fused.linear(x, weight, b).float(), plain.linear(x, weight, b).float()) < TOLERANCE[dtype]
+            kept = residual.clone()
+            found, wanted = fused.added(x, weight, b, residual), plain.added(x, weight, b, residual)
+            assert relative(found.float(), wanted.float()) < TOLERANCE[dtype]
+            assert torch.equal(residual, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", [{}, {"mlp_width": "coupled"}, {"head_choice": "subset"}])
+def test_fused_execution_is_the_masked_one(dtype: torch.dtype, config: dict[str, Any]) -> None:
+    """I2 where products are fused, for decisions of the learned policy (rows in multiples) and for any others."""
+    model = wide(dtype, **config)
+    images = pictures(model.backbone, 5)
+    with torch.inference_mode():
+        decided = model.run(images, price=1.0)
+        for policy in (miaformer.policy.Fixed(decided.trace), Random(0.7, 0.7, 0.6, seed=3), Full()):
+            again = Random(0.7, 0.7, 0.6, seed=3) if isinstance(policy, Random) else policy
+            sparse, masked = model.run(images, policy), model.run(images, again, execution="masked")
+            assert torch.equal(sparse.trace.tokens, masked.trace.tokens)
+            assert relative(sparse.logits.float(), masked.logits.float()) < TOLERANCE[dtype]
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_products_are_counted(dtype: torch.dtype) -> None:
+    """I4, also by whoever counts with PyTorch's counter alone."""
+    model = wide(dtype)
+    images = pictures(model.backbone, 3)
+    model.cost()
+    with torch.inference_mode():
+        trace = model.run(images, price=1.0).trace
+        assert count_macs(lambda: model.run(images, price=1.0)) == int(trace.macs.sum())
+        with FlopCounterMode(display=False) as counter:
+            model.run(images, price=1.0)
+    assert counter.get_total_flops() == 2 * int(trace.macs.sum())
+
+
+@needs_onednn
+def test_fused_products_are_used_where_nobody_differentiates() -> None:
+    model = wide(torch.float32)
+    images = pictures(model.backbone, 2)
+    with torch.inference_mode(), Calls() as fused:
+        model.run(images, price=0.0)
+    assert any("_linear_pointwise" in name for name in fused.count)
+    with Calls() as differentiable:
+        output = model.run(images, price=0.0)
+    assert not any("_linear_pointwise" in name for name in differentiable.count)
+    assert output.logits.requires_grad
+    with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=False), Calls() as switched_off:
+        model.run(images, price=0.0)
+    assert not any("_linear_pointwise" in name for name in switched_off.count)
+    assert isinstance(products_for(images.double()), Plain)
+
+
+def test_an_images_rows_come_in_few_numbers() -> None:
+    model = wide(torch.float32)
+    trace = model.run(pictures(model.backbone, 8), price=1.0).trace
+    rows = trace.tokens.sum(dim=2)[trace.depth] + model.num_prefix_tokens
+    few = (rows % ROWS_THAT_COME_AGAIN == 0) | (rows == 145) | (rows == 1)  # all of them, or no patch token at all
+    assert few.all()
+    assert len(rows.unique()) > 1
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_mates_do_not_matter_to_fused_products(dtype: torch.dtype) -> None:
+    """I3, at rounding: the number of rows of a call may change the order of its sums."""
+    model = wide(dtype)
+    images = pictures(model.backbone, 6)
+    with torch.inference_mode():
+        together = model.run(images, price=1.0)
+        fixed = miaformer.policy.Fixed
+        for image in range(6):
+            alone = model.run(images[image : image + 1], fixed(together.trace[[image]]))
+            assert relative(alone.logits.float(), together.logits[image : image + 1].float()) < TOLERANCE[dtype]
