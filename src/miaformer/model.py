@@ -137,8 +137,9 @@ class MIAFormer(
 
     def data_config(self) -> dict[str, Any]:
         """timm's data configuration, for images of the size that the backbone takes."""
-        config = cast(dict[str, Any], resolve_data_config({}, pretrained_cfg=self.pretrained_cfg))
         size = (self.backbone.in_chans, *self.image_size())
+        known = self.pretrained_cfg or {"input_size": size, "crop_pct": 1.0}  # none: a backbone built by hand
+        config = cast(dict[str, Any], resolve_data_config({}, pretrained_cfg=known))
         if tuple(config["input_size"]) != size:  # made for another size than its pretrained weights
             config.update(input_size=size, crop_pct=1.0)
         return config

@@ -21,7 +21,7 @@ from miaformer.cost import Cost
 from miaformer.decisions import Gates, HostGates
 from miaformer.engine.products import products_for
 
-CHUNK_ROWS = 1600  # on CPU, of one call: eight images of DeiT, whose memory is then needed again and again
+CHUNK_ROWS = 800  # on CPU, of one call: four images of DeiT, whose memory is then needed again and again
 
 ROWS_THAT_COME_AGAIN = 16  # multiples of this: the learned policy rounds up to them (`AdaptConfig.token_multiple`)
 

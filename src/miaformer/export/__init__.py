@@ -1,0 +1,230 @@
+"""Models for ONNX Runtime: one file that skips at run time, or one with a fixed policy and no control flow."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import miaformer
+from miaformer.decisions import Decisions, HostGates
+from miaformer.export.adaptive import AdaptiveWriter, Image, write_log_price
+from miaformer.export.blocks import BlockWriter
+from miaformer.export.graph import OPSET, Graph, TensorProto
+from miaformer.model import MIAFormer
+
+__all__ = ["export_onnx", "export_static", "open_session", "run_session"]
+
+MOST_SUBSET_HEADS = 4  # a branch for every subset of heads: 16
+
+
+def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = None, trace: bool = False) -> None:
+    """Write the adaptive model to one ONNX file, weights within, that skips at run time.
+
+    Inputs: `images` (1, 3, H, W) float32, normalised; `budget` and `cap`, float32 scalars. Blocks are skipped by `If`,
+    tokens by gathering, heads by branches over slices of weights that are folded when the file is loaded. Without a
+    cap, give one above 1; a budget out of the calibrated range counts as the nearest end. Outputs: `logits`
+    (1, classes), `macs_fraction` (1,), with `trace` also `depth` (1, L), `heads` (1, L, H), `tokens` (1, L, N), bool.
+    price: decide at this price, whatever budget is given; a model that is not calibrated needs one.
+
+    Raises ValueError, naming it, for what cannot be exported.
+    """
+    model = _prepared(model)
+    if model.calibration is None and price is None:
+        raise ValueError("the model is not calibrated, so its file would know no budget: calibrate it, or give price=")
+    graph, cost = Graph(), model.cost()
+    log_price = _log_price(graph, model, price)
+    writer = AdaptiveWriter(graph, model, log_price)
+    rows = _embedded(graph, model)
+    paid = cost.fixed + sum(c.context_macs for c in writer.controllers)
+    spent = graph.ints(paid)
+    cap = graph.op("Clip", "cap", graph.constant(0.0, np.float32), graph.constant(4.0, np.float32))
+    cap = graph.op("Mul", graph.op("Cast", cap, to=TensorProto.DOUBLE), graph.constant(float(cost.backbone)))
+    left = graph.op("Sub", graph.op("Cast", cap, to=TensorProto.INT64), spent)
+    image = Image(rows, graph.constant(np.arange(cost.num_patches)), spent, left)
+    blocks = []
+    for index, block in enumerate(model.backbone.blocks):
+        image, done = writer.write(graph, index, block, image)
+        blocks.append(done)
+    outputs = _outputs(graph, model, image.rows, image.macs)
+    if trace:
+        shapes: dict[str, list[int]] = {"depth": [], "heads": [cost.num_heads], "tokens": [cost.num_patches]}
+        for name, shape in shapes.items():
+            parts = [getattr(done, name) for done in blocks]
+            if shape:
+                parts = [graph.op("Unsqueeze", part, graph.ints(0)) for part in parts]
+            value = graph.op("Unsqueeze", graph.op("Concat", *parts, axis=0), graph.ints(0))
+            outputs[name] = (value, TensorProto.BOOL, [1, cost.depth, *shape])
+    scalars = {name: (TensorProto.FLOAT, []) for name in ("budget", "cap")}
+    _save(graph, model, path, scalars, outputs, {"price": "" if price is None else repr(price)})
+
+
+def export_static(model: MIAFormer, path: str | Path, decisions: Decisions) -> None:
+    """Write the model under one image's decisions (1, ...) to an ONNX file without control flow.
+
+    Input: `images` (1, 3, H, W) float32. Outputs: `logits` (1, classes) and `macs_fraction` (1,).
+    """
+    model = _prepared(model)
+    if len(decisions) != 1:
+        raise ValueError(f"a static file holds the decisions of one policy for all images, got those of {len(decisions)}")
+    graph, cost, config = Graph(), model.cost(), model.adapt_config
+    rows, prefix = _embedded(graph, model), np.arange(cost.num_prefix_tokens)
+    active = np.ones((1, cost.num_patches), dtype=bool)
+    macs = cost.fixed
+    for index, block in enumerate(model.backbone.blocks):
+        asked = HostGates.of(decisions.block(index))
+        gates = asked.effective(active, cost.num_prefix_tokens, config.head_choice)
+        macs += int(cost.of_host(index, gates)[0])
+        if not gates.depth[0]:
+            continue
+        where = np.concatenate([prefix, cost.num_prefix_tokens + np.flatnonzero(gates.tokens[0])])
+        kept = np.flatnonzero(gates.heads[0]).tolist()
+        part = graph.op("Gather", rows, graph.constant(where), axis=0)
+        changed = BlockWriter.of(graph, cost, block, index).write(graph, part, kept)
+        changed_rows = prefix if cost.trims(index) else where
+        rows = graph.op("ScatterND", rows, graph.constant(changed_rows[:, None]), changed)
+        if config.token_scope == "progressive":
+            active = gates.tokens
+    if cost.trims_last_block:
+        rows = graph.op("Slice", rows, graph.ints(0), graph.ints(cost.num_prefix_tokens))
+    _save(graph, model, path, {}, _outputs(graph, model, rows, graph.ints(macs)), {"static": "true"})
+
+
+def open_session(path: str | Path, threads: int | None = None) -> Any:
+    """An ONNX Runtime session of an exported file on the processor. threads: None leaves the choice to it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # Its threads would otherwise spin after each call, on the cores of whoever runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(
+    session: Any, images: NDArray[np.float32], budget: float = 1.0, cap: float = 4.0
+) -> dict[str, NDArray[Any]]:
+    """What an adaptive file gives for one image (1, 3, H, W), by the names of its outputs."""
+    feed = {"images": images, "budget": np.float32(budget), "cap": np.float32(cap)}
+    feed = {one.name: np.asarray(feed[one.name]) for one in session.get_inputs()}
+    names = [one.name for one in session.get_outputs()]
+    return dict(zip(names, session.run(names, feed), strict=True))
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------
+
+
+def _prepared(model: MIAFormer) -> MIAFormer:
+    """The model, if it can be exported, in float32 on the host."""
+    config, cost = model.adapt_config, model.cost()
+    if config.head_choice == "subset":
+        if cost.num_heads > MOST_SUBSET_HEADS:
+            raise ValueError(
+                f"a file needs a branch for each subset of heads, so at most {MOST_SUBSET_HEADS} heads; this backbone "
+                f"has {cost.num_heads}: adapt it with head_choice='nested'"
+            )
+        if cost.embed_dim % cost.num_heads or cost.mlp_hidden % cost.num_heads:
+            raise ValueError("subsets of heads whose groups of units differ in size cannot be exported")
+    return model.to("cpu", torch.float32).eval() if _differs(model) else model.eval()
+
+
+def _differs(model: MIAFormer) -> bool:
+    parameter = next(model.parameters())
+    if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+        raise ValueError(f"export takes a float32 model on the CPU, this one is {parameter.dtype} on {parameter.device}")
+    return False
+
+
+def _log_price(graph: Graph, model: MIAFormer, price: float | None) -> str:
+    if price is not None:
+        return graph.constant(model.learned(price).log_price.cpu().numpy(), np.float32)
+    assert model.calibration is not None
+    budget = graph.op("Reshape", "budget", graph.ints(1))
+    return write_log_price(graph, budget, model.calibration, model.price_scale)
+
+
+class _Embed(nn.Module):
+    def __init__(self, model: MIAFormer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.embed(images)[0]
+
+
+class _Head(nn.Module):
+    def __init__(self, model: MIAFormer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.model._head(self.model.backbone.norm(rows[None]))
+
+
+def _embedded(graph: Graph, model: MIAFormer) -> str:
+    """Rows (P + N, C) of the embedded image."""
+    size = (1, model.backbone.in_chans, *model.image_size())
+    return graph.include(_exported(_Embed(model), torch.zeros(size)), ["images"], "embed_")[0]
+
+
+def _outputs(graph: Graph, model: MIAFormer, rows: str, macs: str) -> dict[str, tuple[str, int, list[Any]]]:
+    cost = model.cost()
+    count = cost.num_prefix_tokens + (0 if cost.trims_last_block else cost.num_patches)
+    rows = graph.op("Slice", rows, graph.ints(0), graph.ints(count))
+    head = _exported(_Head(model), torch.zeros(count, cost.embed_dim))
+    logits = graph.include(head, [rows], "head_")[0]
+    fraction = graph.op("Mul", graph.op("Cast", macs, to=TensorProto.DOUBLE), graph.constant(1 / cost.backbone))
+    fraction = graph.op("Cast", fraction, to=TensorProto.FLOAT)
+    shape = [one.dim_value for one in head.graph.output[0].type.tensor_type.shape.dim]
+    return {"logits": (logits, TensorProto.FLOAT, shape), "macs_fraction": (fraction, TensorProto.FLOAT, [1])}
+
+
+def _exported(module: nn.Module, example: Tensor) -> onnx.ModelProto:
+    """A part without decisions, by PyTorch's own exporter."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(), (example,), dynamo=True, opset_version=OPSET, verbose=False, optimize=True
+        )
+    assert program is not None
+    proto: onnx.ModelProto = program.model_proto
+    if proto.functions:
+        raise ValueError("PyTorch's exporter wrote the embedding or the head with functions, which are not supported")
+    return proto
+
+
+def _save(
+    graph: Graph,
+    model: MIAFormer,
+    path: str | Path,
+    scalars: dict[str, tuple[int, list[Any]]],
+    outputs: dict[str, tuple[str, int, list[Any]]],
+    more: dict[str, str],
+) -> None:
+    shape = [1, model.backbone.in_chans, *model.image_size()]
+    inputs: dict[str, tuple[int, list[Any]]] = {"images": (TensorProto.FLOAT, shape), **scalars}
+    table = model.calibration
+    meta = {
+        "miaformer": miaformer.__version__,
+        "data_config": json.dumps(model.data_config()),
+        "label_names": json.dumps(model.label_names),
+        "budgets": json.dumps(None if table is None else table.range),
+        "backbone_macs": str(model.cost().backbone),
+    }
+    proto = graph.model(inputs, outputs, **{**meta, **more})
+    onnx.checker.check_model(proto)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with io.BytesIO(proto.SerializeToString()) as content:
+        partial.write_bytes(content.getvalue())
+    partial.replace(path)

@@ -1,0 +1,173 @@
+"""A transformer block on its kept rows, as ONNX nodes: `block.packed_block` for one image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from miaformer.block import Width, mlp_inputs
+from miaformer.cost import Cost
+from miaformer.export.graph import MICROSOFT, Graph, array
+
+_GELU = {"none": "none", "tanh": "tanh"}
+
+
+@dataclass(frozen=True)
+class BlockWriter:
+    """Writes block `index` of a backbone, for any choice of heads."""
+
+    cost: Cost
+    block: Any
+    index: int
+    weights: dict[str, str]  # of whole layers, by what they are: stored once
+
+    @staticmethod
+    def of(graph: Graph, cost: Cost, block: Any, index: int) -> BlockWriter:
+        value, gate, _ = mlp_inputs(block.mlp)
+        layers = {"qkv": block.attn.qkv, "proj": block.attn.proj, "value": value, "gate": gate, "fc2": block.mlp.fc2}
+        weights = {n: graph.constant(array(layer.weight.t())) for n, layer in layers.items() if layer is not None}
+        return BlockWriter(cost, block, index, weights)
+
+    def write(self, graph: Graph, rows: str, kept: list[int]) -> str:
+        """The rows that the block changes, after it. rows: (n, C), prefix rows first; kept: the heads."""
+        block, attn, cost = self.block, self.block.attn, self.cost
+        width = Width.of(kept, block, cost.mlp_width, torch.device("cpu"))
+        every = np.arange(attn.attn_dim)
+        channels = array(torch.from_numpy(every)[width.heads])
+        y = self.norm(graph, block.norm1, rows)
+        read = rows
+        if cost.trims(self.index):
+            read = graph.op("Slice", rows, graph.ints(0), graph.ints(cost.num_prefix_tokens))
+        out = self._attend(graph, y, len(kept), channels)
+        out = self.norm(graph, attn.norm, out, channels)
+        out = self._linear(graph, out, "proj", attn.proj.bias, channels, None)
+        return self._mlp(graph, read, out, width)
+
+    def _attend(self, graph: Graph, y: str, num_heads: int, channels: Any) -> str:
+        """Attention's result (n, kept channels), or that of the prefix rows alone where nothing else is read."""
+        attn, first = self.block.attn, graph.ints(0)
+        queries = y
+        if self.cost.trims(self.index):
+            queries = graph.op("Slice", y, first, graph.ints(self.cost.num_prefix_tokens))
+        q, k, v = (
+            self._linear(graph, source, "qkv", attn.qkv.bias, None, channels + part * attn.attn_dim)
+            for part, source in enumerate((queries, y, y))
+        )
+        q, k = (self._head_norm(graph, norm, part, num_heads) for norm, part in ((attn.q_norm, q), (attn.k_norm, k)))
+        q, k, v = (graph.op("Unsqueeze", part, first) for part in (q, k, v))
+        scale = float(attn.head_dim**-0.5)
+        out = graph.op("MultiHeadAttention", q, k, v, domain=MICROSOFT, num_heads=num_heads, scale=scale)
+        return str(graph.op("Squeeze", out, first))
+
+    def _mlp(self, graph: Graph, read: str, out: str, width: Width) -> str:
+        """The rows after attention's residual, `read` + `out`, through the MLP."""
+        x, y = self._residual_norm(graph, read, out)
+        mlp = self.block.mlp
+        hidden, dim = (
+            None if part == slice(None) else array(torch.arange(size)[part])
+            for part, size in ((width.hidden, mlp.fc2.in_features), (width.dim, mlp.fc2.out_features))
+        )
+        if dim is not None:
+            y = graph.op("Gather", y, graph.constant(dim), axis=1)
+        value, gate, activate_value = mlp_inputs(mlp)
+        y, read = self._linear(graph, y, "value", value.bias, dim, hidden), y
+        if gate is None:
+            y = self._activated(graph, y)
+        else:
+            gates = self._linear(graph, read, "gate", gate.bias, dim, hidden)
+            y, gates = (self._activated(graph, y), gates) if activate_value else (y, self._activated(graph, gates))
+            y = graph.op("Mul", y, gates)
+        y = self.norm(graph, mlp.norm, y, hidden)
+        y = self._linear(graph, y, "fc2", mlp.fc2.bias, hidden, dim)
+        return self._residual(graph, x, y, self.block.ls2, dim)
+
+    def _linear(self, graph: Graph, x: str, name: str, bias: Any, inputs: Any, outputs: Any) -> str:
+        """A layer on a part of its inputs and outputs; None: all. The cut is folded when the file is loaded."""
+        weight = self.weights[name]
+        for axis, part in ((0, inputs), (1, outputs)):
+            if part is not None:
+                weight = _cut(graph, weight, part, axis)
+        if bias is None:
+            return str(graph.op("MatMul", x, weight))
+        bias = array(bias)
+        return str(graph.op("Gemm", x, weight, graph.constant(bias if outputs is None else bias[outputs])))
+
+    def _residual_norm(self, graph: Graph, read: str, out: str) -> tuple[str, str]:
+        """The sum, and the second norm of it: in one pass over the rows where it is a LayerNorm."""
+        norm, scale = self.block.norm2, self.block.ls1
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
+            x = self._residual(graph, read, out, scale, None)
+            return x, self.norm(graph, norm, x)
+        if not isinstance(scale, nn.Identity):
+            out = graph.op("Mul", out, graph.constant(array(scale.gamma)))
+        bias = np.zeros(self.cost.embed_dim, np.float32) if norm.bias is None else array(norm.bias)
+        affine = (graph.constant(array(norm.weight)), graph.constant(bias))
+        first = graph.ints(0)
+        rows = [graph.op("Unsqueeze", part, first) for part in (out, read)]
+        y, _, _, x = graph.op(
+            "SkipLayerNormalization", *rows, *affine, outputs=4, domain=MICROSOFT, epsilon=norm.eps
+        )
+        return graph.op("Squeeze", x, first), graph.op("Squeeze", y, first)
+
+    def _residual(self, graph: Graph, x: str, y: str, scale: Any, dim: Any) -> str:
+        if not isinstance(scale, nn.Identity):
+            gamma = array(scale.gamma)
+            y = graph.op("Mul", y, graph.constant(gamma if dim is None else gamma[dim]))
+        if dim is not None:  # channels that are not kept stay as they are
+            total = self.cost.embed_dim
+            place = np.full(total, len(dim), dtype=np.int64)
+            place[dim] = np.arange(len(dim))
+            zero = graph.op("Mul", graph.op("Slice", y, graph.ints(0), graph.ints(1), graph.ints(1)), graph.constant(0.0, np.float32))
+            y = graph.op("Gather", graph.op("Concat", y, zero, axis=1), graph.constant(place), axis=1)
+        return str(graph.op("Add", x, y))
+
+    def norm(self, graph: Graph, norm: Any, x: str, part: Any = None) -> str:
+        """A norm over the last axis, or over a part of its features."""
+        if isinstance(norm, nn.Identity):
+            return x
+        weight = array(norm.weight) if norm.weight is not None else None
+        if weight is None:
+            size = norm.normalized_shape[-1]
+            weight = np.ones(size, np.float32)
+        bias = getattr(norm, "bias", None)
+        pick = (lambda a: a) if part is None else (lambda a: a[part])
+        if isinstance(norm, nn.LayerNorm):
+            shift = [graph.constant(pick(array(bias)))] if bias is not None else []
+            scale = graph.constant(pick(weight))
+            return str(graph.op("LayerNormalization", x, scale, *shift, axis=-1, epsilon=norm.eps))
+        square = graph.op("ReduceMean", graph.op("Mul", x, x), graph.ints(-1), keepdims=1)
+        root = graph.op("Sqrt", graph.op("Add", square, graph.constant(norm.eps, np.float32)))
+        return str(graph.op("Mul", graph.op("Div", x, root), graph.constant(pick(weight))))
+
+    def _head_norm(self, graph: Graph, norm: Any, x: str, num_heads: int) -> str:
+        if isinstance(norm, nn.Identity):
+            return x
+        heads = graph.op("Reshape", x, graph.ints(-1, num_heads, self.cost.head_dim))
+        return str(graph.op("Reshape", self.norm(graph, norm, heads), graph.ints(-1, num_heads * self.cost.head_dim)))
+
+    def _activated(self, graph: Graph, x: str) -> str:
+        act = self.block.mlp.act
+        if isinstance(act, nn.GELU):
+            return str(graph.op("Gelu", x, approximate=act.approximate))
+        if isinstance(act, nn.SiLU):
+            return str(graph.op("Mul", x, graph.op("Sigmoid", x)))
+        if isinstance(act, nn.Sigmoid | nn.ReLU | nn.Tanh):
+            return str(graph.op({"Sigmoid": "Sigmoid", "ReLU": "Relu", "Tanh": "Tanh"}[type(act).__name__], x))
+        if type(act).__name__ == "QuickGELU":
+            gate = graph.op("Sigmoid", graph.op("Mul", x, graph.constant(1.702, np.float32)))
+            return str(graph.op("Mul", x, gate))
+        raise ValueError(f"export to ONNX does not know the activation {type(act).__name__} of the backbone's MLP")
+
+
+def _cut(graph: Graph, weight: str, part: Any, axis: int) -> str:
+    """Rows or columns of a stored weight: slices of it, joined."""
+    breaks = np.flatnonzero(np.diff(part) != 1) + 1
+    pieces = [
+        graph.op("Slice", weight, graph.ints(int(run[0])), graph.ints(int(run[-1]) + 1), graph.ints(axis))
+        for run in np.split(part, breaks)
+    ]
+    return str(pieces[0] if len(pieces) == 1 else graph.op("Concat", *pieces, axis=axis))
