@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import GELU, GELUTanh
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,7 +61,7 @@ def test_fused_products_are_the_plain_ones(dtype: torch.dtype, cut: str, rows: i
     plain, fused = Plain(), OneDnn()
     with torch.no_grad():
         for b in (bias, None):
-            for act in (nn.GELU(), nn.GELU("tanh"), nn.SiLU()):
+            for act in (nn.GELU(), nn.GELU("tanh"), GELU(), GELUTanh(), nn.SiLU()):
                 found, wanted = fused.activated(x, weight, b, act), plain.activated(x, weight, b, act)
                 assert relative(found.float(), wanted.float()) < TOLERANCE[dtype]
             assert relative(fused.linear(x, weight, b).float(), plain.linear(x, weight, b).float()) < TOLERANCE[dtype]

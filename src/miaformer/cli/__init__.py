@@ -14,7 +14,14 @@ from typing import NoReturn
 
 import miaformer
 
-COMMANDS = ("train", "eval", "bench", "predict", "demo")  # modules of this package, in the order that help lists them
+COMMANDS = (
+    "train",
+    "eval",
+    "bench",
+    "predict",
+    "export",
+    "demo",
+)  # modules of this package, in the order that help lists them
 
 DESCRIPTION = """\
 Vision Transformers that skip blocks, heads and tokens image by image, and do not pay for what they skip.
@@ -35,13 +42,24 @@ examples:
       time sparse against dense execution
   miaformer predict demo/model photos/ --out predictions.csv --budget 0.5
       classify a folder
+  miaformer export demo/model model.onnx
+      one file for ONNX Runtime that skips at run time
 
 exit status: 0 success; 1 finished, but some inputs failed; 2 wrong usage or an error, told in one line
 (MIAFORMER_DEBUG=1 shows where it came from); 130 stopped by Ctrl-C
 """
 
 # What a command needs beyond the core, and the extra that installs it.
-_EXTRAS = {"rich": "cli", "accelerate": "train", "sklearn": "digits", "pyarrow": "data", "matplotlib": "plot"}
+_EXTRAS = {
+    "rich": "cli",
+    "accelerate": "train",
+    "sklearn": "digits",
+    "pyarrow": "data",
+    "matplotlib": "plot",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+}
 
 
 class _Parser(argparse.ArgumentParser):

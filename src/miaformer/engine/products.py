@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from timm.layers import GELU, GELUTanh
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
@@ -59,10 +60,11 @@ class OneDnn(Plain):
         return out
 
     def activated(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any) -> Tensor:
-        if type(act) is not nn.GELU or not _pays(x, weight):
+        gelu = gelu_kind(act)
+        if gelu is None or not _pays(x, weight):
             activated: Tensor = act(self.linear(x, weight, bias))
             return activated
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "gelu", [], act.approximate)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "gelu", [], gelu)
         return out
 
     def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -71,6 +73,13 @@ class OneDnn(Plain):
             return out if bias is None else out.add_(bias)
         fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return fused
+
+
+def gelu_kind(act: Any) -> str | None:
+    """What PyTorch calls the approximation of a GELU, its own or timm's; None for other activations."""
+    if type(act) is nn.GELU:
+        return act.approximate
+    return {GELU: "none", GELUTanh: "tanh"}.get(type(act))
 
 
 _LEAST_MACS = 6_000_000  # of a float32 product: below, a call's overhead (30 us, of PyTorch's own 6) is not regained

@@ -63,7 +63,7 @@ def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = Non
                 parts = [graph.op("Unsqueeze", part, graph.ints(0)) for part in parts]
             value = graph.op("Unsqueeze", graph.op("Concat", *parts, axis=0), graph.ints(0))
             outputs[name] = (value, TensorProto.BOOL, [1, cost.depth, *shape])
-    scalars = {name: (TensorProto.FLOAT, []) for name in ("budget", "cap")}
+    scalars: dict[str, tuple[int, list[Any]]] = {name: (TensorProto.FLOAT, []) for name in ("budget", "cap")}
     _save(graph, model, path, scalars, outputs, {"price": "" if price is None else repr(price)})
 
 
@@ -74,7 +74,9 @@ def export_static(model: MIAFormer, path: str | Path, decisions: Decisions) -> N
     """
     model = _prepared(model)
     if len(decisions) != 1:
-        raise ValueError(f"a static file holds the decisions of one policy for all images, got those of {len(decisions)}")
+        raise ValueError(
+            f"a static file holds the decisions of one policy for all images, got those of {len(decisions)}"
+        )
     graph, cost, config = Graph(), model.cost(), model.adapt_config
     rows, prefix = _embedded(graph, model), np.arange(cost.num_prefix_tokens)
     active = np.ones((1, cost.num_patches), dtype=bool)
@@ -124,7 +126,7 @@ def run_session(
 
 
 def _prepared(model: MIAFormer) -> MIAFormer:
-    """The model, if it can be exported, in float32 on the host."""
+    """The model, if it can be exported."""
     config, cost = model.adapt_config, model.cost()
     if config.head_choice == "subset":
         if cost.num_heads > MOST_SUBSET_HEADS:
@@ -140,7 +142,9 @@ def _prepared(model: MIAFormer) -> MIAFormer:
 def _differs(model: MIAFormer) -> bool:
     parameter = next(model.parameters())
     if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-        raise ValueError(f"export takes a float32 model on the CPU, this one is {parameter.dtype} on {parameter.device}")
+        raise ValueError(
+            f"export takes a float32 model on the CPU, this one is {parameter.dtype} on {parameter.device}"
+        )
     return False
 
 

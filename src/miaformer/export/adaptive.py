@@ -112,7 +112,8 @@ class AdaptiveWriter:
     def _logits(self, graph: Graph, index: int, image: Image) -> tuple[str, str]:
         """Logits (1, J) and token query (1, rank), as in `Folded.logits`."""
         c, prefix = self.controllers[index], self.cost.num_prefix_tokens
-        weights, biases = [c.gates.weight], [c.gates.bias]
+        weights: list[Tensor] = [c.gates.weight]
+        biases: list[Tensor] = [c.gates.bias]
         if c.rank:
             weights.append(c.query.weight[-1:])
             biases.append(c.query.bias[-1:])
@@ -147,7 +148,9 @@ class AdaptiveWriter:
         mixing[: len(grains)] = np.eye(len(grains)) * LOGIT_BOUND
         mixing[-1] = DIFFICULTY_BOUND * array(torch.nn.functional.softplus(c.gain.float()))[grains]
         slopes = array(torch.nn.functional.softplus(c.slope.float()))[grains]
-        shift = graph.op("Sub", graph.constant(KEEP_LOGIT, FLOAT), graph.op("Mul", self.log_price, graph.constant(slopes)))
+        shift = graph.op(
+            "Sub", graph.constant(KEEP_LOGIT, FLOAT), graph.op("Mul", self.log_price, graph.constant(slopes))
+        )
         return graph.op("Gemm", graph.op("Tanh", content), graph.constant(mixing), shift), query
 
     def _active_rows(self, graph: Graph, image: Image) -> str:
@@ -188,9 +191,7 @@ class AdaptiveWriter:
         rows = graph.op("Add", count, graph.ints(prefix + self.multiple - 1))
         wanted = graph.op("Sub", graph.op("Mul", graph.op("Div", rows, multiple), multiple), graph.ints(prefix))
         wanted = graph.op("Min", wanted, available)
-        more = graph.op(
-            "And", graph.op("Greater", wanted, count), graph.op("Greater", count, graph.ints(0))
-        )
+        more = graph.op("And", graph.op("Greater", wanted, count), graph.op("Greater", count, graph.ints(0)))
 
         def with_ties(inner: Graph) -> list[str]:
             least = inner.op("Gather", values, inner.op("Sub", wanted, inner.ints(1)))
@@ -234,7 +235,15 @@ class AdaptiveWriter:
             after = graph.op("ScatterND", image.rows, graph.op("Unsqueeze", where, graph.ints(1)), changed)
         next_active = active if self.progressive else image.active
         spent = graph.op("Add", image.macs, macs)
-        return [after, next_active, spent, graph.op("Sub", image.left, macs), graph.constant([True]), kept_heads, tokens]
+        return [
+            after,
+            next_active,
+            spent,
+            graph.op("Sub", image.left, macs),
+            graph.constant([True]),
+            kept_heads,
+            tokens,
+        ]
 
     def _kept_rows(self, graph: Graph, image: Image, places: str | None) -> str:
         """Rows (P + kept, C). places: of the kept tokens among the active; None: all of them."""
@@ -242,7 +251,7 @@ class AdaptiveWriter:
         if places is None and self.packed:
             return image.rows
         if self.packed:
-            rows = graph.op("Add", places, graph.ints(prefix))
+            rows = graph.op("Add", places or "", graph.ints(prefix))
         else:
             tokens = image.active if places is None else graph.op("Gather", image.active, places, axis=0)
             rows = graph.op("Add", tokens, graph.ints(prefix))
@@ -277,6 +286,7 @@ class AdaptiveWriter:
             heads = inner.op("Min", num_heads, most)
             for_heads = inner.op("Squeeze", inner.op("Gather", fits, heads, axis=0), inner.ints(0))
             tokens = inner.op("Min", count, inner.op("Sub", self._how_many(inner, for_heads), inner.ints(1)))
+            tokens = inner.op("Where", inner.op("Equal", heads, num_heads), tokens, inner.ints(fewest))
             return [heads, tokens]
 
         heads, tokens = graph.choose(over, cut, lambda _: [num_heads, count])
@@ -299,9 +309,7 @@ class AdaptiveWriter:
             lambda g: [self._nested(g, writer, rows, num_heads, most - 1)],
         )[0]
 
-    def _subset(
-        self, graph: Graph, writer: BlockWriter, rows: str, kept_heads: str, head: int, kept: list[int]
-    ) -> str:
+    def _subset(self, graph: Graph, writer: BlockWriter, rows: str, kept_heads: str, head: int, kept: list[int]) -> str:
         """A branch for every subset."""
         if head == self.cost.num_heads:
             return writer.write(graph, rows, kept or [0])
@@ -327,9 +335,7 @@ class AdaptiveWriter:
     @staticmethod
     def _how_many(graph: Graph, flags: str) -> str:
         """(1,) int64."""
-        return str(
-            graph.op("ReduceSum", graph.op("Cast", flags, to=TensorProto.INT64), graph.ints(0), keepdims=1)
-        )
+        return str(graph.op("ReduceSum", graph.op("Cast", flags, to=TensorProto.INT64), graph.ints(0), keepdims=1))
 
     @staticmethod
     def _trues(graph: Graph, like: str) -> str:

@@ -11,9 +11,8 @@ from torch import nn
 
 from miaformer.block import Width, mlp_inputs
 from miaformer.cost import Cost
+from miaformer.engine.products import gelu_kind
 from miaformer.export.graph import MICROSOFT, Graph, array
-
-_GELU = {"none": "none", "tanh": "tanh"}
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,7 @@ class BlockWriter:
         affine = (graph.constant(array(norm.weight)), graph.constant(bias))
         first = graph.ints(0)
         rows = [graph.op("Unsqueeze", part, first) for part in (out, read)]
-        y, _, _, x = graph.op(
-            "SkipLayerNormalization", *rows, *affine, outputs=4, domain=MICROSOFT, epsilon=norm.eps
-        )
+        y, _, _, x = graph.op("SkipLayerNormalization", *rows, *affine, outputs=4, domain=MICROSOFT, epsilon=norm.eps)
         return graph.op("Squeeze", x, first), graph.op("Squeeze", y, first)
 
     def _residual(self, graph: Graph, x: str, y: str, scale: Any, dim: Any) -> str:
@@ -121,7 +118,11 @@ class BlockWriter:
             total = self.cost.embed_dim
             place = np.full(total, len(dim), dtype=np.int64)
             place[dim] = np.arange(len(dim))
-            zero = graph.op("Mul", graph.op("Slice", y, graph.ints(0), graph.ints(1), graph.ints(1)), graph.constant(0.0, np.float32))
+            zero = graph.op(
+                "Mul",
+                graph.op("Slice", y, graph.ints(0), graph.ints(1), graph.ints(1)),
+                graph.constant(0.0, np.float32),
+            )
             y = graph.op("Gather", graph.op("Concat", y, zero, axis=1), graph.constant(place), axis=1)
         return str(graph.op("Add", x, y))
 
@@ -151,13 +152,15 @@ class BlockWriter:
 
     def _activated(self, graph: Graph, x: str) -> str:
         act = self.block.mlp.act
-        if isinstance(act, nn.GELU):
-            return str(graph.op("Gelu", x, approximate=act.approximate))
-        if isinstance(act, nn.SiLU):
+        gelu = gelu_kind(act)
+        if gelu is not None:
+            return str(graph.op("Gelu", x, approximate=gelu))
+        kind = type(act).__name__.removesuffix("Module")
+        if kind in ("SiLU", "Swish"):
             return str(graph.op("Mul", x, graph.op("Sigmoid", x)))
-        if isinstance(act, nn.Sigmoid | nn.ReLU | nn.Tanh):
-            return str(graph.op({"Sigmoid": "Sigmoid", "ReLU": "Relu", "Tanh": "Tanh"}[type(act).__name__], x))
-        if type(act).__name__ == "QuickGELU":
+        if kind in ("Sigmoid", "ReLU", "Tanh"):
+            return str(graph.op({"Sigmoid": "Sigmoid", "ReLU": "Relu", "Tanh": "Tanh"}[kind], x))
+        if kind == "QuickGELU":
             gate = graph.op("Sigmoid", graph.op("Mul", x, graph.constant(1.702, np.float32)))
             return str(graph.op("Mul", x, gate))
         raise ValueError(f"export to ONNX does not know the activation {type(act).__name__} of the backbone's MLP")

@@ -1,0 +1,84 @@
+"""`miaformer export`: a model as one ONNX file for ONNX Runtime."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from miaformer.cli.arguments import add_command, open_device, open_model
+
+DESCRIPTION = """\
+Write MODEL to OUT.onnx, weights within. In ONNX Runtime the file skips at run time: blocks by If, tokens by gathering
+those that are kept, heads by branches with weights of their own. One image at a time.
+
+inputs   images (1, 3, H, W) float32, normalised; budget and cap, float32 scalars (a cap above 1 is none)
+outputs  logits (1, classes), macs_fraction (1,); with --trace also depth (1, L), heads (1, L, H), tokens (1, L, N)
+
+With --static the learned policy's mean decisions at one budget are written instead, without control flow, for runtimes
+that know none; --data names the images that they are found on.
+"""
+
+EPILOG = """\
+examples:
+  miaformer export runs/photos/model photos.onnx
+  miaformer export runs/photos/model photos.onnx --trace
+  miaformer export runs/photos/model photos-half.onnx --static 0.5 --data photos/
+
+examples/onnx_inference.py runs a file with onnxruntime, numpy and pillow alone.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_command(subparsers, "export", "write a model for ONNX Runtime", DESCRIPTION, EPILOG)
+    parser.add_argument("model", metavar="MODEL", help="directory, or hub id")
+    parser.add_argument("out", metavar="OUT.onnx", help="the file to write")
+    parser.add_argument("--trace", action="store_true", help="also output which blocks, heads and tokens were executed")
+    parser.add_argument("--price", type=float, metavar="P", help="decide at this price, whatever budget is asked for")
+    parser.add_argument("--static", type=float, metavar="B", help="one policy for all images, at this budget")
+    parser.add_argument("--data", metavar="DATA", help="with --static: images to find the policy on")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import os
+
+    from miaformer.cli.output import console
+
+    if args.static is None and args.data is not None:
+        raise ValueError("--data is for --static; the adaptive file needs no images")
+    if args.static is not None and (args.trace or args.price is not None):
+        raise ValueError("--static has one set of decisions: it takes no --trace and no --price")
+    if args.static is not None and args.data is None:
+        raise ValueError("--static finds its decisions on images: name them with --data")
+    model = open_model(args.model, open_device("cpu"))
+    from miaformer.export import export_onnx, export_static
+
+    if args.static is None:
+        export_onnx(model, args.out, price=args.price, trace=args.trace)
+    else:
+        export_static(model, args.out, _decisions(model, args.data, args.static))
+    out = console()
+    size = os.path.getsize(args.out) / 2**20
+    out.print(f"wrote {args.out}: {size:.1f} MiB", soft_wrap=True, markup=False)
+    if args.static is None and model.calibration is not None:
+        least, most = model.calibration.range
+        out.print(f"budgets from {least:.2f} to {most:.2f} of {model.cost().backbone / 1e6:,.0f} M MACs")
+    return 0
+
+
+def _decisions(model: Any, data: str, budget: float) -> Any:
+    """The same decisions for every image: the learned policy's mean ones on the data's calibration split."""
+    import torch
+
+    from miaformer.cli.arguments import open_batches
+    from miaformer.data import open_data
+    from miaformer.decisions import Decisions
+    from miaformer.evaluation.controls import Simulation, static_policy
+
+    images = open_batches(model, open_data(data, "calibration"), 64)
+    traces = []
+    with torch.inference_mode():
+        for batch in images.epoch(0):
+            traces.append(model.run(batch.images, budget=budget).trace)
+    taken = Decisions(*(torch.cat([getattr(t, name) for t in traces]) for name in ("depth", "heads", "tokens")))
+    return static_policy(Simulation.of(model), budget, taken).decisions
