@@ -14,14 +14,8 @@ from typing import NoReturn
 
 import miaformer
 
-COMMANDS = (
-    "train",
-    "eval",
-    "bench",
-    "predict",
-    "export",
-    "demo",
-)  # modules of this package, in the order that help lists them
+# Modules of this package, in the order that help lists them.
+COMMANDS = ("train", "eval", "predict", "bench", "profile", "export", "demo")
 
 DESCRIPTION = """\
 Vision Transformers that skip blocks, heads and tokens image by image, and do not pay for what they skip.
@@ -44,6 +38,8 @@ examples:
       classify a folder
   miaformer export demo/model model.onnx
       one file for ONNX Runtime that skips at run time
+  miaformer profile demo/model --data digits --out latency.json
+      measure this machine's milliseconds, for budgets in them: predict ... --latency latency.json --budget-ms 5
 
 exit status: 0 success; 1 finished, but some inputs failed; 2 wrong usage or an error, told in one line
 (MIAFORMER_DEBUG=1 shows where it came from); 130 stopped by Ctrl-C

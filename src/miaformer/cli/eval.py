@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model
+from miaformer.cli.budget_ms import MsBudget, add_budget_ms, open_budgets_ms
+
+if TYPE_CHECKING:
+    from miaformer.data import Batches
+    from miaformer.model import MIAFormer
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
 
@@ -35,6 +40,7 @@ JSON:
                "macs_fraction_std", "depth_kept", "heads_kept", "tokens_kept"}],
    "adaptivity": {"spearman_difficulty_macs", "by_budget": [...]}, "left_out": [...], "controllers": {...},
    "environment": {...}, ...}
+  with --budget-ms also "latency": [{"budget_ms", "price", "budget", "predicted_ms"}]
   macs_fraction is the mean over images, p95 their 95th percentile. spearman_difficulty_macs is the rank correlation,
   over images, of the dense model's loss with the MACs that the learned policy spends: the mean over budgets.
 """
@@ -66,6 +72,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="P",
         help="of those above (default: learned static random; for timm:NAME random full)",
     )
+    add_budget_ms(parser, several=True)
     parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one image may take, a fraction: hard")
     parser.add_argument(
         "--calibrate",
@@ -91,10 +98,15 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     images = open_data(args.data, args.split)
     model = open_model(args.model, device, args.dtype, num_classes=len(images.classes), pretrained=args.pretrained)
+    in_ms = []
+    if args.budget_ms is not None:
+        in_ms = open_budgets_ms(args.budget_ms, args.latency, model)
+        if set(args.policy or ()) - {"learned"} or args.calibrate:
+            raise ValueError("--budget-ms evaluates the learned policy alone, and needs no --calibrate or --policy")
     policies = args.policy or (
         ("random", "full") if args.model.startswith("timm:") else ("learned", "static", "random")
     )
-    wants_budgets = bool({"learned", "static"} & set(policies))
+    wants_budgets = not in_ms and bool({"learned", "static"} & set(policies))
     if model.calibration is None and wants_budgets and not args.calibrate:
         raise ValueError(
             f"{args.model} is not calibrated, so its learned policy knows no budget: add --calibrate to measure its "
@@ -109,25 +121,35 @@ def run(args: argparse.Namespace) -> int:
         if args.calibrate:
             assert held_out is not None
             calibrate(model, held_out.epoch(0), held_out.data.name, on_progress=on_progress)
-        report = evaluate(
-            model,
-            batches.epoch(0),
-            args.budgets,
-            policies,
-            args.cap,
-            None if held_out is None else held_out.epoch(0),
-            args.seed,
-            on_progress,
-        )
+        if in_ms:
+            report = _evaluate_in_ms(model, batches, in_ms, args, on_progress)
+        else:
+            report = evaluate(
+                model,
+                batches.epoch(0),
+                args.budgets,
+                policies,
+                args.cap,
+                None if held_out is None else held_out.epoch(0),
+                args.seed,
+                on_progress,
+            )
     report = {"model": args.model, "data": images.name, "calibration": _calibration(model), **report}
     out = console()
     out.print(f"{args.model} on {images.name}")
     out.print(report_table(report))
     for note in report_notes(report):
         out.print(note, soft_wrap=True, markup=False)
-    if model.calibration is None:
+    for row in report.get("latency", ()):
+        out.print(
+            f"Asked {row['budget_ms']:g} ms an image: predicted {row['predicted_ms']:.4g} ms on {images.name}, "
+            f"{row['budget']:.3f} of the MACs expected.",
+            soft_wrap=True,
+            markup=False,
+        )
+    if model.calibration is None and not in_ms:
         out.print("The model is not calibrated: it has no learned policy at a budget.", soft_wrap=True)
-    elif args.calibrate:
+    elif args.calibrate and model.calibration is not None:
         out.print(f"Calibrated for this evaluation on {model.calibration.data}.", soft_wrap=True, markup=False)
     if args.json:
         write_json(args.json, report)
@@ -138,6 +160,37 @@ def run(args: argparse.Namespace) -> int:
         plot_tradeoff(report, args.plot)
         out.print(f"wrote {args.plot}", soft_wrap=True, markup=False)
     return 0
+
+
+def _evaluate_in_ms(
+    model: MIAFormer, batches: Batches, in_ms: list[MsBudget], args: argparse.Namespace, on_progress: Any
+) -> dict[str, Any]:
+    """The learned policy's report at budgets in ms; a point's `budget` is the MACs fraction expected of it."""
+    import torch
+
+    from miaformer.evaluation import Contender, compare
+
+    in_ms = sorted(in_ms, key=lambda one: one.asked_ms)
+    found = [Contender("learned", one.macs_fraction, model.learned(one.price), one.price) for one in in_ms]
+    report = compare(model, batches.epoch(0), found, args.cap, args.seed, on_progress)
+    predicted = [0.0] * len(in_ms)
+    parameter = next(model.parameters())
+    with torch.inference_mode():
+        for done, batch in enumerate(batches.epoch(0), start=1):
+            for index, one in enumerate(in_ms):
+                trace = model.run(batch.images.to(parameter), price=one.price, cap=args.cap).trace
+                predicted[index] += one.table.predict(trace).sum().item()
+            on_progress("time", done)
+    report["latency"] = [
+        {
+            "budget_ms": one.asked_ms,
+            "price": one.price,
+            "budget": one.macs_fraction,
+            "predicted_ms": total / report["num_images"],
+        }
+        for one, total in zip(in_ms, predicted, strict=True)
+    ]
+    return report
 
 
 def _calibration(model: Any) -> dict[str, Any] | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from miaformer.cli.arguments import add_command, add_compute, open_device, open_model
+from miaformer.cli.budget_ms import MsBudget, add_budget_ms, open_budgets_ms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +39,8 @@ rows (columns of a .csv, keys of a .jsonl line):
   macs_fraction  what it took, as a fraction of the dense model's MACs
   depth_kept     share of blocks executed; heads_kept, tokens_kept: shares of heads and tokens in executed blocks
   error          why there is none of this
+With --budget-ms also predicted_ms, by the table, and ms, measured: a picture's share of the time of its batch, with
+other pictures decoded meanwhile.
 Class names come from --classes FILE, else from the model; without either, `class` is empty.
 """
 
@@ -52,6 +56,7 @@ COLUMNS = (
     "tokens_kept",
     "error",
 )
+OF_TIME = ("predicted_ms", "ms")  # more columns, with --budget-ms
 Row = dict[str, Any]
 
 
@@ -61,6 +66,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, and folders of pictures")
     parser.add_argument("--out", required=True, metavar="FILE", help="what to write: a .csv or .jsonl file")
     parser.add_argument("--budget", type=float, metavar="B", help="mean MACs, a fraction of the dense model's")
+    add_budget_ms(parser)
     parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one picture may take, a fraction: hard")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to name (default: 5)")
     parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, in the order of labels")
@@ -84,19 +90,21 @@ def run(args: argparse.Namespace) -> int:
     if not model.num_classes:
         raise ValueError(f"{args.model} has no classifier (num_classes=0)")
     names = _class_names(args.classes, model)
-    _try_once(model, args.budget, args.cap)
+    in_ms = _in_ms(args, model)
+    spend = {"cap": args.cap, **({"budget": args.budget} if in_ms is None else {"price": in_ms.price})}
+    _try_once(model, spend)
     transform = build_transform(model.data_config())
 
     failed = dict(missing)
-    summary = _Summary()
+    summary = _Summary(in_ms)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     with out_path.open("w", newline="", encoding="utf-8") as file, LiveProgress({"predict": len(paths)}) as progress:
-        write = _WRITERS[out_path.suffix](file)
+        write = _WRITERS[out_path.suffix](file, COLUMNS if in_ms is None else COLUMNS + OF_TIME)
         for path, reason in missing.items():
             write({"path": path, "error": reason})
         done = 0
         for batch in _decoded(paths, transform, args.batch_size):
-            for row in _classified(model, batch, args.budget, args.cap, args.top_k, names):
+            for row in _classified(model, batch, spend, in_ms, args.top_k, names):
                 write(row)
                 if "error" in row:
                     failed[row["path"]] = row["error"]
@@ -133,13 +141,21 @@ def _find(sources: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     return list(found), missing
 
 
-def _try_once(model: MIAFormer, budget: float | None, cap: float | None) -> None:
+def _in_ms(args: argparse.Namespace, model: MIAFormer) -> MsBudget | None:
+    if args.budget_ms is None:
+        return None
+    if args.budget is not None:
+        raise ValueError("give one of --budget and --budget-ms")
+    return open_budgets_ms([args.budget_ms], args.latency, model, args.batch_size)[0]
+
+
+def _try_once(model: MIAFormer, spend: dict[str, Any]) -> None:
     """Run one empty picture, so that a budget or a cap that cannot be is told before anything is written."""
     import torch
 
     image = next(model.parameters()).new_zeros(1, model.backbone.in_chans, *model.image_size())
     with torch.inference_mode():
-        model.run(image, budget=budget, cap=cap)
+        model.run(image, **spend)
 
 
 def _reason(error: Exception, name: str) -> str:
@@ -180,20 +196,24 @@ def _decoded(
 def _classified(
     model: MIAFormer,
     batch: Sequence[tuple[str, Tensor | str]],
-    budget: float | None,
-    cap: float | None,
+    spend: dict[str, Any],
+    in_ms: MsBudget | None,
     top_k: int,
     names: Sequence[str] | None,
 ) -> Iterator[Row]:
-    """A row for each picture, in their order."""
+    """A row for each picture, in their order. spend: the budget, price and cap of `MIAFormer.run`."""
     import torch
 
     images = [found for _, found in batch if not isinstance(found, str)]
     rows: Iterator[Row] = iter(())
     if images:
         with torch.inference_mode():
-            output = model.run(torch.stack(images).to(next(model.parameters())), budget=budget, cap=cap)
+            on_device = torch.stack(images).to(next(model.parameters()))
+            start = time.perf_counter()
+            output = model.run(on_device, **spend)
             likeliest = output.logits.float().softmax(dim=1).topk(min(top_k, model.num_classes), dim=1)
+            labels, probabilities = likeliest.indices.tolist(), likeliest.values.tolist()
+            ms = (time.perf_counter() - start) * 1000 / len(images)  # results are on the host: nothing is under way
             trace = output.trace
             blocks = trace.depth.sum(dim=1).clamp(min=1)
             columns = (
@@ -201,12 +221,12 @@ def _classified(
                 trace.depth.double().mean(dim=1),
                 trace.heads.double().mean(dim=2).sum(dim=1) / blocks,
                 trace.tokens.double().mean(dim=2).sum(dim=1) / blocks,
+                *(() if in_ms is None else (in_ms.table.predict(trace), torch.full((len(images),), ms))),
             )
+        names_of_columns = COLUMNS[5:9] if in_ms is None else COLUMNS[5:9] + OF_TIME
         rows = (
-            {"top_k": _named(labels, probabilities, names), **dict(zip(COLUMNS[5:9], spent, strict=True))}
-            for labels, probabilities, *spent in zip(
-                likeliest.indices.tolist(), likeliest.values.tolist(), *(c.tolist() for c in columns), strict=True
-            )
+            {"top_k": _named(one, shares, names), **dict(zip(names_of_columns, spent, strict=True))}
+            for one, shares, *spent in zip(labels, probabilities, *(c.tolist() for c in columns), strict=True)
         )
     for path, found in batch:
         if isinstance(found, str):
@@ -223,8 +243,8 @@ def _named(labels: Sequence[int], probabilities: Sequence[float], names: Sequenc
     ]
 
 
-def _csv_writer(file: TextIO) -> Callable[[Row], None]:
-    writer = csv.DictWriter(file, COLUMNS, restval="")
+def _csv_writer(file: TextIO, columns: Sequence[str]) -> Callable[[Row], None]:
+    writer = csv.DictWriter(file, columns, restval="")
     writer.writeheader()
 
     def write(row: Row) -> None:
@@ -234,22 +254,24 @@ def _csv_writer(file: TextIO) -> Callable[[Row], None]:
     return write
 
 
-def _jsonl_writer(file: TextIO) -> Callable[[Row], None]:
+def _jsonl_writer(file: TextIO, columns: Sequence[str]) -> Callable[[Row], None]:
     def write(row: Row) -> None:
-        file.write(json.dumps({name: row[name] for name in COLUMNS if name in row}, ensure_ascii=False) + "\n")
+        file.write(json.dumps({name: row[name] for name in columns if name in row}, ensure_ascii=False) + "\n")
 
     return write
 
 
-_WRITERS: dict[str, Callable[[TextIO], Callable[[Row], None]]] = {".csv": _csv_writer, ".jsonl": _jsonl_writer}
+_WRITERS: dict[str, Callable[[TextIO, Sequence[str]], Callable[[Row], None]]] = {
+    ".csv": _csv_writer,
+    ".jsonl": _jsonl_writer,
+}
 
 
 class _Summary:
     """How many pictures, how fast, and what they took."""
 
-    def __init__(self) -> None:
-        import time
-
+    def __init__(self, in_ms: MsBudget | None) -> None:
+        self._in_ms, self._ms = in_ms, dict.fromkeys(OF_TIME, 0.0)
         self._clock = time.perf_counter
         self._start = self._clock()
         self.count, self._total, self._most = 0, 0.0, 0.0
@@ -258,20 +280,30 @@ class _Summary:
         self.count += 1
         self._total += row["macs_fraction"]
         self._most = max(self._most, row["macs_fraction"])
+        for name in self._ms:
+            self._ms[name] += row.get(name, 0.0)
 
     def __str__(self) -> str:
         seconds = self._clock() - self._start
         pictures = "1 picture" if self.count == 1 else f"{self.count:,} pictures"
         return (
             f"{pictures} in {seconds:.1f} s ({self.count / seconds:.1f} a second), {self._total / self.count:.3f} of "
-            f"the dense MACs on average, {self._most:.3f} at most"
+            f"the dense MACs on average, {self._most:.3f} at most{self._time()}"
         )
+
+    def _time(self) -> str:
+        if self._in_ms is None:
+            return ""
+        predicted, measured = (total / self.count for total in self._ms.values())
+        return f"; asked {self._in_ms.asked_ms:g} ms a picture, predicted {predicted:.4g}, measured {measured:.4g}"
 
 
 def _asked(args: argparse.Namespace, model: MIAFormer) -> str:
     """The budget and the cap that were in force."""
     default = model.adapt_config.default_budget
-    if args.budget is not None:
+    if args.budget_ms is not None:
+        budget = f"budget {args.budget_ms:g} ms"
+    elif args.budget is not None:
         budget = f"budget {args.budget:g}"
     elif model.calibration is None:
         budget = "no budget: the model is not calibrated"

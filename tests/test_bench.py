@@ -1,0 +1,94 @@
+"""The benchmark times what it says, on decisions that differ between images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vits import pictures, vit
+
+import miaformer
+from miaformer.budget import calibrate
+from miaformer.cli import main
+from miaformer.evaluation.bench import bench
+from miaformer.evaluation.drawn import draw_controllers
+from miaformer.evaluation.engines import open_engines
+from miaformer.evaluation.timing import Race
+
+
+def drawn(grains: Any, seed: int = 0) -> Any:
+    model = miaformer.adapt(vit(seed, depth=4, img_size=24)).eval()
+    images = pictures(model.backbone, 24, seed=1)
+    draw_controllers(model, images, seed, grains)
+    with torch.inference_mode():
+        model.calibration = calibrate(
+            lambda price: model.run(images, price=price).trace.macs_fraction.mean().item(), 24, coarse=9, most=16
+        )
+    return model, images
+
+
+@pytest.mark.parametrize("grains", ["all", "depth", "heads", "tokens"])
+def test_drawn_controllers_decide_their_grains_image_by_image(grains: str) -> None:
+    model, images = drawn(grains)
+    with torch.inference_mode():
+        trace = model.run(images, budget=0.6).trace
+    assert trace.macs_fraction.std() > 0.02
+    executed = trace.depth
+    varies = {
+        "depth": not bool(trace.depth.all()),
+        "heads": not bool(trace.heads[executed].all()),
+        "tokens": not bool(trace.tokens[executed].all()),
+    }
+    for name, does in varies.items():
+        assert does == (grains in ("all", name)), name
+
+
+def test_a_report_has_a_row_for_every_budget_and_its_numbers_agree() -> None:
+    model, images = drawn("all")
+    report = bench({"all": model}, images, open_engines(["eager"]), batch_sizes=[1, 4], budgets=[0.5, 0.7], repeats=3)
+    assert [(row["batch"], row["budget"]) for row in report.rows] == [(b, x) for b in (1, 4) for x in (0.5, 0.7, 1.0)]
+    for row in report.rows:
+        assert row["efficiency"] == pytest.approx(row["macs_fraction"] / row["time_fraction"])
+        assert row["best_dense_engine"] == "eager"
+        assert row["time_fraction"] == pytest.approx(row["best_time_fraction"])
+        assert (row["macs_fraction_std"] > 0.01) == (row["budget"] < 1)
+    assert not report.left_out
+
+
+def test_a_race_compares_each_round_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 2.0, 10.0, 5.0, 3.0, 1.5])  # two calls, three sweeps: the machine slows down in the second
+    monkeypatch.setattr("miaformer.evaluation.timing._milliseconds", lambda call: next(times))
+    race = Race([lambda _: None, lambda _: None], [None])
+    for _ in range(3):
+        race.sweep()
+    assert race.ms(0) == 3.0
+    assert race.fraction(1, 0) == 0.5  # the median of 2, 0.5 and 0.5
+
+
+def test_the_command_writes_rows_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = drawn("all")
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["bench", str(tmp_path / "model"), "--data", "digits", "--engines", "eager", "--batch-sizes", "2"]
+    files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
+    assert main([*arguments, "--budgets", "0.6", "--repeats", "2", "--seconds", "2", *files]) == 0
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert {row["budget"] for row in report["rows"]} == {0.6, 1.0}
+    assert report["environment"]["threads"] == torch.get_num_threads()
+    assert (tmp_path / "b.png").stat().st_size > 5000
+    assert "efficiency" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--data is missing"),
+        (["--data", "digits", "--grains", "heads"], "--grains draws controllers for timm:NAME"),
+        (["--data", "digits", "--batch-sizes", "0"], "--batch-sizes 0 must be at least 1"),
+    ],
+)
+def test_wrong_settings_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "nowhere", *arguments]) == 2
+    assert message in capsys.readouterr().err
