@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @cache
 def calibrated(case: str) -> MIAFormer:
     structure, config = CASES[case]
+    torch.manual_seed(0)  # what adapt() draws
     model = lively(1, STRUCTURES[structure], **config).float()
     images = pictures(model.backbone, 16, seed=5).float()
     with torch.inference_mode():
@@ -57,7 +58,7 @@ def test_an_exported_file_decides_and_answers_as_the_model(case: str, tmp_path: 
     export_onnx(model, tmp_path / "model.onnx", trace=True)
     session = open_session(tmp_path / "model.onnx", 1)
     images = pictures(model.backbone, 8, seed=7).float()
-    least, most = model.calibration.range
+    least, most = model.calibration.range[0], min(model.calibration.range[1], 1.0)
     seen, different = [], 0
     for budget in (least, (least + most) / 2, most):
         for cap in (None, 0.6, 0.4):
