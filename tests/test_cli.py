@@ -16,7 +16,7 @@ from vits import lively, pictures
 
 import miaformer
 from miaformer import MIAFormer, cli
-from miaformer.cli import arguments, demo, output
+from miaformer.cli import demo, output
 from miaformer.cli import eval as eval_command
 from miaformer.data import Batches, build_transform, open_data
 from miaformer.evaluation import POLICIES, calibrate, evaluate
@@ -208,7 +208,6 @@ def test_ctrl_c_ends_with_one_line(capsys: pytest.CaptureFixture[str], monkeypat
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(arguments, "open_device", interrupted)
     monkeypatch.setattr(eval_command, "open_device", interrupted)
     assert run(capsys, "eval", "model", "--data", "digits") == (130, "", "miaformer: interrupted\n")
 
