@@ -22,6 +22,7 @@ from miaformer.controller import (
     price_features,
 )
 from miaformer.cost import count_macs
+from miaformer.folded import Folded
 
 BATCH, PREFIX, PATCHES, DIM, HEADS = 4, 2, 7, 12, 3
 
@@ -159,15 +160,15 @@ def test_at_least_one_head_is_most_likely_and_nested_ones_are_the_first(seed: in
 @pytest.mark.parametrize("rank", [0, 5])
 def test_a_controller_costs_what_it_says(rank: int) -> None:
     controller, x = drawn(0, rank=rank), rows(0)
-    everything, log_price = torch.ones(BATCH, PATCHES, dtype=torch.bool), torch.zeros(BATCH, dtype=torch.float64)
+    (folded,) = Folded.of([controller], torch.zeros(1, dtype=torch.float64))
+    patches = x[:, PREFIX:]
 
+    @torch.no_grad()
     def decide() -> None:
-        context = controller.context(x, everything, PREFIX, log_price)
-        shift = controller.shift(controller.predicted_difficulty(context), log_price)
-        controller.depth_and_heads(context, shift)
+        logits, direction = folded.logits(patches.mean(dim=1), x[:, :PREFIX].mean(dim=1))
         if rank:
-            query, shared = controller.token_query(context, shift)
-            controller.token_logits(x[:, PREFIX:], query[:, None], shared[:, None])
+            image = torch.arange(BATCH).repeat_interleave(PATCHES)
+            folded.token_logits(patches.flatten(0, 1), direction[image], logits[image, -1])
 
     assert count_macs(decide) == BATCH * (controller.context_macs + PATCHES * controller.token_score_macs)
 

@@ -36,13 +36,13 @@ def test_folded_logits_are_the_controllers_own(structure: str, prices: list[floa
         depth, heads = controller.depth_and_heads(context, shift)
         patches = x[:, prefix:]
         pooled = torch.stack([patches[i, active[i]].mean(dim=0) for i in range(5)])
-        logits, query = folded.logits(pooled, x[:, :prefix].mean(dim=1) if prefix else pooled)
+        logits, direction = folded.logits(pooled, x[:, :prefix].mean(dim=1) if prefix else pooled)
         wanted = [depth[:, None], heads]
         if controller.rank:
             token_query, shared = controller.token_query(context, shift)
             wanted.append(shared[:, None])
             image, token = active.nonzero(as_tuple=True)
-            found = folded.token_logits(patches[image, token], query[image], logits[image, -1])
+            found = folded.token_logits(patches[image, token], direction[image], logits[image, -1])
             all_tokens = controller.token_logits(patches, token_query[:, None], shared[:, None])
             np.testing.assert_allclose(found, all_tokens[image, token].detach().numpy(), atol=1e-9)
         np.testing.assert_allclose(logits, torch.cat(wanted, dim=1).detach().numpy(), atol=1e-9)

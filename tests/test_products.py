@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -18,7 +19,7 @@ from miaformer import MIAFormer
 from miaformer.cost import count_macs
 from miaformer.engine.products import OneDnn, Plain, products_for
 from miaformer.engine.sparse import ROWS_THAT_COME_AGAIN
-from miaformer.policy import Full, Random
+from miaformer.policy import Fixed, Full, Random
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch was built without oneDNN")
@@ -79,7 +80,7 @@ def test_fused_execution_is_the_masked_one(dtype: torch.dtype, config: dict[str,
     images = pictures(model.backbone, 5)
     with torch.inference_mode():
         decided = model.run(images, price=1.0)
-        for policy in (miaformer.policy.Fixed(decided.trace), Random(0.7, 0.7, 0.6, seed=3), Full()):
+        for policy in (Fixed(decided.trace), Random(0.7, 0.7, 0.6, seed=3), Full()):
             again = Random(0.7, 0.7, 0.6, seed=3) if isinstance(policy, Random) else policy
             sparse, masked = model.run(images, policy), model.run(images, again, execution="masked")
             assert torch.equal(sparse.trace.tokens, masked.trace.tokens)
@@ -139,3 +140,44 @@ def test_batch_mates_do_not_matter_to_fused_products(dtype: torch.dtype) -> None
         for image in range(6):
             alone = model.run(images[image : image + 1], fixed(together.trace[[image]]))
             assert relative(alone.logits.float(), together.logits[image : image + 1].float()) < TOLERANCE[dtype]
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", [{}, {"mlp_width": "coupled"}])
+def test_prepacked_weights_compute_the_same(dtype: torch.dtype, config: dict[str, Any]) -> None:
+    model = wide(dtype, **config)
+    images = pictures(model.backbone, 5)
+    with torch.inference_mode():
+        decided = Fixed(model.run(images, price=1.0).trace)
+        heads = Random(heads=0.6, seed=2)
+        before = [model.run(images, policy).logits for policy in (decided, Full(), heads)]
+        model.prepack()
+        after = [model.run(images, policy).logits for policy in (decided, Full(), Random(heads=0.6, seed=2))]
+        for found, wanted in zip(after, before, strict=True):
+            assert relative(found.float(), wanted.float()) < TOLERANCE[dtype]
+        assert count_macs(lambda: model.run(images, price=1.0)) == int(model.run(images, price=1.0).trace.macs.sum())
+    assert model._packed is not None
+    assert model._packed.nbytes > 0
+
+
+@needs_onednn
+def test_prepacked_weights_follow_changes() -> None:
+    model = wide(torch.float32).prepack()
+    images = pictures(model.backbone, 2)
+    with torch.inference_mode():
+        before = model.run(images, Full()).logits
+    with torch.no_grad():
+        model.backbone.blocks[0].mlp.fc1.weight.mul_(1.5)
+    with torch.inference_mode():
+        after = model.run(images, Full()).logits
+        masked = model.run(images, Full(), execution="masked").logits
+    assert relative(after, masked) < 1e-5
+    assert relative(after, before) > 1e-3
+    copied = copy.deepcopy(model)
+    assert copied._packed is not None
+    assert copied._packed.nbytes == 0
+    assert model.train()._packed is None
+    assert copied.eval()._packed is not None
+    copied.load_state_dict(model.state_dict())
+    assert copied._packed is None

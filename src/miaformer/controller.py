@@ -42,6 +42,7 @@ class Controller(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, hidden: int, rank: int, nested: bool) -> None:
         super().__init__()
+        self.embed_dim = embed_dim
         self.rank = rank
         self.nested = nested
         self.pooled = nn.Linear(2 * embed_dim, hidden)
@@ -69,14 +70,17 @@ class Controller(nn.Module):
 
     @cached_property
     def context_macs(self) -> int:
-        """For each image: the products of the context, difficulty, gates, and token query."""
-        layers = [self.pooled, self.difficulty, self.gates] + ([self.query] if self.rank else [])
-        return sum(layer.in_features * layer.out_features for layer in layers)
+        """For each image: the products of context, difficulty, gates, and, as inference has them, of what tokens are
+        compared with (see `folded`).
+        """
+        layers = [self.pooled, self.difficulty, self.gates]
+        products = sum(layer.in_features * layer.out_features for layer in layers)
+        return products + (self.query.in_features * (1 + self.embed_dim) if self.rank else 0)
 
     @cached_property
     def token_score_macs(self) -> int:
         """For each token scored."""
-        return self.key.in_features * self.rank if self.rank else 0
+        return self.embed_dim if self.rank else 0
 
     def context(self, x: Tensor, active: Tensor, num_prefix_tokens: int, log_price: Tensor) -> Tensor:
         """What the logits are read from. x: (B, P+N, C); active: (B, N); log_price: (B,) -> (B, hidden)."""

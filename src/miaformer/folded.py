@@ -2,13 +2,16 @@
 
 Each operation on a block's few numbers takes as long as a small matrix product, so: the linear layers that read one
 context are one, what depends on the price alone is computed for all blocks at once, products run where the tokens are,
-and the arithmetic on their results, a dozen numbers an image, on the host with numpy.
+and the arithmetic on their results, a dozen numbers an image, on the host with numpy. Token query and keys are one
+layer too: tokens are compared, not by a product of low rank for each, but with the direction that the query has among
+them, one for an image. `native` takes the same numbers and loops over them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self, cast
 
 import numpy as np
@@ -31,11 +34,11 @@ class Folded:
     """
 
     nested: bool
+    decides_tokens: bool
     pooled: Tensor  # (2C, hidden)
     pooled_bias: Tensor  # (B or 1, hidden), the price's part in it
-    outputs: Tensor  # (hidden, J + 1 + rank): logits and difficulty, before they are bounded, and the token query
+    outputs: Tensor  # (hidden, J + 1 or, where tokens are decided, J + 1 + C): see `logits`
     outputs_bias: Tensor
-    key: Tensor | None  # (C, rank), where tokens are decided
     bounds: Array  # (J + 1,), of logits and difficulty
     gain: Array  # (J,), what difficulty adds to each
     shift: Array  # (B or 1, J), what does not depend on the image
@@ -50,14 +53,17 @@ class Folded:
             weights += [c.gates.weight, c.difficulty.weight]
             biases += [c.gates.bias, c.difficulty.bias]
             if c.rank:  # its last row is a logit, which belongs before difficulty
-                weights[-1:] = [c.query.weight[-1:], c.difficulty.weight, c.query.weight[:-1]]
-                biases[-1:] = [c.query.bias[-1:], c.difficulty.bias, c.query.bias[:-1]]
-        rows = [c.gates.out_features + 1 + (c.rank + 1 if c.rank else 0) for c in controllers]
-        outputs = (0.5 * torch.cat(weights)).split(rows)  # of a context that comes doubled, see `logits`
-        outputs_bias = torch.cat(biases).split(rows)
-        exact = torch.promote_types(outputs[0].dtype, torch.float32)
+                key = c.key.weight.t()[:, :, None]  # products are sums here: who counts those of images finds no others
+                weights[-1:] = [c.query.weight[-1:], c.difficulty.weight, (key * c.query.weight[:-1]).sum(dim=1)]
+                biases[-1:] = [c.query.bias[-1:], c.difficulty.bias, (key * c.query.bias[:-1, None]).sum(dim=(1, 2))]
+        rows = [c.gates.out_features + 1 + (1 + c.embed_dim if c.rank else 0) for c in controllers]
+        exact = torch.promote_types(
+            weights[0].dtype, torch.float32
+        )  # in half precision a decision could fall otherwise
+        outputs = (0.5 * torch.cat(weights).to(exact)).split(rows)  # of a context that comes doubled, see `logits`
+        outputs_bias = torch.cat(biases).to(exact).split(rows)
         log_price = log_price.to(exact)
-        features = price_features(log_price).to(outputs[0].dtype)  # (B, features)
+        features = price_features(log_price)  # (B, features)
         price = torch.stack([c.price.weight for c in controllers])
         pooled_bias = torch.stack([c.pooled.bias for c in controllers])[:, None]
         pooled_bias = pooled_bias + (features[:, None] * price[:, None]).sum(dim=3)  # (L, B, hidden)
@@ -72,11 +78,11 @@ class Folded:
             made.append(
                 Folded(
                     c.nested,
-                    c.pooled.weight.t(),
+                    bool(c.rank),
+                    c.pooled.weight.t().to(exact),
                     pooled_bias[index],
                     outputs[index].t(),
                     outputs_bias[index],
-                    c.key.weight.t() if c.rank else None,
                     np.array([LOGIT_BOUND] * len(grains) + [DIFFICULTY_BOUND], dtype=prices.dtype),
                     gains[index][grains] * DIFFICULTY_BOUND,
                     KEEP_LOGIT - prices * slopes[index][grains],
@@ -84,17 +90,17 @@ class Folded:
             )
         return made
 
-    def logits(self, pooled: Tensor, prefix: Tensor) -> tuple[Array, Array]:
-        """Logits (B, J) and token query (B, rank) of images whose active patch tokens and whose prefix tokens have
-        these means, (B, C).
+    def logits(self, pooled: Tensor, prefix: Tensor) -> tuple[Array, Tensor]:
+        """Logits (B, J) of images whose active patch tokens and whose prefix tokens have these means, (B, C); and the
+        direction (B, C) that their tokens are compared with, (B, 0) where none are.
         """
         seen = torch.layer_norm(torch.stack([pooled, prefix], dim=1), pooled.shape[1:]).flatten(1)
         read = torch.addmm(self.pooled_bias.expand(len(seen), -1), seen, self.pooled)
         # Twice GELU, in three operations of 3 us; on CPU that of PyTorch sets up oneDNN, which takes 30.
         context = torch.addcmul(read, read, torch.erf(read * SQRT_HALF))
-        out = _numpy(torch.addmm(self.outputs_bias, context, self.outputs))
+        out = torch.addmm(self.outputs_bias, context, self.outputs)
         count = len(self.bounds)
-        content = np.tanh(out[:, :count] / self.bounds)
+        content = np.tanh(_numpy(out[:, :count]) / self.bounds)
         return content[:, :-1] * self.bounds[:-1] + content[:, -1:] * self.gain + self.shift, out[:, count:]
 
     def heads(self, logits: Array) -> Booleans:
@@ -106,13 +112,23 @@ class Folded:
         kept[np.arange(len(kept)), logits.argmax(axis=1)] = True
         return kept
 
-    def token_logits(self, tokens: Tensor, query: Array, shared: Array) -> Array:
-        """Logits (T,) of keeping tokens (T, C). query: (T or 1, rank); shared: (T or 1,)."""
-        assert self.key is not None
-        keys = _numpy(torch.mm(torch.layer_norm(tokens, tokens.shape[1:]), self.key))
-        scores = keys @ query[0] if len(query) == 1 else np.einsum("tr,tr->t", keys, query)
-        logits: Array = np.tanh(scores / LOGIT_BOUND) * LOGIT_BOUND + shared
+    @staticmethod
+    def token_logits(tokens: Tensor, direction: Tensor, shared: Array) -> Array:
+        """Logits (T,) of keeping tokens (T, C). direction: (T or 1, C); shared: (T or 1,)."""
+        seen = torch.layer_norm(tokens, tokens.shape[1:])
+        if len(direction) == 1:
+            scores = torch.mm(seen, direction.t()).squeeze(1)
+        else:
+            scores = torch.bmm(seen.unsqueeze(1), direction.unsqueeze(2)).flatten()
+        logits: Array = np.tanh(_numpy(scores) / LOGIT_BOUND) * LOGIT_BOUND + shared
         return logits
+
+    @cached_property
+    def native(self) -> tuple[Array, ...]:
+        """What `miaformer.native` is given of it."""
+        products = (self.pooled, self.pooled_bias, self.outputs, self.outputs_bias)
+        arrays = (*(_numpy(p.detach().float()) for p in products), self.bounds, self.gain, self.shift)
+        return tuple(np.ascontiguousarray(a, np.float32) for a in arrays)
 
 
 def _numpy(tensor: Tensor) -> Array:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from miaformer import native
 from miaformer.controller import Controller
 from miaformer.cost import Cost
 from miaformer.decisions import Booleans, Decisions, Gates, HostGates
@@ -188,7 +189,6 @@ class Learned:
     token_multiple: int = 1
     _folded: list[Folded] = field(default_factory=list, init=False, repr=False, compare=False)
 
-    @torch.no_grad()
     def decide(self, state: State) -> HostGates:
         x, prefix = state.x, state.num_prefix_tokens
         if state.index == 0 or not self._folded:
@@ -198,8 +198,21 @@ class Learned:
                 if isinstance(self.controllers, Controllers)
                 else Folded.of(cast(list[Controller], list(self.controllers)), log_price)
             )
-        folded = self._folded[state.index]
-        active = state.active.numpy()
+        folded, active = self._folded[state.index], state.active.numpy()
+        affordable = None if state.affordable is None else state.affordable.numpy()
+        effective = bool(prefix) and affordable is None  # otherwise an image may have no row left, or not pay
+        if native.can_decide(x):
+            return HostGates(
+                *native.decide(x, active, affordable, prefix, state.num_heads, self.token_multiple, folded), effective
+            )
+        return self._decide(state, folded, active, affordable, effective)
+
+    @torch.no_grad()
+    def _decide(
+        self, state: State, folded: Folded, active: Booleans, affordable: Booleans | None, effective: bool
+    ) -> HostGates:
+        """The same by operations of PyTorch and numpy."""
+        x, prefix = state.x.to(folded.pooled.dtype), state.num_prefix_tokens
         everything = bool(active.all())
         if len(x) == 1:  # one gather serves twice
             rows = x[0, prefix:] if everything else _rows(x, active, prefix)
@@ -207,23 +220,22 @@ class Learned:
         else:
             pooled = x[:, prefix:].mean(dim=1) if everything else _mean_of_active(x, active, prefix)
         means = pooled if not prefix else x[:, 0] if prefix == 1 else x[:, :prefix].mean(dim=1)
-        logits, query = folded.logits(pooled, means)
+        logits, direction = folded.logits(pooled, means)
         depth = logits[:, 0] > 0
-        if state.affordable is not None:
-            depth &= state.affordable.numpy()
+        if affordable is not None:
+            depth &= affordable
         heads = folded.heads(logits[:, 1 : 1 + state.num_heads])
-        effective = bool(prefix) and state.affordable is None  # otherwise an image may have no row left, or not pay
         if not depth.all():
             heads, active = heads & depth[:, None], active & depth[:, None]
-        if folded.key is None or not depth.any():
+        if not folded.decides_tokens or not depth.any():
             return HostGates(depth, heads, active, None, effective)
         shared = logits[:, -1]
         if len(x) > 1:
             rows = _rows(x, active, prefix)
             image = active.nonzero()[0]
-            query, shared = query[image], shared[image]
+            direction, shared = direction[torch.from_numpy(image).to(x.device)], shared[image]
         scores = np.full(active.shape, -np.inf, dtype=logits.dtype)
-        scores[active] = folded.token_logits(rows, query, shared)
+        scores[active] = folded.token_logits(rows, direction, shared)
         kept = scores > 0
         if self.token_multiple > 1:
             kept = _rounded_up(kept, scores, prefix, self.token_multiple)
@@ -261,7 +273,6 @@ def _rounded_up(kept: Booleans, scores: NDArray[Any], num_prefix_tokens: int, mu
         return kept
     kept = kept.copy()
     for image in short:
-        place = max(0, kept.shape[1] - int(wanted[image]))
-        least = np.partition(scores[image], place)[place]
-        kept[image] = (scores[image] >= least) & np.isfinite(scores[image])
+        best = np.argsort(-scores[image], kind="stable")[: max(int(wanted[image]), 0)]
+        kept[image, best] = np.isfinite(scores[image, best])
     return kept

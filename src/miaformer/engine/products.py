@@ -56,7 +56,7 @@ class OneDnn(Plain):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _pays(x, weight):
             return F.linear(x, weight, bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+        out: Tensor = _POINTWISE.default(x, weight, bias, "none", [], "")
         return out
 
     def activated(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any) -> Tensor:
@@ -64,15 +64,60 @@ class OneDnn(Plain):
         if gelu is None or not _pays(x, weight):
             activated: Tensor = act(self.linear(x, weight, bias))
             return activated
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "gelu", [], gelu)
+        out: Tensor = _POINTWISE.default(x, weight, bias, "gelu", [], gelu)
         return out
 
     def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         if not _pays(x, weight):
             out = torch.addmm(residual, x, weight.t())
             return out if bias is None else out.add_(bias)
-        fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        fused: Tensor = _POINTWISE.binary(x, residual, weight, bias, "add")
         return fused
+
+
+class Packed(OneDnn):
+    """The same with copies of weights in the layout that oneDNN's kernels read, made when a weight is first used.
+
+    A plain weight is rearranged in every call, which takes as long as thirty rows of the product. Each cut of a weight
+    has a copy of its own. A copy is made anew where the weight has changed in place.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[Any, ...], tuple[int, Tensor, Tensor]] = {}
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = _POINTWISE.default(x, self._packed(weight), bias, "none", [], "")
+        return out
+
+    def activated(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any) -> Tensor:
+        gelu = gelu_kind(act)
+        if gelu is None:
+            activated: Tensor = act(self.linear(x, weight, bias))
+            return activated
+        out: Tensor = _POINTWISE.default(x, self._packed(weight), bias, "gelu", [], gelu)
+        return out
+
+    def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        fused: Tensor = _POINTWISE.binary(x, residual, self._packed(weight), bias, "add")
+        return fused
+
+    def _packed(self, weight: Tensor) -> Tensor:
+        key = (weight.data_ptr(), weight.shape)
+        version = -1 if weight.is_inference() else weight._version
+        known = self._copies.get(key)
+        if known is None or known[0] != version:
+            # The weight itself is kept too: while it lives, nothing else can be where it is.
+            known = version, torch.ops.mkldnn._reorder_linear_weight(weight.detach()), weight.detach()
+            self._copies[key] = known
+        return known[1]
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
+        return Packed, ()  # copies of a model make their own
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the copies made so far."""
+        return sum(weight.numel() * weight.element_size() for _, _, weight in self._copies.values())
 
 
 def gelu_kind(act: Any) -> str | None:
@@ -81,6 +126,8 @@ def gelu_kind(act: Any) -> str | None:
         return act.approximate
     return {GELU: "none", GELUTanh: "tanh"}.get(type(act))
 
+
+_POINTWISE: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None where PyTorch was built without oneDNN
 
 _LEAST_MACS = 6_000_000  # of a float32 product: below, a call's overhead (30 us, of PyTorch's own 6) is not regained
 
@@ -93,8 +140,9 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
 
 
 def _supported_by_onednn() -> frozenset[torch.dtype]:
+    if _POINTWISE is None:
+        return frozenset()
     try:
-        torch.ops.mkldnn._linear_pointwise.binary  # noqa: B018  # raises where PyTorch was built without oneDNN
         bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except (AttributeError, RuntimeError):
         return frozenset()
@@ -112,7 +160,7 @@ def _count_flops() -> None:
 
     fused: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     if _ONEDNN_DTYPES:
-        fused[torch.ops.mkldnn._linear_pointwise] = linear
+        fused[_POINTWISE] = linear
     for operation, formula in fused.items():
         if operation not in flop_registry:
             register_flop_formula(operation)(formula)
@@ -123,11 +171,11 @@ _count_flops()
 _PLAIN, _ONEDNN = Plain(), OneDnn()
 
 
-def products_for(x: Tensor, comes_again: bool = True) -> Products:
-    """What computes products with x, (T, C).
+def products_for(x: Tensor, comes_again: bool = True, packed: Packed | None = None) -> Products:
+    """What computes products with x, (T, C), with the weights of a block.
 
-    comes_again: whether T is one of few. In float32, numbers of rows that may not come again are left to MKL, which
-    compiles nothing (see `OneDnn`).
+    packed: what to use in the place of `OneDnn`, for weights of x's dtype. comes_again: whether T is one of few. In
+    float32, numbers of rows that may not come again are left to MKL, which compiles nothing (see `OneDnn`).
     `torch.backends.mkldnn.flags(enabled=False)` keeps to PyTorch's own operations.
     """
     if (
@@ -139,5 +187,5 @@ def products_for(x: Tensor, comes_again: bool = True) -> Products:
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     ):
-        return _ONEDNN
+        return packed or _ONEDNN
     return _PLAIN

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from miaformer.block import Width, packed_block
 from miaformer.cost import Cost
 from miaformer.decisions import Gates, HostGates
-from miaformer.engine.products import products_for
+from miaformer.engine.products import Packed, products_for
 
 CHUNK_ROWS = 800  # on CPU, of one call: four images of DeiT, whose memory is then needed again and again
 
@@ -31,6 +31,7 @@ Indices = NDArray[np.int64]
 @dataclass(frozen=True)
 class Sparse:
     cost: Cost
+    packed: Packed | None = None  # see `MIAFormer.prepack`
 
     def __call__(self, index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor:
         if not isinstance(gates, HostGates):
@@ -46,8 +47,9 @@ class Sparse:
         result = flat
         for group in plan.groups(most_rows):
             width = Width.of(group.kept_heads, block, self.cost.mlp_width, x.device)
-            lengths = group.lengths.tolist()
-            products = products_for(flat, len(group.rows) % ROWS_THAT_COME_AGAIN == 0 or lengths[0] == num_rows)
+            lengths = group.lengths
+            comes_again = len(group.rows) % ROWS_THAT_COME_AGAIN == 0 or lengths[0] == num_rows
+            products = products_for(flat, comes_again, self.packed)
             if group.is_everything and read_prefix is None:
                 return packed_block(block, flat, width, lengths, None, products).view_as(x)
             rows = torch.from_numpy(group.rows).to(x.device)
@@ -65,7 +67,7 @@ class _Group:
     """Images that share one call, sorted by length."""
 
     kept_heads: tuple[int, ...]
-    lengths: Indices  # rows of each of them
+    lengths: list[int]  # rows of each of them
     rows: Indices  # (T,) of the flat batch, image by image, prefix rows first
     prefix_rows: Indices  # those of them that are prefix rows
     is_everything: bool  # all rows of the batch, in their order
@@ -82,6 +84,9 @@ class _Plan:
         """Groups of at most `most_rows` rows, or of one image."""
         chosen, images = self.chosen, self.images
         batch, num_patches = chosen.tokens.shape
+        if batch == 1:
+            yield self._alone()
+            return
         lengths = chosen.tokens.sum(axis=1) + self.prefix
         keys = np.empty((batch, self.prefix + num_patches), dtype=bool)
         keys[:, : self.prefix] = True
@@ -101,6 +106,14 @@ class _Plan:
         for members in np.split(order, np.flatnonzero(new)[1:]):
             yield self._group(members, lengths, keys)
 
+    def _alone(self) -> _Group:
+        """The only image of its batch: the same as `_group` in fewer operations."""
+        patches = self.chosen.tokens[0].nonzero()[0]
+        prefix = np.arange(self.prefix)
+        rows = np.concatenate([prefix, patches + self.prefix])
+        kept = tuple(self.chosen.heads[0].nonzero()[0].tolist())
+        return _Group(kept, [len(rows)], rows, prefix, len(patches) == self.chosen.tokens.shape[1])
+
     def _group(self, images: Indices, lengths: Indices, keys: NDArray[Any]) -> _Group:
         batch, num_rows = keys.shape
         kept = tuple(np.flatnonzero(self.chosen.heads[images[0]]).tolist())
@@ -111,7 +124,7 @@ class _Plan:
         in_batch = offsets + np.arange(num_rows)
         return _Group(
             kept,
-            own_lengths,
+            own_lengths.tolist(),
             in_batch[keys[images]],
             in_batch[:, : self.prefix].ravel(),
             len(images) == batch and int(own_lengths[0]) == num_rows,

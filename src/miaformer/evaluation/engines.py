@@ -65,6 +65,20 @@ class Eager:
         return run
 
 
+class Packed(Eager):
+    """The same after `MIAFormer.prepack`: copies of the sparse model's weights in the layout that products read."""
+
+    name = "packed"
+
+    def unsupported(self, dtype: torch.dtype, batch: int, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "weights are packed for processors only"
+
+    def sparse(self, model: MIAFormer, images: Tensor) -> SparseCall:
+        with torch.inference_mode(False):
+            twin = copy.deepcopy(model, {id(model.backbone): model.backbone})
+        return super().sparse(twin.prepack(), images)
+
+
 class Compiled:
     """torch.compile: the whole backbone for one batch shape; sparsely, what `MIAFormer.compile()` compiles."""
 
@@ -137,8 +151,8 @@ class OnnxRuntime:
         return run
 
 
-ENGINES: dict[str, type[Eager] | type[Compiled] | type[OnnxRuntime]] = {
-    engine.name: engine for engine in (Eager, Compiled, OnnxRuntime)
+ENGINES: dict[str, type[Eager] | type[Packed] | type[Compiled] | type[OnnxRuntime]] = {
+    engine.name: engine for engine in (Eager, Packed, Compiled, OnnxRuntime)
 }
 
 

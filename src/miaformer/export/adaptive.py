@@ -80,7 +80,7 @@ class AdaptiveWriter:
         """One block: the image after it, and what was done."""
         controller, cost = self.controllers[index], self.cost
         writer = BlockWriter.of(graph, cost, block, index)
-        logits, query = self._logits(graph, index, image)
+        logits, direction = self._logits(graph, index, image)
         depth = graph.op("Greater", self._at(graph, logits, 0), graph.constant([0.0], FLOAT))
         scoring = self._scoring(graph, controller, image)
         least = int(cost.of_host(index, _gates(cost, 1, 0 if cost.num_prefix_tokens else 1))[0])
@@ -93,7 +93,7 @@ class AdaptiveWriter:
         def execute(inner: Graph) -> list[str]:
             left = inner.op("Sub", image.left, scoring)
             macs = inner.op("Add", image.macs, scoring)
-            ranked, count = self._tokens(inner, controller, image, logits, query)
+            ranked, count = self._tokens(inner, controller, image, logits, direction)
             if not cost.num_prefix_tokens:
                 some = inner.op("Greater", count, inner.ints(0))
                 return inner.choose(
@@ -110,7 +110,7 @@ class AdaptiveWriter:
         return Image(rows, active, macs, left), Done(*done)
 
     def _logits(self, graph: Graph, index: int, image: Image) -> tuple[str, str]:
-        """Logits (1, J) and token query (1, rank), as in `Folded.logits`."""
+        """Logits (1, J) and the direction (1, C) that tokens are compared with, as in `Folded.logits`."""
         c, prefix = self.controllers[index], self.cost.num_prefix_tokens
         weights: list[Tensor] = [c.gates.weight]
         biases: list[Tensor] = [c.gates.bias]
@@ -122,8 +122,9 @@ class AdaptiveWriter:
         outputs = torch.cat([*weights, c.difficulty.weight]).float() / bounds[:, None]
         outputs_bias = torch.cat([*biases, c.difficulty.bias]).float() / bounds
         if c.rank:
-            outputs = torch.cat([outputs, c.query.weight[:-1].float()])
-            outputs_bias = torch.cat([outputs_bias, c.query.bias[:-1].float()])
+            key = c.key.weight.t().float()  # what tokens are compared with is one layer of the context, as in `Folded`
+            outputs = torch.cat([outputs, key @ c.query.weight[:-1].float()])
+            outputs_bias = torch.cat([outputs_bias, key @ c.query.bias[:-1].float()])
         first = graph.op("Slice", image.rows, graph.ints(0), graph.ints(prefix)) if prefix else ""
         if prefix > 1:
             first = graph.op("ReduceSum", first, graph.ints(0), keepdims=1)
@@ -141,9 +142,9 @@ class AdaptiveWriter:
         read = graph.op("Gemm", seen, graph.constant(array(c.pooled.weight.t())), price)
         context = graph.op("Gelu", read)
         out = graph.op("Gemm", context, graph.constant(array(outputs.t())), graph.constant(array(outputs_bias)))
-        content, query = out, ""
+        content, direction = out, ""
         if c.rank:
-            content, query = graph.op("Split", out, graph.ints(len(bounds), c.rank), outputs=2, axis=1)
+            content, direction = graph.op("Split", out, graph.ints(len(bounds), c.embed_dim), outputs=2, axis=1)
         mixing = np.zeros((len(bounds), len(grains)), FLOAT)  # from bounded contents to logits
         mixing[: len(grains)] = np.eye(len(grains)) * LOGIT_BOUND
         mixing[-1] = DIFFICULTY_BOUND * array(torch.nn.functional.softplus(c.gain.float()))[grains]
@@ -151,7 +152,7 @@ class AdaptiveWriter:
         shift = graph.op(
             "Sub", graph.constant(KEEP_LOGIT, FLOAT), graph.op("Mul", self.log_price, graph.constant(slopes))
         )
-        return graph.op("Gemm", graph.op("Tanh", content), graph.constant(mixing), shift), query
+        return graph.op("Gemm", graph.op("Tanh", content), graph.constant(mixing), shift), direction
 
     def _active_rows(self, graph: Graph, image: Image) -> str:
         """Rows (active, C) of the tokens that may be kept."""
@@ -167,37 +168,32 @@ class AdaptiveWriter:
             return graph.ints(0)
         return str(graph.op("Mul", graph.op("Shape", image.active), graph.ints(controller.token_score_macs)))
 
-    def _tokens(self, graph: Graph, controller: Controller, image: Image, logits: str, query: str) -> tuple[str, str]:
+    def _tokens(
+        self, graph: Graph, controller: Controller, image: Image, logits: str, direction: str
+    ) -> tuple[str, str]:
         """The active tokens, best first, by their place among the active; and how many are kept, (1,)."""
         available = graph.op("Shape", image.active)
         if not controller.rank:
             places = graph.op("Range", graph.constant(0, INT), graph.op("Squeeze", available), graph.constant(1, INT))
             return places, available
         tokens = self._normalised(graph, self._active_rows(graph, image))
-        keys = graph.op("MatMul", tokens, graph.constant(array(controller.key.weight.t())))
-        scores = graph.op("Squeeze", graph.op("MatMul", keys, graph.op("Transpose", query, perm=[1, 0])), graph.ints(1))
+        scores = graph.op("MatMul", tokens, graph.op("Squeeze", direction, graph.ints(0)))
         bounded = graph.op("Tanh", graph.op("Mul", scores, graph.constant(1 / LOGIT_BOUND, FLOAT)))
         shared = self._at(graph, logits, self.cost.num_heads + 1)
         logit = graph.op("Add", graph.op("Mul", bounded, graph.constant(LOGIT_BOUND, FLOAT)), shared)
-        values, places = graph.op("TopK", logit, available, outputs=2, axis=0)
+        _, places = graph.op("TopK", logit, available, outputs=2, axis=0)
         count = self._how_many(graph, graph.op("Greater", logit, graph.constant(0.0, FLOAT)))
         if self.multiple > 1:
-            count = self._rounded_up(graph, values, count, available)
+            count = self._rounded_up(graph, count, available)
         return places, count
 
-    def _rounded_up(self, graph: Graph, values: str, count: str, available: str) -> str:
-        """As `policy._rounded_up`: rows up to a multiple, and all tokens that tie with the last of them."""
+    def _rounded_up(self, graph: Graph, count: str, available: str) -> str:
+        """As `policy._rounded_up`: rows up to a multiple, where any token is kept."""
         prefix, multiple = self.cost.num_prefix_tokens, graph.ints(self.multiple)
         rows = graph.op("Add", count, graph.ints(prefix + self.multiple - 1))
         wanted = graph.op("Sub", graph.op("Mul", graph.op("Div", rows, multiple), multiple), graph.ints(prefix))
         wanted = graph.op("Min", wanted, available)
-        more = graph.op("And", graph.op("Greater", wanted, count), graph.op("Greater", count, graph.ints(0)))
-
-        def with_ties(inner: Graph) -> list[str]:
-            least = inner.op("Gather", values, inner.op("Sub", wanted, inner.ints(1)))
-            return [self._how_many(inner, inner.op("GreaterOrEqual", values, least))]
-
-        return graph.choose(more, with_ties, lambda _: [count])[0]
+        return str(graph.op("Where", graph.op("Greater", count, graph.ints(0)), wanted, count))
 
     def _execute(
         self, graph: Graph, writer: BlockWriter, image: Image, logits: str, ranked: str, count: str

@@ -64,7 +64,8 @@ class BlockWriter:
 
     def _mlp(self, graph: Graph, read: str, out: str, width: Width) -> str:
         """The rows after attention's residual, `read` + `out`, through the MLP."""
-        x, y = self._residual_norm(graph, read, out)
+        x = self._residual(graph, read, out, self.block.ls1, None)
+        y = self.norm(graph, self.block.norm2, x)
         mlp = self.block.mlp
         hidden, dim = (
             None if part == slice(None) else array(torch.arange(size)[part])
@@ -94,21 +95,6 @@ class BlockWriter:
             return str(graph.op("MatMul", x, weight))
         bias = array(bias)
         return str(graph.op("Gemm", x, weight, graph.constant(bias if outputs is None else bias[outputs])))
-
-    def _residual_norm(self, graph: Graph, read: str, out: str) -> tuple[str, str]:
-        """The sum, and the second norm of it: in one pass over the rows where it is a LayerNorm."""
-        norm, scale = self.block.norm2, self.block.ls1
-        if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
-            x = self._residual(graph, read, out, scale, None)
-            return x, self.norm(graph, norm, x)
-        if not isinstance(scale, nn.Identity):
-            out = graph.op("Mul", out, graph.constant(array(scale.gamma)))
-        bias = np.zeros(self.cost.embed_dim, np.float32) if norm.bias is None else array(norm.bias)
-        affine = (graph.constant(array(norm.weight)), graph.constant(bias))
-        first = graph.ints(0)
-        rows = [graph.op("Unsqueeze", part, first) for part in (out, read)]
-        y, _, _, x = graph.op("SkipLayerNormalization", *rows, *affine, outputs=4, domain=MICROSOFT, epsilon=norm.eps)
-        return graph.op("Squeeze", x, first), graph.op("Squeeze", y, first)
 
     def _residual(self, graph: Graph, x: str, y: str, scale: Any, dim: Any) -> str:
         if not isinstance(scale, nn.Identity):
