@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from miaformer.model import MIAFormer
 
-ENGINES = ("eager", "compile", "onnx")
+ENGINES = ("eager", "packed", "compile", "onnx")
 GRAINS = ("all", "depth", "heads", "tokens")
 
 DESCRIPTION = """\

@@ -12,10 +12,10 @@ from miaformer.evaluation.plots import _FAINT, _INK, _SKIPPED, _figure, _save
 _AXES = ("dtype", "batch", "engine", "grains")
 _X = "mean MACs per image, as a fraction of the dense model's"
 _Y = "time, as a fraction of dense execution's"
-_COLOURS = {"eager": "#1f6fb2", "compile": "#d98a1f", "onnx": "#2e7d4f"}
+_COLOURS = {"eager": "#1f6fb2", "packed": "#7a4fa3", "compile": "#d98a1f", "onnx": "#2e7d4f"}
 _OTHER_COLOUR = "#7a5aa6"
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "onnx": "ONNX Runtime"}
+_NAMES = {"eager": "eager PyTorch", "packed": "packed weights", "compile": "torch.compile", "onnx": "ONNX Runtime"}
 _PANEL, _LEFT, _TOP, _BOTTOM = 3.1, 0.72, 1.0, 0.55  # inches
 
 Looks = Mapping[tuple[str, str], tuple[str, str, str]]  # colour, marker and name, by engine and grains
