@@ -24,6 +24,7 @@ pictures. Deciding is part of every sparse time.
 
 engines:
   eager    PyTorch, operation by operation
+  packed   the same, sparse weights kept in the processor's layout (MIAFormer.prepack)
   compile  torch.compile
   onnx     ONNX Runtime, on the processor
 

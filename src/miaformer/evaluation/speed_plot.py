@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -17,6 +18,7 @@ _OTHER_COLOUR = "#7a5aa6"
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _NAMES = {"eager": "eager PyTorch", "packed": "packed weights", "compile": "torch.compile", "onnx": "ONNX Runtime"}
 _PANEL, _LEFT, _TOP, _BOTTOM = 3.1, 0.72, 1.0, 0.55  # inches
+_COLUMNS = 4  # of a long legend
 
 Looks = Mapping[tuple[str, str], tuple[str, str, str]]  # colour, marker and name, by engine and grains
 
@@ -31,7 +33,8 @@ def plot_speed(report: Mapping[str, Any], path: str | Path) -> None:
         raise ValueError("the report has no rows to plot")
     dtypes, batches, engines, grains = (list(dict.fromkeys(row[name] for row in rows)) for name in _AXES)
     looks = _looks(engines, grains)
-    width, height = 0.8 + _PANEL * max(len(batches), 2), _TOP + _BOTTOM + _PANEL * len(dtypes)
+    top = _TOP + 0.17 * max(0, math.ceil((len(looks) + 2) / _COLUMNS) - 2)  # room for two rows of the legend, and more
+    width, height = 0.8 + _PANEL * max(len(batches), 2), top + _BOTTOM + _PANEL * len(dtypes)
     left, right = _LEFT / width, (_LEFT + _PANEL * len(batches)) / width
     figure, _ = _figure(width, height, axes=False)
     grid = figure.add_gridspec(
@@ -40,7 +43,7 @@ def plot_speed(report: Mapping[str, Any], path: str | Path) -> None:
         left=left,
         right=right,
         bottom=_BOTTOM / height,
-        top=1 - _TOP / height,
+        top=1 - top / height,
         wspace=0.08,
         hspace=0.22,
     )
@@ -59,7 +62,7 @@ def plot_speed(report: Mapping[str, Any], path: str | Path) -> None:
     title = f"{name}: time saved by skipping{only}"
     figure.text(left, 1 - 0.16 / height, title, ha="left", va="top", fontsize=12, color=_INK)
     _legend(figure, looks, left, 1 - 0.5 / height)
-    figure.text(0.02, (height + _BOTTOM - _TOP) / 2 / height, _Y, rotation=90, ha="left", va="center", color=_INK)
+    figure.text(0.02, (height + _BOTTOM - top) / 2 / height, _Y, rotation=90, ha="left", va="center", color=_INK)
     figure.text((left + right) / 2, 0.05 / height, _X, ha="center", va="bottom", color=_INK)
     _save(figure, path)
 
@@ -124,7 +127,7 @@ def _legend(figure: Any, looks: Looks, left: float, top: float) -> None:
         handles=handles,
         loc="upper left",
         bbox_to_anchor=(left, top),
-        ncols=len(handles) if len(handles) < 6 else 4,
+        ncols=len(handles) if len(handles) < 6 else _COLUMNS,
         frameon=False,
         fontsize=8,
         labelcolor=_INK,
