@@ -17,6 +17,7 @@ from vits import enliven, pictures, relative, vit
 import miaformer
 from miaformer import MIAFormer
 from miaformer.cost import count_macs
+from miaformer.decisions import Decisions
 from miaformer.engine.products import OneDnn, Plain, products_for
 from miaformer.engine.sparse import ROWS_THAT_COME_AGAIN
 from miaformer.policy import Fixed, Full, Random
@@ -181,3 +182,19 @@ def test_prepacked_weights_follow_changes() -> None:
     assert copied.eval()._packed is not None
     copied.load_state_dict(model.state_dict())
     assert copied._packed is None
+
+
+@needs_onednn
+def test_weights_gathered_for_one_call_are_not_kept() -> None:
+    """Subsets of heads copy what they pick: packing such copies would keep one for every call."""
+    model = wide(torch.float32, head_choice="subset").prepack()
+    images = pictures(model.backbone, 2)
+    last = torch.zeros(1, model.cost().depth, model.cost().num_heads, dtype=torch.bool)
+    last[..., -1] = True
+    full = Decisions.full(1, model.cost().depth, model.cost().num_heads, model.cost().num_patches)
+    assert model._packed is not None
+    with torch.inference_mode():
+        model.run(images, Fixed(Decisions(full.depth, last, full.tokens)))
+        assert model._packed.nbytes == 0
+        model.run(images, Full())
+        assert model._packed.nbytes > 0

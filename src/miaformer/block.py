@@ -33,6 +33,11 @@ class Width:
     hidden: Index  # MLP units
     dim: Index  # input and output channels of the MLP
 
+    @property
+    def cuts_views(self) -> bool:
+        """Whether the parts of weights that it picks are views of them, not copies made for one call."""
+        return all(isinstance(index, slice) for index in (self.heads, self.hidden, self.dim))
+
     @staticmethod
     def of(kept: Sequence[int], block: Any, mlp_width: MlpWidth, device: torch.device) -> Width:
         """kept: indices of the kept heads, ascending; the first k of them become slices."""

@@ -57,9 +57,7 @@ class Folded:
                 weights[-1:] = [c.query.weight[-1:], c.difficulty.weight, (key * c.query.weight[:-1]).sum(dim=1)]
                 biases[-1:] = [c.query.bias[-1:], c.difficulty.bias, (key * c.query.bias[:-1, None]).sum(dim=(1, 2))]
         rows = [c.gates.out_features + 1 + (1 + c.embed_dim if c.rank else 0) for c in controllers]
-        exact = torch.promote_types(
-            weights[0].dtype, torch.float32
-        )  # in half precision a decision could fall otherwise
+        exact = torch.promote_types(weights[0].dtype, torch.float32)  # half precision could tip a decision
         outputs = (0.5 * torch.cat(weights).to(exact)).split(rows)  # of a context that comes doubled, see `logits`
         outputs_bias = torch.cat(biases).to(exact).split(rows)
         log_price = log_price.to(exact)

@@ -34,7 +34,7 @@ class ImageData(Dataset[tuple[Image.Image, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say how its images are read: define __getitem__")
 
 
 class Subset(ImageData):

@@ -79,7 +79,8 @@ class Packed(OneDnn):
     """The same with copies of weights in the layout that oneDNN's kernels read, made when a weight is first used.
 
     A plain weight is rearranged in every call, which takes as long as thirty rows of the product. Each cut of a weight
-    has a copy of its own. A copy is made anew where the weight has changed in place.
+    has a copy of its own, made anew where the weight has changed in place. For weights that stay, and views of them:
+    what is known of a weight is never forgotten.
     """
 
     def __init__(self) -> None:

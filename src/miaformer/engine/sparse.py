@@ -49,7 +49,7 @@ class Sparse:
             width = Width.of(group.kept_heads, block, self.cost.mlp_width, x.device)
             lengths = group.lengths
             comes_again = len(group.rows) % ROWS_THAT_COME_AGAIN == 0 or lengths[0] == num_rows
-            products = products_for(flat, comes_again, self.packed)
+            products = products_for(flat, comes_again, self.packed if width.cuts_views else None)
             if group.is_everything and read_prefix is None:
                 return packed_block(block, flat, width, lengths, None, products).view_as(x)
             rows = torch.from_numpy(group.rows).to(x.device)
