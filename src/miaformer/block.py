@@ -130,8 +130,8 @@ def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width)
         q, k, v = packed.unbind(1)
         return q, k, v
     q, k, v = (
-        products.linear(y, *layer).view(len(y), width.num_heads, attn.head_dim)
-        for layer in _query_key_value_layers(attn, width)
+        part.unflatten(1, (width.num_heads, attn.head_dim))
+        for part in products.side_by_side(y, _query_key_value_layers(attn, width))
     )
     return q, k, v
 
@@ -141,11 +141,9 @@ def _prefix_query_key_value(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with queries of the rows `prefix` alone."""
     attn, y = block.attn, block.norm1(rows)
-    sources = (y[prefix], y, y)
-    q, k, v = (
-        products.linear(source, *layer).view(len(source), width.num_heads, attn.head_dim)
-        for source, layer in zip(sources, _query_key_value_layers(attn, width), strict=True)
-    )
+    query, *others = _query_key_value_layers(attn, width)
+    parts = products.linear(y[prefix], *query), *products.side_by_side(y, others)
+    q, k, v = (part.unflatten(1, (width.num_heads, attn.head_dim)) for part in parts)
     return q, k, v
 
 

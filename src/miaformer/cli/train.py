@@ -37,8 +37,16 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", required=True, metavar="R", help="name of a recipe: digits, finetune")
+    parser.add_argument("--recipe", required=True, metavar="R", help="name of a recipe: digits, cifar10-small, finetune")
     parser.add_argument("--data", metavar="D", help="digits, a folder, or a name timm knows; default: the recipe's")
+    parser.add_argument("--backbone", metavar="MODEL", help="directory of a model whose backbone to start from")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=("backbone", "elastic", "supervised", "reinforce"),
+        metavar="STAGE",
+        help="only these of the recipe's stages: backbone, elastic, supervised, reinforce",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
     parser.add_argument(
@@ -75,12 +83,15 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     recipe = get_recipe(args.recipe).scaled(args.epochs_scale)
+    if args.stages:
+        recipe = recipe.only(*args.stages)
     recipe = recipe.with_changes(**dict(_setting(text) for text in args.set))
     try:
         train_recipe(
             recipe,
             args.out,
             data=args.data,
+            backbone=args.backbone,
             seed=args.seed,
             resume=args.resume,
             device=None if args.device == "auto" else args.device,

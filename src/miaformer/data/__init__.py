@@ -6,6 +6,7 @@ puts both together, the same for any number of processes and workers and from an
 
 from miaformer.data.digits import Digits
 from miaformer.data.loader import Batch, Batches
+from miaformer.data.on_device import DeviceBatches
 from miaformer.data.source import ImageData, Split
 from miaformer.data.specs import open_data
 from miaformer.data.transforms import Augmentation, Transform, build_transform
@@ -14,6 +15,7 @@ __all__ = [
     "Augmentation",
     "Batch",
     "Batches",
+    "DeviceBatches",
     "Digits",
     "ImageData",
     "Split",

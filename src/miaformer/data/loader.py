@@ -110,11 +110,7 @@ class Batches:
 
     def order(self, epoch: int) -> Tensor:
         """The order of the images in this epoch: (n,) int64. It depends on the seed and the epoch only."""
-        n = len(self.data)
-        if not self.shuffle:
-            return torch.arange(n)
-        rng = np.random.Generator(np.random.PCG64([self.seed, _ORDER, epoch]))
-        return torch.from_numpy(np.argsort(rng.random(n), kind="stable"))
+        return epoch_order(len(self.data), self.seed, epoch) if self.shuffle else torch.arange(len(self.data))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """This process's slice of each batch of `epoch`, from step `start_step` on.
@@ -141,8 +137,18 @@ class Batches:
             yield Batch(images, labels, index)
 
     def _slice(self, batch: Tensor) -> Tensor:
-        n = len(batch)
-        return batch[n * self.rank // self.world_size : n * (self.rank + 1) // self.world_size]
+        return batch[share_of(len(batch), self.rank, self.world_size)]
+
+
+def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
+    """A shuffled order of the images: (n,) int64, by seed and epoch only."""
+    rng = np.random.Generator(np.random.PCG64([seed, _ORDER, epoch]))
+    return torch.from_numpy(np.argsort(rng.random(num_images), kind="stable"))
+
+
+def share_of(batch_size: int, rank: int, world_size: int) -> slice:
+    """The `rank`-th of nearly equal contiguous slices of a batch."""
+    return slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
 
 
 class _Plan:

@@ -57,6 +57,7 @@ class Recipe:
     mixup: float = 0.0
     cutmix: float = 0.0
     augmentation: dict[str, Any] = field(default_factory=dict)  # fields of miaformer.data.Augmentation
+    data_on_device: bool = False  # all images decoded at once, and augmented on the device: for small ones
     ema_decay: float | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
     num_workers: int = 0
@@ -80,6 +81,14 @@ class Recipe:
         if unknown:
             raise ValueError(f"a recipe has no setting {', '.join(unknown)}; it has {', '.join(known)}")
         return replace(self, **changes)
+
+    def only(self, *kinds: Kind) -> Recipe:
+        """The same with the stages of these kinds alone."""
+        found = tuple(stage for stage in self.stages if stage.kind in kinds)
+        missing = set(kinds) - {stage.kind for stage in found}
+        if missing:
+            raise ValueError(f"recipe {self.name!r} has no stage {', '.join(sorted(missing))}")
+        return replace(self, stages=found)
 
     def scaled(self, factor: float) -> Recipe:
         """The same with every stage `factor` times as long."""
@@ -131,7 +140,33 @@ IMAGE_FOLDER = Recipe(
     num_workers=4,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (DIGITS, IMAGE_FOLDER)}
+CIFAR10_SMALL = Recipe(
+    name="cifar10-small",
+    data="",
+    model="vit_tiny_patch16_224",
+    model_args={
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 128,
+        "depth": 6,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+        "init_values": 0.1,
+    },
+    sincos_pos_embed=True,
+    stages=(
+        Stage("backbone", epochs=30, lr=8e-3),
+        Stage("elastic", epochs=1, lr=5e-3),
+        Stage("supervised", epochs=2, lr=4e-3, controller_lr=1e-2, temperature=(1.0, 0.3), full_share=0.3),
+        Stage("reinforce", epochs=0.5, lr=1e-3, controller_lr=1e-3, temperature=(0.3, 0.3), full_share=0.3),
+    ),
+    optimizer="muon",
+    batch_size=128,
+    augmentation={"hflip": 0.5, "scale": (0.5, 1.0), "ratio": (0.8, 1.25)},
+    data_on_device=True,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (DIGITS, CIFAR10_SMALL, IMAGE_FOLDER)}
 
 
 def get_recipe(name: str) -> Recipe:

@@ -16,7 +16,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
 from miaformer.backbone import check_supported
-from miaformer.data import Augmentation, Batches, ImageData, build_transform, open_data
+from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform, open_data
 from miaformer.evaluation.calibration import calibrate
 from miaformer.model import MIAFormer, adapt
 from miaformer.model_files import read_json
@@ -84,18 +84,8 @@ def train(
 
     data_config = model.data_config()
     model.label_names = list(train_data.classes)
-    batches = Batches(
-        train_data,
-        build_transform(data_config, training=True, augment=Augmentation(**recipe.augmentation)),
-        recipe.batch_size,
-        seed=seed,
-        shuffle=True,
-        drop_last=True,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_workers=recipe.num_workers,
-    )
     model.to(accelerator.device)
+    batches = _training_batches(train_data, data_config, recipe, seed, accelerator)
     trainer = Trainer(model, batches, recipe, out, seed, accelerator, display)
     trainer.run(resume)
     if any(stage.decides for stage in recipe.stages):
@@ -112,29 +102,57 @@ def train(
     return model.eval()
 
 
+def _training_batches(
+    data: ImageData, data_config: dict[str, Any], recipe: Recipe, seed: int, accelerator: Accelerator
+) -> Batches | DeviceBatches:
+    augment = Augmentation(**recipe.augmentation)
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    if recipe.data_on_device:
+        return DeviceBatches(
+            data, data_config, augment, recipe.batch_size, seed=seed, device=accelerator.device, **share
+        )
+    return Batches(
+        data,
+        build_transform(data_config, training=True, augment=augment),
+        recipe.batch_size,
+        seed=seed,
+        shuffle=True,
+        drop_last=True,
+        num_workers=recipe.num_workers,
+        **share,
+    )
+
+
 def train_recipe(
     recipe: Recipe | str,
     out: str | Path,
     *,
     data: str | Path | None = None,
+    backbone: str | Path | None = None,
     seed: int = 0,
     resume: bool = False,
     console: Console | None = None,
     show_progress: bool = True,
     device: str | None = None,
 ) -> MIAFormer:
-    """The same from the recipe alone: makes the backbone that it names, for the classes of its data, and adapts it."""
+    """The same from the recipe alone: makes the backbone that it names, for the classes of its data, and adapts it.
+
+    backbone: a model directory whose (trained) backbone to adapt in the place of a new one.
+    """
     if isinstance(recipe, str):
         recipe = get_recipe(recipe)
     source = data or recipe.data
     if not source:
         raise ValueError(f"recipe {recipe.name!r} has no data of its own: give data")
     seed_everything(seed, 0, 0)
-    classes = open_data(source, "train").classes
-    backbone = timm.create_model(recipe.model, num_classes=len(classes), **recipe.model_args)
-    if recipe.sincos_pos_embed:
-        _start_from_sincos(check_supported(backbone))
-    model = adapt(backbone, **recipe.adapt)
+    if backbone is not None:
+        static = MIAFormer.from_pretrained(backbone).to_timm()
+    else:
+        classes = open_data(source, "train").classes
+        static = timm.create_model(recipe.model, num_classes=len(classes), **recipe.model_args)
+        if recipe.sincos_pos_embed:
+            _start_from_sincos(check_supported(static))
+    model = adapt(static, **recipe.adapt)
     return train(
         model,
         source,

@@ -26,7 +26,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from miaformer.data import Batch, Batches
+from miaformer.data import Batch, Batches, DeviceBatches
 from miaformer.engine.masked import Masked
 from miaformer.model import MIAFormer
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
@@ -61,7 +61,7 @@ class Trainer:
     def __init__(
         self,
         model: MIAFormer,
-        batches: Batches,
+        batches: Batches | DeviceBatches,
         recipe: Recipe,
         out: Path,
         seed: int,
