@@ -62,8 +62,8 @@ class DeviceBatches:
         size = len(data) * math.prod(transform.size)
         if size > MAX_DEVICE_BYTES:
             raise ValueError(
-                f"{data.name}: its pixels take {size / 2**30:.1f} GiB, more than the {MAX_DEVICE_BYTES / 2**30:.0f} GiB "
-                "that are kept on the device: load on the host"
+                f"{data.name}: its pixels take {size / 2**30:.1f} GiB, more than the "
+                f"{MAX_DEVICE_BYTES / 2**30:.0f} GiB that are kept on the device: load on the host"
             )
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.augment = augment

@@ -18,7 +18,6 @@ from timm.layers import GELU, GELUTanh
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
-
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
 
