@@ -14,6 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from rich.console import Console
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from miaformer.backbone import check_supported
 from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform, open_data
@@ -145,6 +146,7 @@ def train_recipe(
     if not source:
         raise ValueError(f"recipe {recipe.name!r} has no data of its own: give data")
     seed_everything(seed, 0, 0)
+    static: nn.Module
     if backbone is not None:
         static = MIAFormer.from_pretrained(backbone).to_timm()
     else:
