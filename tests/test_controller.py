@@ -22,7 +22,9 @@ from miaformer.controller import (
     price_features,
 )
 from miaformer.cost import count_macs
+from miaformer.engine.masked import Masked
 from miaformer.folded import Folded
+from miaformer.training.gates import Draws, Relaxed
 
 BATCH, PREFIX, PATCHES, DIM, HEADS = 4, 2, 7, 12, 3
 
@@ -186,3 +188,45 @@ def test_the_first_blocks_decide_no_tokens() -> None:
         skips = [not trace.tokens[:, index][trace.depth[:, index]].all() for index in range(depth)]
         assert skips[:first] == [False] * first
         assert any(skips[first:])
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    "grains", [("depth",), ("heads",), ("tokens",), ("depth", "heads"), ("heads", "tokens"), ("tokens", "depth")]
+)
+def test_grains_that_are_not_decided_are_always_kept(
+    grains: tuple[str, ...], native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any price, in inference and in training; those that are decided still go."""
+    monkeypatch.setattr("miaformer.native.enabled", native)
+    model = enliven(miaformer.adapt(vit(), grains=grains)).eval()
+    images = pictures(model.backbone, 8)
+    dearest = model.run(images, price=model.price_range()[1]).trace
+    some = model.run(images, price=1.0).trace
+    for trace in (dearest, some):
+        executed = trace.depth
+        kept = {
+            "depth": bool(executed.all()),
+            "heads": bool(trace.heads[executed].all()),
+            "tokens": bool(trace.tokens[executed].all()),
+        }
+        assert all(kept[grain] for grain in kept if grain not in grains)
+    executed = dearest.depth
+    gone = {"depth": executed, "heads": dearest.heads[executed], "tokens": dearest.tokens[executed]}
+    first = next(iter(grain for grain in ("depth", "heads", "tokens") if grain in grains))
+    assert not bool(gone[first].all())
+
+    cost = model.cost()
+    draws = Draws.of_step(torch.Generator().manual_seed(0), 8, cost, 0.0, (0.3, 0.9), slice(0, 8))
+    prices = torch.full((8,), 6.0, dtype=images.dtype)
+    policy = Relaxed(model.controllers, prices, draws, temperature=1.0)
+    _, steps = model.walk(model.embed(images), policy, Masked(cost), cost)
+    taken = steps.decisions()
+    kept = {"depth": taken.depth.all(), "heads": taken.heads.all(), "tokens": taken.tokens.all()}
+    assert {name for name, everything in kept.items() if bool(everything)} >= {"depth", "heads", "tokens"} - set(grains)
+
+
+def test_mistaken_grains_are_named() -> None:
+    for grains in ((), ("depth", "depth"), ("layers",)):
+        with pytest.raises(ValueError, match="grains"):
+            miaformer.adapt(vit(), grains=grains)

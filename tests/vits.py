@@ -102,6 +102,9 @@ def enliven(model: MIAFormer, seed: int = 0) -> MIAFormer:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for controller in model.controllers:
+            bound = controller.pooled.in_features**-0.5  # as torch draws it, but by a generator of ours
+            for parameter in (controller.pooled.weight, controller.pooled.bias):
+                parameter.uniform_(-bound, bound, generator=generator)
             controller.pooled.weight.mul_(3)
             layers = [controller.gates, controller.price]
             if controller.rank:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from miaformer.budget import check_fraction
 from miaformer.decisions import HeadChoice, MlpWidth, TokenScope
+
+Grain = Literal["depth", "heads", "tokens"]
 
 
 @dataclass(frozen=True)
 class AdaptConfig:
     """The settings of `adapt`."""
 
+    grains: tuple[Grain, ...] = ("depth", "heads", "tokens")  # what controllers decide; the rest is always kept
     mlp_width: MlpWidth = "hidden"
     token_scope: TokenScope = "progressive"
     head_choice: HeadChoice = "nested"
@@ -30,6 +33,10 @@ class AdaptConfig:
         return self.token_multiple or (16 if num_patches >= 128 else 1)
 
     def __post_init__(self) -> None:
+        grains = tuple(self.grains)
+        if not grains or len(set(grains)) < len(grains) or not set(grains) <= set(get_args(Grain)):
+            raise ValueError(f"grains={self.grains!r} must be some of {', '.join(get_args(Grain))}, each once")
+        object.__setattr__(self, "grains", grains)  # read from a file it is a list
         for name, choices in (
             ("mlp_width", MlpWidth),
             ("token_scope", TokenScope),

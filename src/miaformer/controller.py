@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ALWAYS = 1000.0  # the logit of what is not decided: no price, and no gradient, reaches so far
 KEEP_LOGIT = 3.0  # untrained controllers keep with probability 0.95 at a log-price of 0
 LOGIT_BOUND = 6.0  # what content can say; bounded, so that no gate saturates beyond return
 DIFFICULTY_BOUND = 3.0  # standard deviations
@@ -37,11 +38,16 @@ class Controller(nn.Module):
     """Logits of one block's gates.
 
     embed_dim: C; num_heads: H; hidden: width of the context; rank: of the token product, 0 where tokens are not
-    decided. With `nested`, head j is kept only if head j-1 is: head logits are those of going on.
+    decided. With `nested`, head j is kept only if head j-1 is: head logits are those of going on. depth, heads: whether
+    these are decided; else they are always kept.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, hidden: int, rank: int, nested: bool) -> None:
+    def __init__(
+        self, embed_dim: int, num_heads: int, hidden: int, rank: int, nested: bool, depth: bool = True,
+        heads: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.keep_logits = tuple(KEEP_LOGIT if decided else ALWAYS for decided in (depth, heads, True))
         self.embed_dim = embed_dim
         self.rank = rank
         self.nested = nested
@@ -107,8 +113,9 @@ class Controller(nn.Module):
 
     def depth_and_heads(self, context: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B,) of executing the block and (B, H) of its heads; the first nested head is always kept."""
-        logits = _bounded(self.gates(context)) + KEEP_LOGIT
-        return logits[:, 0] + shift[:, 0], logits[:, 1:] + shift[:, 1:2]
+        logits = _bounded(self.gates(context))
+        depth, heads, _ = self.keep_logits
+        return logits[:, 0] + depth + shift[:, 0], logits[:, 1:] + heads + shift[:, 1:2]
 
     def most_likely_heads(self, logits: Tensor) -> Tensor:
         """The heads (B, H) bool that are kept rather than not, at least one. logits: (B, H)."""

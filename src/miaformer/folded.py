@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from miaformer.controller import DIFFICULTY_BOUND, KEEP_LOGIT, LOGIT_BOUND, Controller, price_features
+from miaformer.controller import DIFFICULTY_BOUND, LOGIT_BOUND, Controller, price_features
 from miaformer.decisions import Booleans
 
 Array = NDArray[Any]
@@ -83,7 +83,7 @@ class Folded:
                     outputs_bias[index],
                     np.array([LOGIT_BOUND] * len(grains) + [DIFFICULTY_BOUND], dtype=prices.dtype),
                     gains[index][grains] * DIFFICULTY_BOUND,
-                    KEEP_LOGIT - prices * slopes[index][grains],
+                    np.array(c.keep_logits, dtype=prices.dtype)[grains] - prices * slopes[index][grains],
                 )
             )
         return made

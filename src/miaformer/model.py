@@ -85,8 +85,10 @@ class MIAFormer(
                 dim,
                 block.attn.num_heads,
                 hidden,
-                rank if index >= first else 0,
+                rank if index >= first and "tokens" in config.grains else 0,
                 config.head_choice == "nested",
+                "depth" in config.grains,
+                "heads" in config.grains,
             )
             for index in range(depth)
         )

@@ -118,46 +118,71 @@ class Static(Fixed):
 
 
 @dataclass(frozen=True)
-class ClsAttention(_Free):
-    """Keeps the patch tokens that the class token attends to most, the same number for every image.
+class BestTokens(_Free):
+    """Keeps the patch tokens with the highest scores, the same number for every image.
 
-    EViT's criterion (Liang et al., ICLR 2022), on the attention of the block about to be executed, averaged over
-    heads. Of the tokens still active, the share `keep` stays, at each of `blocks` (default: a quarter, half and three
-    quarters of the depth, as in EViT).
+    keep: of the tokens still active the share that stays, at each of `blocks`; a number, or one an image (B,). Who
+    scores says how (`scores`) and at what cost.
     """
 
-    blocks_of_model: nn.Sequential
-    keep: float
-    blocks: tuple[int, ...] = ()
+    keep: float | Tensor
+    blocks: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"ClsAttention(keep={self.keep!r}): the share of tokens to keep lies in 0 to 1")
+        keep = torch.as_tensor(self.keep)
+        if not bool(((keep >= 0) & (keep <= 1)).all()):
+            raise ValueError(f"{type(self).__name__}(keep={self.keep!r}): the share of tokens to keep lies in 0 to 1")
 
-    def selects(self, index: int) -> bool:
-        depth = len(self.blocks_of_model)
-        return index in (self.blocks or (depth // 4, depth // 2, 3 * depth // 4))
+    def scores(self, state: State, active: Tensor) -> Tensor:
+        """(B, N), of the active tokens (B, N) bool; of the others anything."""
+        raise NotImplementedError(f"{type(self).__name__} must say how tokens are scored: define scores()")
 
+    @torch.no_grad()
     def decide(self, state: State) -> Gates:
         full = Gates.full(len(state.x), state.num_heads, state.num_patches, state.x.device)
         active = (state.active > 0).to(state.x.device)
-        if not self.selects(state.index):
+        if state.index not in self.blocks:
             return Gates(full.depth, full.heads, active)
         if state.affordable is not None:  # who cannot pay for the block is not scored
             active = active & state.affordable.to(active.device)[:, None]
-        if not state.num_prefix_tokens:
-            raise ValueError("ClsAttention needs a class token; this backbone has none")
-        block = self.blocks_of_model[state.index]
-        scores = _class_attention(block, state.x, active, state.num_prefix_tokens)
-        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        count = (active.sum(dim=1, keepdim=True) * self.keep).round()
+        scores = self.scores(state, active)
+        rank = scores.masked_fill(~active, float("-inf")).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        keep = torch.as_tensor(self.keep, device=active.device).reshape(-1, 1)
+        count = (active.sum(dim=1, keepdim=True) * keep).round()
         return Gates(full.depth, full.heads, (rank < count) & active, scores)
 
+
+def three_of(depth: int) -> tuple[int, ...]:
+    """Blocks at a quarter, half and three quarters of the depth, where EViT and DynamicViT choose tokens."""
+    return depth // 4, depth // 2, 3 * depth // 4
+
+
+@dataclass(frozen=True, init=False)
+class ClsAttention(BestTokens):
+    """Keeps the patch tokens that the class token attends to most.
+
+    EViT's criterion (Liang et al., ICLR 2022), on the attention of the block about to be executed, averaged over
+    heads. blocks: default `three_of` the depth, as in EViT.
+    """
+
+    blocks_of_model: nn.Sequential
+
+    def __init__(self, blocks_of_model: nn.Sequential, keep: float | Tensor, blocks: tuple[int, ...] = ()) -> None:
+        object.__setattr__(self, "blocks_of_model", blocks_of_model)
+        object.__setattr__(self, "keep", keep)
+        object.__setattr__(self, "blocks", blocks or three_of(len(blocks_of_model)))
+        self.__post_init__()
+
+    def scores(self, state: State, active: Tensor) -> Tensor:
+        if not state.num_prefix_tokens:
+            raise ValueError("ClsAttention needs a class token; this backbone has none")
+        return _class_attention(self.blocks_of_model[state.index], state.x, active, state.num_prefix_tokens)
+
     def context_macs(self, cost: Cost, index: int) -> int:
-        return cost.embed_dim**2 if self.selects(index) else 0
+        return cost.embed_dim**2 if index in self.blocks else 0
 
     def token_score_macs(self, cost: Cost, index: int) -> int:
-        return cost.embed_dim**2 if self.selects(index) else 0
+        return cost.embed_dim**2 if index in self.blocks else 0
 
 
 def _class_attention(block: Any, x: Tensor, active: Tensor, num_prefix_tokens: int) -> Tensor:

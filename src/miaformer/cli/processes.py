@@ -38,13 +38,18 @@ def check_processes(count: int) -> None:
 
 def say_stopped(stop: Interrupted, advice: str) -> None:
     """After Ctrl-C; the first process speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         sys.stderr.write(f"Stopped after step {stop.step}; saved as {stop.checkpoint}. {advice}\n")
 
 
 def is_one_of_several() -> bool:
     """Whether this process was started as one of a group, here or by torchrun."""
     return "RANK" in os.environ
+
+
+def is_first_process() -> bool:
+    """Whether this one, alone or of a group, speaks and writes for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run_in_processes(arguments: Sequence[str], count: int) -> int:

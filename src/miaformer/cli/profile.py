@@ -113,7 +113,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calibrate(model: MIAFormer, held_out: Batches, table: LatencyTable, most: int) -> LatencyCalibration:
+    import torch
+
     from miaformer.cli.output import LiveProgress
+    from miaformer.evaluation.drawn import draw_controllers
     from miaformer.evaluation.profiling import calibrate_latency
 
     chosen, count = [], 0
@@ -122,6 +125,8 @@ def _calibrate(model: MIAFormer, held_out: Batches, table: LatencyTable, most: i
         count += len(batch)
         if count >= most:
             break
+    if model.calibration is None and count > 1:  # untrained controllers say the same of every image
+        draw_controllers(model, torch.cat([batch.images for batch in chosen])[:32].to(next(model.parameters())))
     with LiveProgress({}, "passes") as on_progress:
         return calibrate_latency(model, chosen, table, held_out.data.name, on_progress=on_progress)
 

@@ -37,7 +37,9 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", required=True, metavar="R", help="digits, cifar10-small, finetune")
+    parser.add_argument(
+        "--recipe", required=True, metavar="R", help="digits, cifar10-small, cifar10, finetune, imagenet"
+    )
     parser.add_argument("--data", metavar="D", help="digits, a folder, or a name timm knows; default: the recipe's")
     parser.add_argument("--backbone", metavar="MODEL", help="directory of a model whose backbone to start from")
     parser.add_argument(

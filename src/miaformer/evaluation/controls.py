@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from miaformer.cost import Cost
 from miaformer.decisions import Decisions, Gates, HeadChoice, HostGates, TokenScope
 from miaformer.engine.walk import Policy, Steps, walk
 from miaformer.model import MIAFormer
-from miaformer.policy import ClsAttention, Fixed, Random, Static
+from miaformer.policy import BestTokens, ClsAttention, Fixed, Random, Static, three_of
+from miaformer.rivals.policies import TopTokens
 
 _SIMULATED_IMAGES = 4096  # the mean of their random MACs is within about 0.002 of its expectation
 _LOWEST, _HIGHEST = (
@@ -171,14 +173,28 @@ def cls_attention_policy(model: MIAFormer, budget: float) -> ClsAttention:
 
     Raises ValueError where keeping no patch token at all still costs more than the budget.
     """
-    blocks, parameter = model.backbone.blocks, next(model.backbone.parameters())
-    image = parameter.new_zeros(1, model.backbone.in_chans, *model.image_size())  # all images keep equally many
+    return _keeping(model, lambda keep: ClsAttention(model.backbone.blocks, keep), budget)
+
+
+def top_tokens_policy(model: MIAFormer, budget: float) -> TopTokens:
+    """DynamicViT's token selection at `budget`, by the scorers in the place of the model's controllers."""
+    blocks = three_of(len(model.controllers))
+    return _keeping(model, lambda keep: TopTokens(keep, blocks, scorers=model.controllers), budget)
+
+
+Keeping = TypeVar("Keeping", bound=BestTokens)
+
+
+def _keeping(model: MIAFormer, make: Callable[[float], Keeping], budget: float) -> Keeping:
+    """The policy whose share of tokens meets the budget best; all images keep equally many."""
+    parameter = next(model.backbone.parameters())
+    image = parameter.new_zeros(1, model.backbone.in_chans, *model.image_size())
 
     def fraction(keep: float) -> float:
         with torch.inference_mode():
-            return model.run(image, policy=ClsAttention(blocks, keep)).trace.macs_fraction.item()
+            return model.run(image, policy=make(keep)).trace.macs_fraction.item()
 
-    return ClsAttention(blocks, _nearest(fraction, 0.0, 1.0, budget, steps=12))
+    return make(_nearest(fraction, 0.0, 1.0, budget, steps=12))
 
 
 def _nearest(fraction: Callable[[float], float], low: float, high: float, budget: float, steps: int) -> float:

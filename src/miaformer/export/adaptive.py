@@ -16,7 +16,6 @@ from torch import Tensor
 from miaformer.budget import Calibration
 from miaformer.controller import (
     DIFFICULTY_BOUND,
-    KEEP_LOGIT,
     LEAST_LOG_PRICE,
     LOG_PRICE_RANGE,
     LOGIT_BOUND,
@@ -150,7 +149,9 @@ class AdaptiveWriter:
         mixing[-1] = DIFFICULTY_BOUND * array(torch.nn.functional.softplus(c.gain.float()))[grains]
         slopes = array(torch.nn.functional.softplus(c.slope.float()))[grains]
         shift = graph.op(
-            "Sub", graph.constant(KEEP_LOGIT, FLOAT), graph.op("Mul", self.log_price, graph.constant(slopes))
+            "Sub",
+            graph.constant(np.array(c.keep_logits)[grains], FLOAT),
+            graph.op("Mul", self.log_price, graph.constant(slopes)),
         )
         return graph.op("Gemm", graph.op("Tanh", content), graph.constant(mixing), shift), direction
 

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from miaformer.training.recipes import RECIPES, Recipe, Stage, get_recipe
-from miaformer.training.run import train, train_recipe, trained_model
+from miaformer.training.run import new_backbone, train, train_recipe, trained_model
 from miaformer.training.trainer import Interrupted
 
-__all__ = ["RECIPES", "Interrupted", "Recipe", "Stage", "get_recipe", "train", "train_recipe", "trained_model"]
+__all__ = [
+    "RECIPES",
+    "Interrupted",
+    "Recipe",
+    "Stage",
+    "get_recipe",
+    "new_backbone",
+    "train",
+    "train_recipe",
+    "trained_model",
+]

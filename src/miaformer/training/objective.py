@@ -16,9 +16,11 @@ from miaformer.cost import Cost
 from miaformer.engine.masked import Masked
 from miaformer.engine.walk import Policy, Steps
 from miaformer.model import MIAFormer
-from miaformer.policy import Fixed
+from miaformer.policy import ClsAttention, Fixed
+from miaformer.rivals.merging import merged_logits, merged_macs, merges_drawn
 from miaformer.training.gates import Draws, Relaxed, Sampled, elastic_decisions
 from miaformer.training.recipes import Recipe, Stage
+from miaformer.training.rivals import RelaxedTopTokens, drawn_keep, random_exits
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,18 @@ class Objective(nn.Module):
         self.stage = stage
         self.recipe = recipe
         self.teacher = [] if teacher is None else [teacher]
-        self.first_token_block = next((i for i, c in enumerate(model.controllers) if c.rank), len(model.controllers))
+        ranks = [getattr(controller, "rank", 0) for controller in model.controllers]
+        self.first_token_block = next((i for i, rank in enumerate(ranks) if rank), len(ranks))
 
     def forward(self, images: Tensor, labels: Tensor, step: Step) -> Outcome:
         """images: (B, 3, H, W); labels: (B, classes), soft."""
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
-        if self.stage.kind == "backbone":
-            logits = self.model.backbone(images)
-            task = self._task(logits, labels, None)
-            everything = torch.ones_like(step.draws.full)
-            return self._outcome(task.mean(), logits, labels, torch.ones_like(task), everything, task, task)
         soft = self._soft_labels(images)
+        if self.stage.kind in ("backbone", "merging"):
+            return self._without_policy(images, labels, soft, step, cost)
         if self.stage.kind == "reinforce":
             return self._reinforce(images, labels, soft, step, cost)
-        if self.stage.kind == "elastic":
-            policy: Policy = Fixed(elastic_decisions(step.draws, cost, self.stage.keep, self.first_token_block))
-        else:
-            policy = Relaxed(self.model.controllers, step.log_prices, step.draws, step.temperature)
+        policy = self._policy(step, cost)
         logits, steps = self._execute(images, policy, cost)
         task = self._task(logits, labels, soft)
         spent = steps.macs / cost.backbone
@@ -81,6 +78,33 @@ class Objective(nn.Module):
         if isinstance(policy, Relaxed):
             loss = task + step.values * spent * ~step.draws.full + _told(policy.difficulties, hardness, step)
         return self._outcome(loss.mean(), logits, labels, spent, step.draws.full, task, hardness)
+
+    def _policy(self, step: Step, cost: Cost) -> Policy:
+        """What decides in this stage."""
+        model, draws = self.model, step.draws
+        match self.stage.kind:
+            case "elastic":
+                return Fixed(elastic_decisions(draws, cost, self.stage.keep, self.first_token_block))
+            case "exits":
+                return Fixed(random_exits(draws, cost.depth, cost.num_heads, cost.num_patches))
+            case "cls-attention":
+                return ClsAttention(model.backbone.blocks, drawn_keep(draws))
+            case "top-tokens":
+                return RelaxedTopTokens(model.controllers, drawn_keep(draws), draws, step.temperature)
+            case _:
+                return Relaxed(model.controllers, step.log_prices, draws, step.temperature)
+
+    def _without_policy(self, images: Tensor, labels: Tensor, soft: Tensor | None, step: Step, cost: Cost) -> Outcome:
+        """The backbone as it is, or with as many tokens merged as this step draws."""
+        everything = torch.ones_like(step.draws.full)
+        if self.stage.kind == "backbone":
+            logits, fraction = self.model.backbone(images), 1.0
+        else:
+            merges = merges_drawn(cost, float(step.draws.rates[0, 2]))
+            logits, fraction = merged_logits(self.model, images, merges), merged_macs(cost, merges) / cost.backbone
+        task = self._task(logits, labels, soft)
+        spent = torch.full_like(task, fraction)
+        return self._outcome(task.mean(), logits, labels, spent, everything, task, task)
 
     def _reinforce(self, images: Tensor, labels: Tensor, soft: Tensor | None, step: Step, cost: Cost) -> Outcome:
         """Two samples an image, each the other's baseline (leave one out); weights learn on both.

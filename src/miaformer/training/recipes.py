@@ -7,12 +7,15 @@ from typing import Any, Literal, get_args
 
 from miaformer.budget import check_fraction
 
-Kind = Literal["backbone", "elastic", "supervised", "reinforce"]
+Kind = Literal["backbone", "elastic", "supervised", "reinforce", "exits", "cls-attention", "top-tokens", "merging"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of training, with an optimiser and a schedule of its own."""
+    """One part of training, with an optimiser and a schedule of its own.
+
+    The first four kinds are ours (DESIGN.md, section 6), the others those of `miaformer.rivals`.
+    """
 
     kind: Kind
     epochs: float
@@ -33,6 +36,11 @@ class Stage:
     def decides(self) -> bool:
         """Whether controllers make the decisions."""
         return self.kind in ("supervised", "reinforce")
+
+    @property
+    def trains_controllers(self) -> bool:
+        """Whether they learn: ours, or the scorers that a rival has in their place."""
+        return self.decides or self.kind == "top-tokens"
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,55 @@ CIFAR10_SMALL = Recipe(
     data_on_device=True,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (DIGITS, CIFAR10_SMALL, IMAGE_FOLDER)}
+CIFAR10 = Recipe(  # ten minutes on a large GPU
+    name="cifar10",
+    data="",
+    model="vit_tiny_patch16_224",
+    model_args={
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 192,
+        "depth": 12,
+        "num_heads": 6,
+        "init_values": 0.1,
+    },
+    sincos_pos_embed=True,
+    stages=(
+        Stage("backbone", epochs=120, lr=4e-3),
+        Stage("elastic", epochs=10, lr=2e-3),
+        Stage("supervised", epochs=20, lr=2e-3, controller_lr=5e-3, temperature=(1.0, 0.3), full_share=0.3),
+        Stage("reinforce", epochs=4, lr=5e-4, controller_lr=5e-4, temperature=(0.3, 0.3), full_share=0.3),
+    ),
+    optimizer="muon",
+    batch_size=512,
+    mixup=0.2,
+    cutmix=0.5,
+    augmentation={"hflip": 0.5, "scale": (0.35, 1.0), "ratio": (0.75, 1.33), "color_jitter": 0.3, "re_prob": 0.25},
+    data_on_device=True,
+    ema_decay=0.999,
+    precision="bf16",
+)
+
+IMAGENET = Recipe(
+    name="imagenet",
+    data="",
+    model="deit_small_patch16_224",
+    model_args={"pretrained": True},
+    stages=(
+        Stage("elastic", epochs=5, lr=1e-4),
+        Stage("supervised", epochs=20, lr=1e-4, controller_lr=1e-3, temperature=(1.0, 0.3)),
+        Stage("reinforce", epochs=5, lr=2e-5, controller_lr=2e-4, temperature=(0.3, 0.3)),
+    ),
+    batch_size=1024,
+    budgets=(0.25, 0.9),
+    augmentation={"hflip": 0.5, "scale": (0.25, 1.0), "ratio": (0.75, 1.33), "auto_augment": "rand-m7-mstd0.5-inc1"},
+    ema_decay=0.9998,
+    precision="bf16",
+    num_workers=8,
+    checkpoint_every=1000,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (DIGITS, CIFAR10_SMALL, CIFAR10, IMAGE_FOLDER, IMAGENET)}
 
 
 def get_recipe(name: str) -> Recipe:

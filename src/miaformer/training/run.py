@@ -38,13 +38,15 @@ def train(
     console: Console | None = None,
     show_progress: bool = True,
     device: str | None = None,
+    teacher: nn.Module | None = None,
 ) -> MIAFormer:
     """Train an adapted model through a recipe's stages, calibrate its budgets and save it in `out`/model.
 
     data: what `miaformer.data.open_data` takes (`digits`, a folder, a timm data set's name), or training images; then
     `calibration_data` are needed too, and must not be among them. out: gets `recipe.json`, `metrics.jsonl`,
     TensorBoard files, `checkpoints/` and `model/`. resume: go on from the newest checkpoint in `out`, exactly.
-    device: "cpu" to leave an accelerator alone.
+    device: "cpu" to leave an accelerator alone. teacher: a static model whose soft labels all stages learn from, by the
+    recipe's `distill_weight`; by default every stage after the backbone's learns from the backbone as it was before.
 
     Returns the model, in evaluation mode. Raises ValueError where `out` holds another run, or recipe and data do not
     fit; `Interrupted` after Ctrl-C, with a checkpoint saved.
@@ -87,7 +89,9 @@ def train(
     model.label_names = list(train_data.classes)
     model.to(accelerator.device)
     batches = _training_batches(train_data, data_config, recipe, seed, accelerator)
-    trainer = Trainer(model, batches, recipe, out, seed, accelerator, display)
+    if teacher is not None:
+        teacher = teacher.to(accelerator.device).requires_grad_(False).eval()
+    trainer = Trainer(model, batches, recipe, out, seed, accelerator, display, teacher)
     trainer.run(resume)
     if any(stage.decides for stage in recipe.stages):
         model.set_price_scale(*trainer.tariff.price_scale())
@@ -145,15 +149,11 @@ def train_recipe(
     source = data or recipe.data
     if not source:
         raise ValueError(f"recipe {recipe.name!r} has no data of its own: give data")
-    seed_everything(seed, 0, 0)
     static: nn.Module
     if backbone is not None:
         static = MIAFormer.from_pretrained(backbone).to_timm()
     else:
-        classes = open_data(source, "train").classes
-        static = timm.create_model(recipe.model, num_classes=len(classes), **recipe.model_args)
-        if recipe.sincos_pos_embed:
-            _start_from_sincos(check_supported(static))
+        static = new_backbone(recipe, len(open_data(source, "train").classes), seed)
     model = adapt(static, **recipe.adapt)
     return train(
         model,
@@ -166,6 +166,15 @@ def train_recipe(
         show_progress=show_progress,
         device=device,
     )
+
+
+def new_backbone(recipe: Recipe, num_classes: int, seed: int) -> nn.Module:
+    """The timm model that a recipe names, its weights drawn by `seed`."""
+    seed_everything(seed, 0, 0)
+    backbone: nn.Module = timm.create_model(recipe.model, num_classes=num_classes, **recipe.model_args)
+    if recipe.sincos_pos_embed:
+        _start_from_sincos(check_supported(backbone))
+    return backbone
 
 
 def trained_model(

@@ -67,11 +67,12 @@ class Trainer:
         seed: int,
         accelerator: Accelerator,
         display: Display,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.model, self.batches, self.recipe, self.out, self.seed = model, batches, recipe, out, seed
         self.accelerator, self.display = accelerator, display
         self.tariff = Tariff(recipe.budgets)
-        self.teacher: nn.Module | None = None
+        self.teacher = teacher
         self.spans = spans(recipe, batches.steps_per_epoch)
         world, rank = accelerator.num_processes, accelerator.process_index
         if recipe.batch_size % world:
@@ -118,7 +119,7 @@ class Trainer:
 
     def _run_stage(self, span: Span, step: int, checkpoint: Path | None, metrics: MetricsFile | None) -> None:
         stage, model = span.stage, self.model
-        model.controllers.requires_grad_(stage.decides)
+        model.controllers.requires_grad_(stage.trains_controllers)
         if stage.kind != "backbone" and self.teacher is None and self.recipe.distill_weight:
             self.teacher = copy.deepcopy(model.backbone).requires_grad_(False).eval()
         optimizer = _optimizer(model, stage, self.recipe)
@@ -139,7 +140,7 @@ class Trainer:
         self.accelerator.register_for_checkpointing(_RunState(self, ema))
         if checkpoint is not None:
             load_checkpoint(self.accelerator, checkpoint)
-        elif stage.kind == "supervised":
+        elif span.first == next((s.first for s in self.spans if s.stage.decides), None):
             self._start_tariff(stage)
 
         running = Means()
@@ -376,7 +377,7 @@ def _optimizer(model: MIAFormer, stage: Stage, recipe: Recipe) -> torch.optim.Op
 def _parameter_groups(model: MIAFormer, stage: Stage, recipe: Recipe) -> list[dict[str, Any]]:
     groups = []
     for part, lr in ((model.backbone, stage.lr), (model.controllers, stage.controller_lr)):
-        if part is model.controllers and not stage.decides:
+        if part is model.controllers and not stage.trains_controllers:
             continue
         without_decay: Any = model.backbone.no_weight_decay() if part is model.backbone else ()
         for group in param_groups_weight_decay(part, recipe.weight_decay, without_decay):

@@ -1,0 +1,161 @@
+"""Fills the tables of README and docs from benchmarks/results, so that no figure there is typed by hand.
+
+    .venv/bin/python benchmarks/tables.py            # write them
+    .venv/bin/python benchmarks/tables.py --check    # exit status 1 where one is out of date
+
+A table stands between `<!-- table NAME FILE ... -->` and `<!-- end -->`; NAME is a function below, FILE lies in
+benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/speed.md", "docs/results.md")
+
+Report = dict[str, Any]
+
+
+def speed(report: Report, name: str) -> str:
+    """Every row of `miaformer bench`."""
+    head = ("dtype", "batch", "engine", "decided", "budget", "MACs (± between images)", "time", "efficiency")
+    rows = [
+        (
+            row["dtype"],
+            row["batch"],
+            row["engine"],
+            row["grains"],
+            "all kept" if row["budget"] == 1 else f"{row['budget']:g}",
+            f"{row['macs_fraction']:.3f} ± {row['macs_fraction_std']:.3f}",
+            f"{row['time_fraction']:.2f}",
+            f"**{row['efficiency']:.2f}**",
+            f"{row['best_time_fraction']:.2f} ({row['best_dense_engine']})",
+        )
+        for row in report["rows"]
+    ]
+    return f"`{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n" + _table(
+        (*head, "time / best dense"), rows
+    )
+
+
+def speed_summary(report: Report, name: str) -> str:
+    """The eager rows, with those after `prepack()` in brackets."""
+    packed = {(r["batch"], r["grains"], r["budget"]): r for r in report["rows"] if r["engine"] == "packed"}
+    rows = []
+    for row in report["rows"]:
+        if row["engine"] != "eager":
+            continue
+        other = packed[row["batch"], row["grains"], row["budget"]]
+        one_grain = "blocks, heads and tokens" if row["grains"] == "all" else f"{row['grains']} alone"
+        rows.append(
+            (
+                row["batch"],
+                "everything kept" if row["budget"] == 1 else one_grain,
+                f"{row['macs_fraction']:.2f}",
+                f"{row['time_fraction']:.2f} ({other['time_fraction']:.2f})",
+                f"{row['efficiency']:.2f} ({other['efficiency']:.2f})",
+            )
+        )
+    made = _table(("batch", "decided", "MACs", "time", "efficiency"), rows)
+    return f"{made}\n\nFrom `{_command(report)}` ([JSON](benchmarks/results/{name}))."
+
+
+def onnx_agreement(report: Report, name: str) -> str:
+    rows = [
+        (
+            f"{row['budget']:g}",
+            f"{row['macs_fraction']:.3f} ± {row['macs_fraction_std']:.3f}",
+            f"{100 * row['differing_share']:.1f} %",
+            f"{row['logits_difference']:.0e}",
+        )
+        for row in report["rows"]
+    ]
+    head = ("budget", "MACs (± between images)", "pictures with any other decision", "logits of the others, relative")
+    command = f"`{report['command']}` ([JSON](../benchmarks/results/{name})), {report['pictures']} pictures"
+    return f"{command}\n\n{_table(head, rows)}"
+
+
+def comparison(report: Report, name: str) -> str:
+    """Every row of `miaformer compare`, budget by budget."""
+    gaps = {(gap["over"], gap["budget"]): gap for gap in report["differences"]}
+
+    def percent(value: float, interval: list[float], sign: str = "") -> str:
+        low, high = (f"{100 * end:{sign}.2f}" for end in interval)
+        return f"{100 * value:{sign}.2f} ({low}, {high})"
+
+    rows = []
+    for row in sorted(report["rows"], key=lambda r: (-(r["budget"] or 2.0), r["name"] != "learned", -r["accuracy"])):
+        gap = gaps.get((row["name"], row["budget"]))
+        rows.append(
+            (
+                f"**{row['name']}**" if row["name"] == "learned" else row["name"],
+                "" if row["budget"] is None else f"{row['budget']:g}",
+                f"{row['macs_fraction']:.3f}",
+                "" if row["time_fraction"] is None else f"{row['time_fraction']:.2f}",
+                percent(row["accuracy"], row["accuracy_interval"]),
+                f"{100 * row['accuracy_hardest']:.1f}",
+                "" if gap is None else percent(gap["difference"], gap["interval"], "+"),
+            )
+        )
+    head = ("method", "budget", "MACs", "time", "accuracy, %", "hardest tenth, %", "ours less")
+    return f"`{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
+
+
+TABLES: dict[str, Callable[[Report, str], str]] = {
+    made.__name__: made for made in (speed, speed_summary, onnx_agreement, comparison)
+}
+
+
+def _command(report: Report) -> str:
+    """What was called, without what it wrote and where pictures lay."""
+    command = str(report["environment"]["command"]).split(" --json")[0]
+    return re.sub(r"--data \S*imagenet\S*", "--data PICTURES", command)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def filled(page: str) -> str:
+    """The page with every table made anew."""
+
+    def make(found: re.Match[str]) -> str:
+        name, file = found["name"], found["file"]
+        report = json.loads((RESULTS / file).read_text())
+        return f"<!-- table {name} {file} -->\n{TABLES[name](report, file)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (?P<name>\w+) (?P<file>\S+) -->.*?<!-- end -->", make, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit status 1 where a table is out of date"
+    )
+    args = parser.parse_args()
+    stale = []
+    for path in (ROOT / name for name in PAGES):
+        if not path.exists():
+            continue
+        page = path.read_text()
+        made = filled(page)
+        if made != page:
+            stale.append(path.name)
+            if not args.check:
+                path.write_text(made)
+    print(f"out of date: {', '.join(stale)}" if stale else "all tables are up to date")
+    if args.check and stale:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""`miaformer compare`: our method against its rivals, one backbone, trained and measured alike."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miaformer.cli.arguments import open_device
+from miaformer.cli.processes import (
+    STOPPED,
+    check_processes,
+    is_first_process,
+    is_one_of_several,
+    processor_cores,
+    run_in_processes,
+    say_stopped,
+)
+
+if TYPE_CHECKING:
+    from miaformer.comparison import Comparison, Table
+    from miaformer.comparison.harness import Run
+
+BUDGETS = (0.35, 0.5, 0.7)
+
+DESCRIPTION = """\
+Train and measure methods that adapt one backbone, and draw their curves in one plot: accuracy over MACs and over time.
+
+All start from the same backbone (the recipe's first stage) and get the same epochs, teacher and augmentation. What is
+trained and measured already is kept in OUT and not done again: a comparison can grow over days. Ctrl-C saves, the same
+command goes on.
+
+methods:
+  learned        ours; `static` and `random` decisions at the same budgets are measured on its weights
+  dense          the backbone, trained on for as long
+  narrow-0.35 narrow-0.5 narrow-0.7
+                 static ViTs of fewer channels, trained from scratch for as long as backbone and adaptation together
+  cls-attention  EViT: the tokens that the class token attends to
+  top-tokens     DynamicViT: the tokens that trained scorers prefer
+  merging merging-free
+                 ToMe: similar tokens merged, fine-tuned and as it is
+  exits          blocks until the classifier is confident
+  ablations      all of: only-depth only-heads only-tokens no-depth no-heads no-tokens no-elastic no-reinforce
+                 only-reinforce no-distillation subset-heads coupled-mlp full-mlp per-block-tokens
+"""
+
+EPILOG = """\
+examples:
+  miaformer compare --recipe cifar10-small --data cifar10/ --out runs/compare --methods learned dense
+  miaformer compare --recipe cifar10-small --data cifar10/ --out runs/compare --json compare.json --plot compare.png
+      all of them, with three seeds of ours
+  miaformer compare --recipe cifar10-small --data cifar10/ --out runs/quick --epochs-scale 0.1 --test-images 1000
+      a quick look
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="train and measure ours against its rivals",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", required=True, metavar="R", help="with stages of backbone and adaptation")
+    parser.add_argument("--data", metavar="D", help="a folder, or a name timm knows; default: the recipe's")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where runs lie, and are looked for")
+    parser.add_argument("--methods", nargs="+", metavar="M", help="some of those above (default: all but ablations)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of ours (default: 0 1 2)")
+    parser.add_argument(
+        "--rival-seeds", type=int, nargs="+", default=[0], metavar="N", help="of the others (default: 0)"
+    )
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), metavar="B")
+    parser.add_argument("--epochs-scale", type=float, default=1.0, metavar="X", help="every stage X times as long")
+    parser.add_argument("--test-images", type=int, metavar="N", help="measure on the first N (default: all)")
+    parser.add_argument("--only-measured", action="store_true", help="show what there is; train and measure nothing")
+    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the curves here")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: an accelerator where there is one")
+    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="that share training on a processor (default: 2 where it has 2 cores)",
+    )
+    parser.add_argument("--train", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)  # of its own processes
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from miaformer.comparison import ABLATIONS, RIVALS, Comparison
+    from miaformer.comparison.harness import runs
+    from miaformer.training import get_recipe
+
+    device = open_device(args.device, args.threads)
+    recipe = get_recipe(args.recipe).scaled(args.epochs_scale)
+    recipe.only("backbone", "elastic", "supervised", "reinforce")  # or say which is missing
+    data = args.data or recipe.data
+    if not data:
+        raise ValueError(f"recipe {recipe.name!r} has no data of its own: give --data")
+    if args.test_images is not None and args.test_images < 10:
+        raise ValueError(f"--test-images {args.test_images}: give at least 10")
+    comparison = Comparison(recipe, data, Path(args.out), tuple(sorted(args.budgets)), args.test_images)
+    on = "cpu" if device.type == "cpu" else None
+    if args.train is not None:
+        return _train(comparison, args.train, on)
+    groups = {"ablations": list(ABLATIONS)}
+    named = [name for given in args.methods or list(RIVALS) for name in groups.get(given, [given])]
+    wanted = runs(named, args.seeds, args.rival_seeds)
+    if not args.only_measured:
+        processes = args.processes
+        if processes is None:
+            processes = min(2, processor_cores()) if on == "cpu" else 1
+        check_processes(processes)
+        status = _do_what_is_missing(args, comparison, wanted, processes, device)
+        if status:
+            return status
+    measured = [one for one in wanted if comparison.is_measured(one)]
+    _report(args, comparison, measured, [one for one in wanted if one not in measured])
+    return 0
+
+
+def _do_what_is_missing(
+    args: argparse.Namespace, comparison: Comparison, wanted: list[Run], processes: int, device: Any
+) -> int:
+    """Train and measure, one run after the other; the exit status of the first training to fail, else 0."""
+    from miaformer.cli.output import LiveProgress, console
+
+    say = console(stderr=True).print
+    if not comparison.backbone_is_trained():
+        say("Training the shared backbone ...")
+        status = _in_processes(args, ["backbone", "0"], comparison, processes)
+        if status:
+            return status
+    for place, one in enumerate(wanted, start=1):
+        what = f"{one.method.name}, seed {one.seed} ({place} of {len(wanted)})"
+        if not comparison.is_trained(one):
+            say(f"Training {what}: {one.method.about} ...", markup=False)
+            status = _in_processes(args, [one.method.name, str(one.seed)], comparison, processes)
+            if status:
+                return status
+        if not comparison.is_measured(one) and is_first_process():
+            say(f"Measuring {what} ...", markup=False)
+            with LiveProgress({}) as on_progress:
+                comparison.measure(one, device, on_progress)
+    return 0
+
+
+def _in_processes(args: argparse.Namespace, what: list[str], comparison: Comparison, processes: int) -> int:
+    if processes == 1 or is_one_of_several():
+        return _train(comparison, what, "cpu" if args.device == "cpu" else None)
+    return run_in_processes([*args.argv, "--device", "cpu", "--train", *what], processes)
+
+
+def _train(comparison: Comparison, what: list[str], device: str | None) -> int:
+    from miaformer.comparison import METHODS
+    from miaformer.comparison.harness import Run
+    from miaformer.training import Interrupted
+
+    name, seed = what[0], int(what[1])
+    try:
+        if name == "backbone":
+            comparison.train_backbone(device)
+        else:
+            comparison.train(Run(METHODS[name], seed), device)
+    except Interrupted as stop:
+        say_stopped(stop, "The same command goes on from there.")
+        return STOPPED
+    return 0
+
+
+def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run], missing: list[Run]) -> None:
+    from dataclasses import asdict
+
+    from miaformer.cli.output import console, write_json
+    from miaformer.comparison.results import read_points, summarise
+    from miaformer.evaluation.environment import describe_environment
+
+    points, loss = read_points([comparison.directory(one) for one in measured])
+    table = summarise(points, loss)
+    out = console()
+    out.print(_table(table))
+    for name, fraction in table.at_equal_accuracy.items():
+        out.print(f"{name}: half a point below dense at {fraction:.3f} of the MACs", markup=False)
+    for one in missing:
+        out.print(f"not measured: {one.method.name}, seed {one.seed}", markup=False)
+    if args.json:
+        import torch
+
+        report = {
+            "recipe": comparison.recipe.to_json(),
+            "data": Path(comparison.data).name,
+            **asdict(table),
+            "seeds": _seeds(measured),
+            "environment": describe_environment(torch.device("cpu"), 0),
+        }
+        write_json(args.json, report)
+        out.print(f"wrote {args.json}", markup=False)
+    if args.plot:
+        from miaformer.comparison.plot import plot_comparison
+
+        plot_comparison(table.rows, args.plot, f"{comparison.recipe.name}, {table.num_images:,} test images")
+        out.print(f"wrote {args.plot}", markup=False)
+
+
+def _seeds(measured: list[Run]) -> dict[str, list[int]]:
+    """Of each method."""
+    seeds: dict[str, list[int]] = {}
+    for one in measured:
+        seeds.setdefault(one.method.name, []).append(one.seed)
+    return seeds
+
+
+def _table(table: Table) -> Any:
+    from rich.table import Table as RichTable
+
+    shown = RichTable(
+        caption=f"{table.num_images:,} test images; intervals of 95 % over images; hardest: the tenth with the "
+        "greatest dense loss; ours less: by how many points `learned` is ahead. MACs and time: of the backbone's."
+    )
+    shown.add_column("method", no_wrap=True)
+    for name in ("budget", "MACs", "time", "accuracy, %", "hardest, %", "ours less"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    differences = {(d["over"], d["budget"]): d for d in table.differences}
+    rows = sorted(table.rows, key=lambda row: (-(row["budget"] or 2.0), row["name"] != "learned", -row["accuracy"]))
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        gap = differences.get((row["name"], row["budget"]))
+        margin = (
+            ""
+            if gap is None
+            else f"{100 * gap['difference']:+.2f} ({100 * gap['interval'][0]:+.2f}, {100 * gap['interval'][1]:+.2f})"
+        )
+        shown.add_row(
+            row["name"],
+            "" if row["budget"] is None else f"{row['budget']:g}",
+            f"{row['macs_fraction']:.3f}",
+            "" if row["time_fraction"] is None else f"{row['time_fraction']:.2f}",
+            _points(row["accuracy"], row["accuracy_interval"]),
+            f"{100 * row['accuracy_hardest']:.1f}",
+            margin,
+            style="bold" if row["name"] == "learned" else None,
+            end_section=following is None or following["budget"] != row["budget"],
+        )
+    return shown
+
+
+def _points(value: float, interval: list[float], sign: str = "") -> str:
+    """A share and its interval, in per cent."""
+    low, high = (f"{100 * end:{sign}.2f}" for end in interval)
+    return f"{100 * value:{sign}.2f} ({low}, {high})"

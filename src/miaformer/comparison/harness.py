@@ -1,0 +1,212 @@
+"""Trains and measures what is not there yet: a directory a method and seed, kept from one call to the next.
+
+OUT/backbone/model            the shared backbone, trained by the recipe's first stage
+OUT/METHOD/seedK/             a training run, as `miaformer train` leaves it
+OUT/METHOD/seedK/measured.*   what it did on each test image (.npz), and at what budgets (.json)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from miaformer.comparison.methods import METHODS, Classify, Method, Question
+from miaformer.data import Batches, build_transform, open_data
+from miaformer.evaluation import describe_environment, time_pairs
+from miaformer.evaluation.calibration import LabelledBatch, OnProgress
+from miaformer.model import MIAFormer, adapt
+from miaformer.training import Recipe, new_backbone, train, train_recipe
+
+Array = NDArray[Any]
+
+TIMED_BATCH, TIMED_BATCHES, TIMED_PAIRS = 64, 2, 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method with a seed."""
+
+    method: Method
+    seed: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and where it lies.
+
+    recipe: with the stages of backbone and adaptation. data: what `open_data` takes. budgets: to ask every method for.
+    test_images: measure on the first so many images of the test split; None: all.
+    """
+
+    recipe: Recipe
+    data: str
+    out: Path
+    budgets: tuple[float, ...]
+    test_images: int | None = None
+
+    @property
+    def backbone(self) -> Path:
+        return self.out / "backbone" / "model"
+
+    def directory(self, run: Run) -> Path:
+        return self.out / run.method.name / f"seed{run.seed}"
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def backbone_is_trained(self) -> bool:
+        return (self.backbone / "model.safetensors").exists()
+
+    def is_trained(self, run: Run) -> bool:
+        model = self.directory(run) / "model"
+        last_written = "calibration.json" if run.method.is_calibrated(self.recipe) else "model.safetensors"
+        return run.method.recipe is None or (model / last_written).exists()
+
+    def train_backbone(self, device: str | None = None) -> None:
+        """Or go on with it. Raises `Interrupted` after Ctrl-C, saved."""
+        out = self.backbone.parent
+        train_recipe(
+            self.recipe.only("backbone"), out, data=self.data, resume=(out / "recipe.json").exists(), device=device
+        )
+
+    def train(self, run: Run, device: str | None = None) -> None:
+        """Or go on with it. Raises `Interrupted` after Ctrl-C, saved."""
+        assert run.method.recipe is not None
+        out = self.directory(run)
+        train(
+            self._untrained(run),
+            self.data,
+            run.method.recipe(self.recipe),
+            out,
+            seed=run.seed,
+            resume=(out / "recipe.json").exists(),
+            device=device,
+            teacher=self._static(),
+        )
+
+    def _static(self) -> nn.Module:
+        return MIAFormer.from_pretrained(self.backbone).to_timm()
+
+    def _untrained(self, run: Run) -> MIAFormer:
+        if run.method.from_scratch:
+            assert run.method.recipe is not None
+            classes = len(open_data(self.data, "train").classes)
+            static = new_backbone(run.method.recipe(self.recipe), classes, run.seed)
+        else:
+            static = self._static()
+        model = adapt(static, **{**self.recipe.adapt, **run.method.adapt})
+        run.method.prepare(model)
+        return model
+
+    def model(self, run: Run) -> MIAFormer:
+        """The trained model of a run, in evaluation mode."""
+        saved = self.directory(run) / "model"
+        if run.method.is_calibrated(self.recipe):
+            return MIAFormer.from_pretrained(saved).eval()
+        model = self._untrained(run)
+        if run.method.recipe is not None:
+            model.load_state_dict(load_file(saved / "model.safetensors"))
+        return model.eval()
+
+    # Measuring --------------------------------------------------------------------------------------------------------
+
+    def is_measured(self, run: Run) -> bool:
+        path = self.directory(run) / "measured.json"
+        return path.exists() and json.loads(path.read_text())["asked"] == self._asked()
+
+    def _asked(self) -> dict[str, Any]:
+        return {"budgets": list(self.budgets), "test_images": self.test_images, "data": Path(self.data).name}
+
+    @torch.inference_mode()
+    def measure(self, run: Run, device: torch.device, on_progress: OnProgress | None = None) -> None:
+        """What the trained model does on each test image at each budget, and how long it takes beside the backbone."""
+        model = self.model(run).to(device)
+        static = self._static().to(device).eval()
+        backbone_macs = adapt(self._static(), **self.recipe.adapt).cost().backbone
+        question = Question(self.budgets, lambda: self._batches("calibration"), backbone_macs, run.seed)
+        entries = run.method.entries(model, question)
+        correct: list[list[Array]] = [[] for _ in entries]
+        fraction: list[list[Array]] = [[] for _ in entries]
+        losses, done = [], 0
+        timed: list[Tensor] = []
+        for batch in self._batches("test"):
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            if len(timed) < TIMED_BATCHES and len(images) >= TIMED_BATCH:
+                timed.append(images[:TIMED_BATCH])
+            losses.append(F.cross_entropy(static(images).float(), labels, reduction="none").cpu().numpy())
+            for place, entry in enumerate(entries):
+                logits, spent = entry.classify(images)
+                correct[place].append((logits.argmax(dim=1) == labels).cpu().numpy())
+                fraction[place].append(spent.float().cpu().numpy())
+            done += len(images)
+            if on_progress is not None:
+                on_progress("measure", done)
+        arrays = {"dense_loss": np.concatenate(losses)}
+        points = []
+        for place, entry in enumerate(entries):
+            arrays[f"correct{place}"], arrays[f"macs_fraction{place}"] = (
+                np.concatenate(parts[place]) for parts in (correct, fraction)
+            )
+            times = _time(static, entry.classify, timed)
+            points.append({"name": entry.name, "budget": entry.budget, "key": place, "time": times})
+        out = self.directory(run)
+        out.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(out / "measured.npz", **arrays)  # type: ignore[arg-type]
+        report = {
+            "method": run.method.name,
+            "about": run.method.about,
+            "seed": run.seed,
+            "points": points,
+            "asked": self._asked(),
+            "timed_batch": TIMED_BATCH,
+            "environment": describe_environment(device, run.seed),
+        }
+        (out / "measured.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    def _batches(self, split: Any) -> Iterable[LabelledBatch]:
+        data = open_data(self.data, split)
+        transform = build_transform(self._data_config)
+        batches = Batches(data, transform, 250, seed=0, shuffle=False, drop_last=False).epoch(0)
+        left = len(data) if self.test_images is None or split != "test" else self.test_images
+        for batch in batches:
+            yield batch if len(batch) <= left else type(batch)(batch.images[:left], batch.labels[:left], batch.index)
+            left -= len(batch)
+            if left <= 0:
+                return
+
+    @cached_property
+    def _data_config(self) -> dict[str, Any]:
+        return MIAFormer.from_pretrained(self.backbone).data_config()
+
+
+def runs(methods: Sequence[str], seeds: Sequence[int], seeds_of_rivals: Sequence[int] = (0,)) -> list[Run]:
+    """The runs of these methods, ours with `seeds`, the others with `seeds_of_rivals`.
+
+    Raises ValueError for unknown names.
+    """
+    unknown = sorted(set(methods) - set(METHODS))
+    if unknown:
+        raise ValueError(f"unknown method {', '.join(unknown)}: use some of {', '.join(METHODS)}")
+    found = []
+    for name in dict.fromkeys(methods):
+        found += [Run(METHODS[name], seed) for seed in (seeds if name == "learned" else seeds_of_rivals)]
+    return found
+
+
+def _time(static: nn.Module, classify: Classify, batches: Sequence[Tensor]) -> dict[str, float] | None:
+    """Milliseconds of a batch, beside the backbone's; None where the test split has no full batch."""
+    if not batches:
+        return None
+    pairs = [time_pairs(lambda b=b: static(b), lambda b=b: classify(b), TIMED_PAIRS, warm_up=1) for b in batches]  # type: ignore[misc]
+    dense, own = (float(np.mean([getattr(pair, name) for pair in pairs])) for name in ("dense_ms", "sparse_ms"))
+    return {"dense_ms": dense, "ms": own, "fraction": float(np.mean([pair.time_fraction for pair in pairs]))}

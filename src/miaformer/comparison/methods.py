@@ -1,0 +1,281 @@
+"""What is compared: how each method is trained from the shared backbone, and how it is asked for a budget.
+
+All get the same epochs, teacher, data and augmentation; only the stages differ. `dense` and the narrow models are the
+controls without adaptation: the backbone trained on, and smaller ones trained from scratch for as long as backbone and
+adaptation together, with the backbone as their teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from miaformer.evaluation import cls_attention_policy, contenders
+from miaformer.evaluation.calibration import LabelledBatch
+from miaformer.evaluation.controls import top_tokens_policy
+from miaformer.model import MIAFormer
+from miaformer.policy import Policy
+from miaformer.rivals.merging import merged_logits, merged_macs, merges_for
+from miaformer.rivals.policies import EarlyExit, token_scorers
+from miaformer.training.recipes import Kind, Recipe
+
+Classify = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> logits (B, classes), MACs fraction (B,)
+
+OURS: tuple[Kind, ...] = ("elastic", "supervised", "reinforce")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method at a budget, ready to classify. budget: None where the method knows none."""
+
+    name: str
+    budget: float | None
+    classify: Classify
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a trained method is asked: budgets (fractions of the backbone's MACs), images to meet them on, a seed."""
+
+    budgets: Sequence[float]
+    calibration: Callable[[], Iterable[LabelledBatch]]
+    backbone_macs: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to spend less.
+
+    recipe: the stages that train it, of the comparison's recipe; None where the backbone is used as it is. entries:
+    what is measured of the trained model. prepare: what is put in the place of our controllers before training.
+    from_scratch: whether it starts from new weights. adapt: fields of `AdaptConfig` that it sets.
+    """
+
+    name: str
+    about: str
+    recipe: Callable[[Recipe], Recipe] | None
+    entries: Callable[[MIAFormer, Question], list[Entry]]
+    prepare: Callable[[MIAFormer], None] = lambda model: None
+    from_scratch: bool = False
+    adapt: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_calibrated(self, base: Recipe) -> bool:
+        """Whether training it ends with a table of budgets: then it is one of ours, a model like any other."""
+        return self.recipe is not None and any(stage.decides for stage in self.recipe(base).stages)
+
+
+def adaptation_epochs(recipe: Recipe) -> float:
+    """Epochs of adapting; every method gets as many."""
+    return sum(stage.epochs for stage in recipe.stages if stage.kind in OURS)
+
+
+def _one_stage(kind: Kind) -> Callable[[Recipe], Recipe]:
+    """Adaptation as a single stage of this kind, with the learning rates of the recipe's supervised stage."""
+
+    def recipe(base: Recipe) -> Recipe:
+        supervised = next(stage for stage in base.stages if stage.kind == "supervised")
+        return replace(base, stages=(replace(supervised, kind=kind, epochs=adaptation_epochs(base)),))
+
+    return recipe
+
+
+def _narrow(fraction: float) -> Callable[[Recipe], Recipe]:
+    """A backbone of about this fraction of the MACs by fewer channels, heads of even size, trained from scratch."""
+
+    def recipe(base: Recipe) -> Recipe:
+        args = base.model_args
+        heads = args["num_heads"]
+        dim = 2 * heads * round(math.sqrt(fraction) * args["embed_dim"] / (2 * heads))
+        backbone = next(stage for stage in base.stages if stage.kind == "backbone")
+        longer = replace(backbone, epochs=backbone.epochs + adaptation_epochs(base))
+        return replace(base, model_args={**args, "embed_dim": dim}, stages=(longer,))
+
+    return recipe
+
+
+# How a trained model is asked -----------------------------------------------------------------------------------------
+
+
+def _as_backbone(name: str) -> Callable[[MIAFormer, Question], list[Entry]]:
+    """The static model as it is; its MACs as a fraction of the comparison's backbone's."""
+
+    def entries(model: MIAFormer, question: Question) -> list[Entry]:
+        fraction = model.cost().backbone / question.backbone_macs
+
+        def classify(images: Tensor) -> tuple[Tensor, Tensor]:
+            return cast(Tensor, model.backbone(images)), torch.full((len(images),), fraction)
+
+        return [Entry(name, None, classify)]
+
+    return entries
+
+
+def _by_policy(model: MIAFormer, policy: Policy) -> Classify:
+    def classify(images: Tensor) -> tuple[Tensor, Tensor]:
+        output = model.run(images, policy=policy)
+        return output.logits, output.trace.macs_fraction
+
+    return classify
+
+
+def _learned(model: MIAFormer, question: Question) -> list[Entry]:
+    """Our policy, and its controls on the same weights."""
+    found, _ = contenders(
+        model,
+        question.budgets,
+        ("learned", "static", "random"),
+        calibration=question.calibration(),
+        seed=question.seed,
+    )
+    return [Entry(one.name, one.budget, _by_policy(model, one.policy)) for one in found]
+
+
+def _within_reach(
+    name: str, make: Callable[[MIAFormer, float], Classify]
+) -> Callable[[MIAFormer, Question], list[Entry]]:
+    """An entry for each budget that the method can go down to."""
+
+    def entries(model: MIAFormer, question: Question) -> list[Entry]:
+        found = []
+        for budget in question.budgets:
+            try:
+                found.append(Entry(name, budget, make(model, budget)))
+            except ValueError:  # below the least it can spend
+                continue
+        return found
+
+    return entries
+
+
+def _merging(model: MIAFormer, budget: float) -> Classify:
+    cost = model.cost()
+    merges = merges_for(cost, budget)
+    fraction = merged_macs(cost, merges) / cost.backbone
+
+    def classify(images: Tensor) -> tuple[Tensor, Tensor]:
+        return merged_logits(model, images, merges), torch.full((len(images),), fraction)
+
+    return classify
+
+
+def _exits(model: MIAFormer, question: Question) -> list[Entry]:
+    """Thresholds found by bisection on the calibration images."""
+    parameter = next(model.parameters())
+    images = [batch.images.to(parameter) for batch in question.calibration()]
+
+    def spent(threshold: float) -> float:
+        policy = EarlyExit(model.backbone, threshold)
+        parts = [model.run(part, policy=policy).trace.macs_fraction.double() for part in images]
+        return float(torch.cat(parts).mean())
+
+    entries = []
+    for budget in question.budgets:
+        low, high = 0.0, 1.0  # of the threshold: leave at once, never leave
+        if spent(low) > budget + 0.01:
+            continue
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if spent(middle) <= budget else (low, middle)
+        entries.append(Entry("exits", budget, _by_policy(model, EarlyExit(model.backbone, low))))
+    return entries
+
+
+def _put_scorers(model: MIAFormer) -> None:
+    torch.manual_seed(0)
+    scorers = token_scorers(len(model.controllers), model.embed_dim)
+    model.controllers = scorers  # type: ignore[assignment]  # in their place, for this method alone
+
+
+def _without(*kinds: Kind) -> Callable[[Recipe], Recipe]:
+    """Ours without some stages; their epochs go to the first that is left and decides."""
+
+    def recipe(base: Recipe) -> Recipe:
+        left = [stage for stage in base.stages if stage.kind in OURS and stage.kind not in kinds]
+        heir = next(place for place, stage in enumerate(left) if stage.decides)
+        missing = adaptation_epochs(base) - sum(stage.epochs for stage in left)
+        left[heir] = replace(left[heir], epochs=left[heir].epochs + missing)
+        return replace(base, stages=tuple(left))
+
+    return recipe
+
+
+def _ablation(
+    name: str, about: str, recipe: Callable[[Recipe], Recipe] = lambda base: base.only(*OURS), **adapt: Any
+) -> Method:
+    def entries(model: MIAFormer, question: Question) -> list[Entry]:
+        found, _ = contenders(model, question.budgets, ("learned",))
+        return [Entry(name, one.budget, _by_policy(model, one.policy)) for one in found]
+
+    return Method(name, about, recipe, entries, adapt=adapt)
+
+
+RIVALS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("learned", "ours, with static and random on its weights", lambda base: base.only(*OURS), _learned),
+        Method("dense", "the backbone, trained on for as long", _one_stage("backbone"), _as_backbone("dense")),
+        Method(
+            "cls-attention",
+            "EViT: tokens by class attention, fine-tuned",
+            _one_stage("cls-attention"),
+            _within_reach("cls-attention", lambda model, b: _by_policy(model, cls_attention_policy(model, b))),
+        ),
+        Method(
+            "top-tokens",
+            "DynamicViT: tokens by trained scorers",
+            _one_stage("top-tokens"),
+            _within_reach("top-tokens", lambda model, b: _by_policy(model, top_tokens_policy(model, b))),
+            prepare=_put_scorers,
+        ),
+        Method(
+            "merging",
+            "ToMe: similar tokens merged, fine-tuned",
+            _one_stage("merging"),
+            _within_reach("merging", _merging),
+        ),
+        Method("merging-free", "ToMe without training", None, _within_reach("merging-free", _merging)),
+        Method("exits", "blocks until confident, fine-tuned", _one_stage("exits"), _exits),
+        *(
+            Method(
+                f"narrow-{fraction:g}",
+                f"a ViT of about {fraction:g} of the MACs, from scratch",
+                _narrow(fraction),
+                _as_backbone("narrow"),
+                from_scratch=True,
+            )
+            for fraction in (0.35, 0.5, 0.7)
+        ),
+    )
+}
+
+ABLATIONS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        _ablation("only-depth", "one grain", grains=("depth",)),
+        _ablation("only-heads", "one grain", grains=("heads",)),
+        _ablation("only-tokens", "one grain", grains=("tokens",)),
+        _ablation("no-depth", "two grains", grains=("heads", "tokens")),
+        _ablation("no-heads", "two grains", grains=("depth", "tokens")),
+        _ablation("no-tokens", "two grains", grains=("depth", "heads")),
+        _ablation("no-elastic", "its epochs supervised", _without("elastic")),
+        _ablation("no-reinforce", "its epochs supervised", _without("reinforce")),
+        _ablation("only-reinforce", "all epochs reinforce", _without("elastic", "supervised")),
+        _ablation(
+            "no-distillation",
+            "true labels alone",
+            lambda base: replace(base.only(*OURS), distill_weight=0.0),
+        ),
+        _ablation("subset-heads", "any subset, not the first k", head_choice="subset"),
+        _ablation("coupled-mlp", "the paper's MLP width", mlp_width="coupled"),
+        _ablation("full-mlp", "MLPs keep their width", mlp_width="full"),
+        _ablation("per-block-tokens", "tokens may come back", token_scope="per_block"),
+    )
+}
+
+METHODS: dict[str, Method] = {**RIVALS, **ABLATIONS}

@@ -1,0 +1,70 @@
+"""The picture of a comparison: accuracy over MACs, and over time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from miaformer.evaluation.plots import _FAINT, _INK, _SKIPPED, _figure, _save
+
+_LOOKS = {  # colour, marker
+    "learned": ("#1f6fb2", "o"),
+    "static": ("#d98a1f", "s"),
+    "random": ("#8a9099", "^"),
+    "cls-attention": ("#7a5aa6", "D"),
+    "top-tokens": ("#2a9d8f", "v"),
+    "merging": ("#c0392b", "P"),
+    "merging-free": ("#d98880", "P"),
+    "exits": ("#6d4c41", "X"),
+    "narrow": ("#22262b", "h"),
+}
+
+
+_OTHERS = [  # of methods without a look of their own
+    (colour, marker)
+    for marker in "osv"
+    for colour in ("#d98a1f", "#7a5aa6", "#2a9d8f", "#c0392b", "#6d4c41", "#8a9099", "#22262b")
+]
+
+
+def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
+    """Accuracy over MACs, and over measured time, of the rows of a comparison: one line a method, with intervals.
+
+    Raises ValueError where there are no rows.
+    """
+    if not rows:
+        raise ValueError("there are no rows to plot")
+    figure, _ = _figure(11.5, 4.8, axes=False)
+    timed = [row for row in rows if row["time_fraction"] is not None]
+    panels = [("macs_fraction", "mean MACs per image", rows)]
+    panels += [("time_fraction", "time, batches of 64, on this machine", timed)] if timed else []
+    shared = None
+    names = [name for name in dict.fromkeys(row["name"] for row in rows) if name not in _LOOKS and name != "dense"]
+    looks = dict(zip(names, cycle(_OTHERS), strict=False))
+    for place, (measure, label, shown) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), place, sharey=shared)
+        shared = shared or axes
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_FAINT)
+        axes.tick_params(colors=_INK, length=0)
+        for name in dict.fromkeys(row["name"] for row in shown):
+            own = sorted((r for r in shown if r["name"] == name), key=lambda row: row[measure])
+            xs, ys = [row[measure] for row in own], [100 * row["accuracy"] for row in own]
+            if name == "dense":
+                axes.axhline(ys[0], color=_FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+                axes.plot(xs, ys, marker="*", color=_INK, markersize=14, linestyle="none", label=name, zorder=4)
+                continue
+            colour, marker = _LOOKS.get(name) or looks[name]
+            errors = [[100 * abs(r["accuracy"] - r["accuracy_interval"][end]) for r in own] for end in (0, 1)]
+            line = {"linewidth": 2.2 if name == "learned" else 1.2, "markersize": 6, "zorder": 3, "capsize": 2}
+            axes.errorbar(xs, ys, errors, color=colour, marker=marker, label=name, elinewidth=0.8, **line)
+        axes.set_xlabel(f"{label}, as a fraction of the backbone's")
+        axes.grid(color=_SKIPPED, linewidth=0.8)
+        if place == 1:
+            axes.set_ylabel("accuracy, %")
+            axes.set_title(f"Accuracy per compute: {title}", loc="left", color=_INK)
+    figure.axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    _save(figure, path)

@@ -1,0 +1,195 @@
+"""A comparison trains what is missing, measures it once, and says what it found with honest intervals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from miaformer.cli import main
+from miaformer.comparison import ABLATIONS, METHODS, RIVALS, Comparison
+from miaformer.comparison.harness import Run, runs
+from miaformer.comparison.methods import adaptation_epochs
+from miaformer.comparison.results import Point, read_points, summarise
+from miaformer.model import MIAFormer
+from miaformer.training import RECIPES, Recipe, get_recipe
+
+BUDGETS = (0.5, 0.7)
+ALL = [*RIVALS, "only-reinforce", "no-distillation", "no-elastic", "coupled-mlp", "only-tokens"]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    tiny = get_recipe("digits").scaled(0.01)
+    args = {**tiny.model_args, "embed_dim": 32, "depth": 4}
+    return replace(tiny, name="tiny", model_args=args, data_on_device=True)
+
+
+@pytest.fixture(scope="module")
+def comparison(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """With rivals and some ablations trained for a few steps and measured."""
+    out = tmp_path_factory.mktemp("comparison")
+    made = Comparison(recipe, "digits", out, BUDGETS, test_images=128)
+    made.train_backbone("cpu")
+    for run in runs(ALL, [0]):
+        if not made.is_trained(run):
+            made.train(run, "cpu")
+        made.measure(run, torch.device("cpu"))
+    return made
+
+
+def test_every_method_is_trained_for_the_same_epochs(recipe: Recipe) -> None:
+    adapting = adaptation_epochs(recipe)
+    for method in METHODS.values():
+        if method.recipe is None:
+            continue
+        epochs = sum(stage.epochs for stage in method.recipe(recipe).stages)
+        extra = recipe.stages[0].epochs if method.from_scratch else 0
+        assert epochs == pytest.approx(adapting + extra), method.name
+
+
+def test_what_is_measured_is_not_measured_again(comparison: Comparison) -> None:
+    for run in runs(ALL, [0]):
+        assert comparison.is_trained(run)
+        assert comparison.is_measured(run)
+        assert not replace(comparison, budgets=(0.4,)).is_measured(run)
+
+
+def test_methods_meet_the_budgets_they_are_asked_for(comparison: Comparison) -> None:
+    points, loss = read_points([comparison.directory(run) for run in runs(ALL, [0])])
+    assert len(loss) == 128
+    names = {point.name for point in points}
+    rivals = {"dense", "narrow", "cls-attention", "top-tokens", "merging", "merging-free", "exits"}
+    assert {"learned", "static", "random"} | rivals | (set(ALL) & set(ABLATIONS)) == names
+    for point in points:
+        assert point.correct.shape == point.macs_fraction.shape == (128,)
+        if point.budget is not None and point.name not in ("exits", *ABLATIONS):  # whole tokens of 25
+            assert abs(point.macs_fraction.mean() - point.budget) < 0.08, (point.name, point.budget)
+    narrow = sorted(float(p.macs_fraction[0]) for p in points if p.name == "narrow")
+    assert len(narrow) == 3
+    assert narrow[0] < 0.5 < narrow[-1] < 0.85
+
+
+def test_a_rival_is_what_it_was_when_it_is_read_again(comparison: Comparison) -> None:
+    run = Run(METHODS["top-tokens"], 0)
+    first, second = comparison.model(run), comparison.model(run)
+    trained = first.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in second.state_dict().items())
+    untrained = comparison._untrained(run).state_dict()
+    assert any(not torch.equal(value, trained[name]) for name, value in untrained.items() if "controllers" in name)
+
+
+def test_the_command_shows_what_is_there_and_writes_it(
+    comparison: Comparison, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(RECIPES, "tiny", recipe)
+    report, plot = tmp_path / "report.json", tmp_path / "plot.png"
+    command = [
+        "compare",
+        "--recipe",
+        "tiny",
+        "--data",
+        "digits",
+        "--out",
+        str(comparison.out),
+        "--budgets",
+        "0.5",
+        "0.7",
+    ]
+    options = [
+        "--test-images",
+        "128",
+        "--seeds",
+        "0",
+        "1",
+        "--only-measured",
+        "--json",
+        str(report),
+        "--plot",
+        str(plot),
+    ]
+    assert main([*command, *options, "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "not measured: learned, seed 1" in shown
+    written = json.loads(report.read_text())
+    assert {row["name"] for row in written["rows"]} >= {"learned", "dense", "merging"}
+    assert written["num_images"] == 128
+    assert plot.stat().st_size > 10_000
+    assert main([*command, "--methods", "nothing", "--device", "cpu"]) == 2
+    assert "unknown method nothing" in capsys.readouterr().err
+
+
+def point(name: str, correct: np.ndarray, fraction: float, budget: float | None = 0.5) -> Point:
+    return Point(name, budget, correct.astype(float), np.full(len(correct), fraction), [float(correct.mean())], None)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Of 200 samples of a known accuracy nine tenths and more are within their interval of 95 %."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for trial in range(200):
+        correct = rng.random(300) < 0.8
+        row = summarise([point("learned", correct, 0.5)], rng.random(300), seed=trial).rows[0]
+        low, high = row["accuracy_interval"]
+        inside += low <= 0.8 <= high
+    assert 180 <= inside < 200
+
+
+def test_differences_are_paired() -> None:
+    """Two methods that fail on the same images differ by less than two that fail on others."""
+    rng = np.random.default_rng(1)
+    ours = rng.random(1000) < 0.8
+    same, other = ours.copy(), rng.random(1000) < 0.8
+    same[np.flatnonzero(ours)[:20]] = False
+    table = summarise(
+        [point("learned", ours, 0.5), point("static", same, 0.5), point("random", other, 0.5)], rng.random(1000)
+    )
+    width = {d["over"]: d["interval"][1] - d["interval"][0] for d in table.differences}
+    assert width["static"] < 0.4 * width["random"]
+    assert next(d for d in table.differences if d["over"] == "static")["difference"] == pytest.approx(0.02)
+
+
+def test_the_hardest_are_those_with_the_greatest_loss() -> None:
+    loss = np.arange(100.0)
+    correct = loss < 95  # wrong on the five hardest
+    row = summarise([point("learned", correct, 0.5)], loss).rows[0]
+    assert row["accuracy_hardest"] == pytest.approx(0.5)
+
+
+def test_macs_at_equal_accuracy_lie_between_points() -> None:
+    def accuracy(share: float) -> np.ndarray:
+        return np.arange(1000) < round(1000 * share)
+
+    table = summarise(
+        [
+            point("dense", accuracy(0.9), 1.0, None),
+            point("learned", accuracy(0.85), 0.35, 0.35),
+            point("learned", accuracy(0.9), 0.55, 0.5),
+            point("random", accuracy(0.6), 0.35, 0.35),
+            point("random", accuracy(0.7), 0.5, 0.5),
+        ],
+        np.arange(1000.0),
+    )
+    assert table.at_equal_accuracy["learned"] == pytest.approx(0.35 + 0.2 * 0.9)
+    assert table.at_equal_accuracy["random"] == pytest.approx(0.5 + 0.5 * (0.895 - 0.7) / 0.2)
+
+
+def test_a_method_between_others_images_is_refused(comparison: Comparison, tmp_path: Path) -> None:
+    learned = comparison.directory(Run(METHODS["learned"], 0))
+    other = tmp_path / "seed0"
+    other.mkdir()
+    (other / "measured.json").write_text((learned / "measured.json").read_text())
+    with np.load(learned / "measured.npz") as arrays:
+        np.savez(other / "measured.npz", **{**arrays, "dense_loss": arrays["dense_loss"][::-1]})
+    with pytest.raises(ValueError, match="measured on other images"):
+        read_points([learned, other])
+
+
+def test_the_saved_learned_model_is_an_ordinary_one(comparison: Comparison) -> None:
+    saved = comparison.directory(Run(METHODS["learned"], 0)) / "model"
+    assert MIAFormer.from_pretrained(saved).calibration is not None

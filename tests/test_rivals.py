@@ -1,0 +1,173 @@
+"""Rivals spend what they say, choose what they claim to, and learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_training import tiny_model
+from torch import Tensor
+
+from miaformer.cost import count_macs
+from miaformer.engine.masked import Masked
+from miaformer.evaluation.controls import top_tokens_policy
+from miaformer.model import MIAFormer
+from miaformer.rivals.merging import merged_logits, merged_macs, merges_drawn, merges_for
+from miaformer.rivals.policies import EarlyExit, TopTokens, token_scorers
+from miaformer.training.gates import Draws
+from miaformer.training.rivals import RelaxedTopTokens, drawn_keep, random_exits
+
+
+@pytest.fixture
+def model() -> MIAFormer:
+    return tiny_model().eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+def draws_of(model: MIAFormer, batch: int, full_share: float = 0.0) -> Draws:
+    generator = torch.Generator().manual_seed(5)
+    return Draws.of_step(generator, batch, model.cost(), full_share, (0.3, 0.9), slice(0, batch))
+
+
+def with_scorers(model: MIAFormer) -> MIAFormer:
+    torch.manual_seed(2)
+    model.controllers = token_scorers(len(model.controllers), model.embed_dim)
+    for scorer in model.controllers:
+        for parameter in scorer.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+# merging
+
+
+def test_merging_nothing_is_the_backbone(model: MIAFormer, images: Tensor) -> None:
+    merges = [0] * model.cost().depth
+    with torch.no_grad():
+        torch.testing.assert_close(merged_logits(model, images, merges), model.backbone(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.7, 1.0])
+def test_macs_of_merging_are_those_counted(model: MIAFormer, images: Tensor, rate: float) -> None:
+    merges = merges_drawn(model.cost(), rate)
+    assert merged_macs(model.cost(), merges) == count_macs(lambda: merged_logits(model, images[:1], merges))
+
+
+def test_merging_joins_equal_tokens_and_leaves_the_result(model: MIAFormer) -> None:
+    """Patches that are all alike stay alike: with as many merged as may be, attention still weighs them as before."""
+    flat = torch.full((1, 3, 16, 16), 0.4)
+    torch.nn.init.zeros_(model.backbone.pos_embed)  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = model.backbone(flat)
+        merged = merged_logits(model, flat, merges_drawn(model.cost(), 1.0))
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_merges_meet_a_budget_or_say_what_is_the_least(model: MIAFormer) -> None:
+    cost = model.cost()
+    least = merged_macs(cost, merges_drawn(cost, 1.0)) / cost.backbone
+    budget = (1 + least) / 2
+    assert abs(merged_macs(cost, merges_for(cost, budget)) / cost.backbone - budget) < 0.03
+    with pytest.raises(ValueError, match="the least that token merging can spend"):
+        merges_for(cost, least / 2)
+
+
+def test_merging_is_trained_through(model: MIAFormer, images: Tensor) -> None:
+    merged_logits(model, images, merges_drawn(model.cost(), 0.5)).sum().backward()
+    assert all(p.grad is not None for p in model.backbone.blocks.parameters())
+
+
+# top tokens
+
+
+def test_top_tokens_keep_the_same_number_for_every_image_by_score(model: MIAFormer, images: Tensor) -> None:
+    policy = TopTokens(0.5, (1,), scorers=with_scorers(model).controllers)
+    with torch.no_grad():
+        trace = model.run(images, policy=policy).trace
+        x, _ = model.walk(model.embed(images), policy, _FirstBlockOnly(model), model.cost())
+    kept = trace.tokens[:, 1].sum(dim=1)
+    assert kept.tolist() == [model.cost().num_patches // 2] * len(images)
+    scores = model.controllers[1](x[:, 1:], torch.ones(len(images), model.cost().num_patches))
+    for image in range(len(images)):
+        assert scores[image][trace.tokens[image, 1]].min() >= scores[image][~trace.tokens[image, 1]].max()
+
+
+class _FirstBlockOnly:
+    def __init__(self, model: MIAFormer) -> None:
+        self.model = model
+
+    def __call__(self, index: int, block: torch.nn.Module, x: Tensor, gates: object) -> Tensor:
+        return block(x) if index == 0 else x
+
+
+def test_macs_of_top_tokens_are_those_counted(model: MIAFormer, images: Tensor) -> None:
+    policy = TopTokens(0.6, (1, 2), scorers=with_scorers(model).controllers)
+    model.cost()  # which runs parts of the model, once
+    reported: list[int] = []
+    counted = count_macs(lambda: reported.append(int(model.run(images[:1], policy=policy).trace.macs)))
+    assert reported == [counted]
+
+
+def test_top_tokens_meet_a_budget(model: MIAFormer, images: Tensor) -> None:
+    policy = top_tokens_policy(with_scorers(model), 0.7)
+    with torch.inference_mode():
+        spent = model.run(images, policy=policy).trace.macs_fraction
+    assert torch.allclose(spent, torch.full_like(spent, 0.7), atol=0.06)  # whole tokens of few
+
+
+def test_relaxed_top_tokens_are_the_hard_ones_without_noise_and_teach_scorers(model: MIAFormer, images: Tensor) -> None:
+    draws = draws_of(with_scorers(model), len(images))
+    relaxed = RelaxedTopTokens(model.controllers, torch.full((len(images),), 0.5), draws, temperature=0.0)
+    hard = TopTokens(0.5, tuple(i for i, s in enumerate(model.controllers) if any(True for _ in s.parameters())),
+                     scorers=model.controllers)  # fmt: skip
+    cost = model.cost()
+    x, steps = model.walk(model.embed(images), relaxed, Masked(cost), cost)
+    with torch.inference_mode():
+        trace = model.run(images, policy=hard).trace
+    assert torch.equal(steps.decisions().tokens, trace.tokens)
+    (x.square().mean() + steps.macs.mean() / cost.backbone).backward()
+    for scorer in model.controllers:
+        for parameter in scorer.parameters():
+            assert parameter.grad is not None
+
+
+def test_images_that_execute_everything_keep_all_tokens(model: MIAFormer) -> None:
+    draws = draws_of(model, 8, full_share=0.5)
+    keep = drawn_keep(draws)
+    assert (keep[draws.full] == 1).all()
+    assert ((keep[~draws.full] >= 0.3) & (keep[~draws.full] <= 1)).all()
+
+
+# early exits
+
+
+@pytest.mark.parametrize(("threshold", "blocks"), [(0.0, 1), (1.01, None)])
+def test_exits_leave_at_once_or_never(model: MIAFormer, images: Tensor, threshold: float, blocks: int | None) -> None:
+    with torch.inference_mode():
+        output = model.run(images, policy=EarlyExit(model.backbone, threshold))
+    assert (output.trace.depth.sum(dim=1) == (blocks or model.cost().depth)).all()
+    if blocks is None:
+        torch.testing.assert_close(output.logits, model.backbone(images), atol=1e-5, rtol=1e-4)
+
+
+def test_exits_are_final_and_follow_confidence(model: MIAFormer, images: Tensor) -> None:
+    with torch.inference_mode():
+        x = model.backbone.blocks[0](model.embed(images))
+        confidence = model.backbone.forward_head(model.backbone.norm(x)).softmax(dim=1).amax(dim=1)
+        threshold = float(confidence.median())
+        depth = model.run(images, policy=EarlyExit(model.backbone, threshold)).trace.depth
+    assert torch.equal(~depth[:, 1], confidence >= threshold)
+    assert (depth[:, 1:] <= depth[:, :-1]).all(), "who has left does not come back"
+
+
+def test_random_exits_are_prefixes_of_every_length(model: MIAFormer) -> None:
+    cost = model.cost()
+    draws = draws_of(model, 200, full_share=0.25)
+    taken = random_exits(draws, cost.depth, cost.num_heads, cost.num_patches)
+    assert (taken.depth[:, 1:] <= taken.depth[:, :-1]).all()
+    assert taken.depth[:, 0].all()
+    assert (taken.depth[draws.full]).all()
+    assert set(taken.depth.sum(dim=1).tolist()) == set(range(1, cost.depth + 1))
