@@ -310,7 +310,7 @@ def test_a_budget_without_calibration_is_named() -> None:
         ({"controller_hidden": 2.5}, ValueError, r"controller_hidden=2\.5 must be an integer"),
         ({"first_token_block": -1}, ValueError, "first_token_block=-1 must be an integer of at least 0"),
         ({"default_budget": 1.5}, ValueError, r"default_budget=1\.5 must be a fraction"),
-        ({"width": "full"}, TypeError, r"adapt\(\) does not know width; settings are grains, mlp_width, .*default_budget"),
+        ({"width": "full"}, TypeError, r"adapt\(\) does not know width; settings are grains, .*default_budget"),
     ],
 )
 def test_bad_settings_are_named(config: dict[str, Any], error: type[Exception], message: str) -> None:
