@@ -12,9 +12,9 @@ import torch
 
 from miaformer.cli import main
 from miaformer.comparison import ABLATIONS, METHODS, RIVALS, Comparison
-from miaformer.comparison.harness import Run, runs
+from miaformer.comparison.harness import Run, _margin, runs
 from miaformer.comparison.methods import adaptation_epochs
-from miaformer.comparison.results import Point, read_points, summarise
+from miaformer.comparison.results import Difficulty, Point, read_points, summarise
 from miaformer.model import MIAFormer
 from miaformer.training import RECIPES, Recipe, get_recipe
 
@@ -60,8 +60,8 @@ def test_what_is_measured_is_not_measured_again(comparison: Comparison) -> None:
 
 
 def test_methods_meet_the_budgets_they_are_asked_for(comparison: Comparison) -> None:
-    points, loss = read_points([comparison.directory(run) for run in runs(ALL, [0])])
-    assert len(loss) == 128
+    points, difficulty = read_points([comparison.directory(run) for run in runs(ALL, [0])])
+    assert len(difficulty.loss) == len(difficulty.margin) == 128
     names = {point.name for point in points}
     rivals = {"dense", "narrow", "cls-attention", "top-tokens", "merging", "merging-free", "exits"}
     assert {"learned", "static", "random"} | rivals | (set(ALL) & set(ABLATIONS)) == names
@@ -124,6 +124,10 @@ def test_the_command_shows_what_is_there_and_writes_it(
     assert "unknown method nothing" in capsys.readouterr().err
 
 
+def hard(loss: np.ndarray) -> Difficulty:
+    return Difficulty(loss, -loss)
+
+
 def point(name: str, correct: np.ndarray, fraction: float, budget: float | None = 0.5) -> Point:
     return Point(name, budget, correct.astype(float), np.full(len(correct), fraction), [float(correct.mean())], None)
 
@@ -134,7 +138,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     inside = 0
     for trial in range(200):
         correct = rng.random(300) < 0.8
-        row = summarise([point("learned", correct, 0.5)], rng.random(300), seed=trial).rows[0]
+        row = summarise([point("learned", correct, 0.5)], hard(rng.random(300)), seed=trial).rows[0]
         low, high = row["accuracy_interval"]
         inside += low <= 0.8 <= high
     assert 180 <= inside < 200
@@ -147,7 +151,7 @@ def test_differences_are_paired() -> None:
     same, other = ours.copy(), rng.random(1000) < 0.8
     same[np.flatnonzero(ours)[:20]] = False
     table = summarise(
-        [point("learned", ours, 0.5), point("static", same, 0.5), point("random", other, 0.5)], rng.random(1000)
+        [point("learned", ours, 0.5), point("static", same, 0.5), point("random", other, 0.5)], hard(rng.random(1000))
     )
     width = {d["over"]: d["interval"][1] - d["interval"][0] for d in table.differences}
     assert width["static"] < 0.4 * width["random"]
@@ -157,7 +161,7 @@ def test_differences_are_paired() -> None:
 def test_the_hardest_are_those_with_the_greatest_loss() -> None:
     loss = np.arange(100.0)
     correct = loss < 95  # wrong on the five hardest
-    row = summarise([point("learned", correct, 0.5)], loss).rows[0]
+    row = summarise([point("learned", correct, 0.5)], hard(loss)).rows[0]
     assert row["accuracy_hardest"] == pytest.approx(0.5)
 
 
@@ -173,7 +177,7 @@ def test_macs_at_equal_accuracy_lie_between_points() -> None:
             point("random", accuracy(0.6), 0.35, 0.35),
             point("random", accuracy(0.7), 0.5, 0.5),
         ],
-        np.arange(1000.0),
+        hard(np.arange(1000.0)),
     )
     assert table.at_equal_accuracy["learned"] == pytest.approx(0.35 + 0.2 * 0.9)
     assert table.at_equal_accuracy["random"] == pytest.approx(0.5 + 0.5 * (0.895 - 0.7) / 0.2)
@@ -193,3 +197,17 @@ def test_a_method_between_others_images_is_refused(comparison: Comparison, tmp_p
 def test_the_saved_learned_model_is_an_ordinary_one(comparison: Comparison) -> None:
     saved = comparison.directory(Run(METHODS["learned"], 0)) / "model"
     assert MIAFormer.from_pretrained(saved).calibration is not None
+
+
+def test_rank_correlations_say_whether_the_harder_images_get_more() -> None:
+    loss = np.arange(100.0)
+    correct = np.ones(100, dtype=bool)
+    follows = Point("learned", 0.5, correct.astype(float), loss / 100, [1.0], None)
+    found = summarise([follows], Difficulty(loss, np.flip(loss))).adaptivity[0]
+    assert found["loss"] == pytest.approx(1.0)
+    assert found["margin"] == pytest.approx(1.0)
+
+
+def test_a_margin_is_the_lead_of_the_right_class() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
+    assert _margin(logits, torch.tensor([0, 1])).tolist() == [1.0, -2.0]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from miaformer.config import AdaptConfig
     from miaformer.decisions import Decisions
     from miaformer.evaluation.calibration import calibrate
+    from miaformer.loading import load
     from miaformer.model import MIAFormer, Output, Trace, adapt
     from miaformer.training import train
 
@@ -27,6 +28,7 @@ __all__ = [
     "Trace",
     "adapt",
     "calibrate",
+    "load",
     "policy",
     "train",
 ]
@@ -41,6 +43,7 @@ _HOME = {
     "Trace": "miaformer.model",
     "adapt": "miaformer.model",
     "calibrate": "miaformer.evaluation.calibration",
+    "load": "miaformer.loading",
     "train": "miaformer.training",
 }
 

@@ -68,8 +68,10 @@ def open_model(
     """
     import torch
 
+    from miaformer import load
+
     name = spec.removeprefix("timm:")
-    model = _adapted(name, num_classes, pretrained) if spec.startswith("timm:") else _saved(spec)
+    model = _adapted(name, num_classes, pretrained) if spec.startswith("timm:") else load(spec)
     return model.to(device, getattr(torch, dtype)).eval()
 
 
@@ -82,21 +84,6 @@ def _adapted(name: str, num_classes: int | None, pretrained: bool) -> MIAFormer:
         raise ValueError(f"timm knows no model {name!r}; timm.list_models('vit*') lists its ViTs")
     classes: dict[str, Any] = {} if pretrained or num_classes is None else {"num_classes": num_classes}
     return miaformer.adapt(timm.create_model(name, pretrained=pretrained, **classes))
-
-
-def _saved(spec: str) -> MIAFormer:
-    from pathlib import Path
-
-    from miaformer import MIAFormer
-
-    if Path(spec).exists():
-        return MIAFormer.from_pretrained(spec)
-    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
-        raise ValueError(f"no model {spec!r}: no such directory, and hub ids have the form OWNER/NAME")
-    try:
-        return MIAFormer.from_pretrained(spec)
-    except OSError as error:  # of the network, or of the hub's answer
-        raise ValueError(f"no model {spec!r}: no such directory, and not to be had from the hub: {error}") from error
 
 
 def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:

@@ -177,12 +177,17 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
     from miaformer.comparison.results import read_points, summarise
     from miaformer.evaluation.environment import describe_environment
 
-    points, loss = read_points([comparison.directory(one) for one in measured])
-    table = summarise(points, loss)
+    table = summarise(*read_points([comparison.directory(one) for one in measured]))
     out = console()
     out.print(_table(table))
     for name, fraction in table.at_equal_accuracy.items():
         out.print(f"{name}: half a point below dense at {fraction:.3f} of the MACs", markup=False)
+    for at in table.adaptivity:
+        out.print(
+            f"Does compute follow difficulty? At {at['budget']:g}: rank correlation of MACs with the backbone's loss "
+            f"{at['loss']:+.3f}, with its margin {at['margin']:+.3f}.",
+            soft_wrap=True,
+        )
     for one in missing:
         out.print(f"not measured: {one.method.name}, seed {one.seed}", markup=False)
     if args.json:

@@ -137,13 +137,17 @@ class Comparison:
         entries = run.method.entries(model, question)
         correct: list[list[Array]] = [[] for _ in entries]
         fraction: list[list[Array]] = [[] for _ in entries]
-        losses, done = [], 0
+        losses: list[Array] = []
+        margins: list[Array] = []
+        done = 0
         timed: list[Tensor] = []
         for batch in self._batches("test"):
             images, labels = batch.images.to(device), batch.labels.to(device)
             if len(timed) < TIMED_BATCHES and len(images) >= TIMED_BATCH:
                 timed.append(images[:TIMED_BATCH])
-            losses.append(F.cross_entropy(static(images).float(), labels, reduction="none").cpu().numpy())
+            logits = static(images).float()
+            losses.append(F.cross_entropy(logits, labels, reduction="none").cpu().numpy())
+            margins.append(_margin(logits, labels).cpu().numpy())
             for place, entry in enumerate(entries):
                 logits, spent = entry.classify(images)
                 correct[place].append((logits.argmax(dim=1) == labels).cpu().numpy())
@@ -151,7 +155,7 @@ class Comparison:
             done += len(images)
             if on_progress is not None:
                 on_progress("measure", done)
-        arrays = {"dense_loss": np.concatenate(losses)}
+        arrays = {"dense_loss": np.concatenate(losses), "dense_margin": np.concatenate(margins)}
         points = []
         for place, entry in enumerate(entries):
             arrays[f"correct{place}"], arrays[f"macs_fraction{place}"] = (
@@ -201,6 +205,12 @@ def runs(methods: Sequence[str], seeds: Sequence[int], seeds_of_rivals: Sequence
     for name in dict.fromkeys(methods):
         found += [Run(METHODS[name], seed) for seed in (seeds if name == "learned" else seeds_of_rivals)]
     return found
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """By how much the label's logit (B, classes) is above the next (B,)."""
+    right = logits.gather(1, labels[:, None]).squeeze(1)
+    return right - logits.scatter(1, labels[:, None], float("-inf")).amax(dim=1)
 
 
 def _time(static: nn.Module, classify: Classify, batches: Sequence[Tensor]) -> dict[str, float] | None:

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from miaformer.evaluation import spearman
 
 Array = NDArray[Any]
 
@@ -37,33 +40,46 @@ class Point:
 
 @dataclass(frozen=True)
 class Table:
-    """All that was measured, ready for JSON: `rows`, `differences`, `at_equal_accuracy`."""
+    """All that was measured, ready for JSON.
+
+    rows: of every method at every budget; differences: ours less the others; at_equal_accuracy: MACs fractions;
+    adaptivity: at each budget the rank correlation of what our method spends on an image with how hard it is.
+    """
 
     rows: list[dict[str, Any]]
     differences: list[dict[str, Any]]
     at_equal_accuracy: dict[str, float]
+    adaptivity: list[dict[str, float]]
     num_images: int
 
 
-def read_points(directories: Sequence[Path]) -> tuple[list[Point], Array]:
-    """The points of measured runs, and the backbone's loss (n,) on each image.
+@dataclass(frozen=True)
+class Difficulty:
+    """How hard each image is for the backbone: its loss (n,), and by how much the right logit leads (n,)."""
+
+    loss: Array
+    margin: Array
+
+
+def read_points(directories: Sequence[Path]) -> tuple[list[Point], Difficulty]:
+    """The points of measured runs, and how hard their images are.
 
     Raises ValueError where they were measured on different images.
     """
     gathered: dict[tuple[str, float | None, str], list[tuple[Array, Array, float | None]]] = {}
-    loss: Array | None = None
+    found: Difficulty | None = None
     for directory in directories:
         report: Mapping[str, Any] = json.loads((directory / "measured.json").read_text())
         with np.load(directory / "measured.npz") as arrays:
-            if loss is not None and not np.allclose(loss, arrays["dense_loss"], atol=1e-3):
+            if found is not None and not np.allclose(found.loss, arrays["dense_loss"], atol=1e-3):
                 raise ValueError(f"{directory} was measured on other images, or beside another backbone: remove it")
-            loss = arrays["dense_loss"]
+            found = Difficulty(arrays["dense_loss"], arrays["dense_margin"])
             for point in report["points"]:
                 key = (point["name"], point["budget"], report["method"])
                 time = None if point["time"] is None else point["time"]["fraction"]
                 values = arrays[f"correct{point['key']}"], arrays[f"macs_fraction{point['key']}"], time
                 gathered.setdefault(key, []).append(values)
-    if loss is None:
+    if found is None:
         raise ValueError("nothing has been measured yet")
     points = []
     for (name, budget, _), seeds in gathered.items():
@@ -73,18 +89,19 @@ def read_points(directories: Sequence[Path]) -> tuple[list[Point], Array]:
         accuracies = [float(seed[0].mean()) for seed in seeds]
         time = float(np.mean(times)) if times else None
         points.append(Point(name, budget, correct, fraction, accuracies, time))
-    return points, loss
+    return points, found
 
 
-def summarise(points: Sequence[Point], loss: Array, seed: int = 0) -> Table:
-    """points: of one comparison; loss: (n,), the backbone's on each image."""
-    num_images = len(loss)
+def summarise(points: Sequence[Point], difficulty: Difficulty, seed: int = 0) -> Table:
+    """points: of one comparison; difficulty: of its images."""
+    num_images = len(difficulty.loss)
     hardest = np.zeros(num_images, dtype=bool)
-    hardest[np.argsort(-loss, kind="stable")[: max(round(HARDEST * num_images), 1)]] = True
+    hardest[np.argsort(-difficulty.loss, kind="stable")[: max(round(HARDEST * num_images), 1)]] = True
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(num_images, np.full(num_images, 1 / num_images), RESAMPLES).astype(np.float32)
     rows = [_row(point, weights, hardest) for point in points]
-    return Table(rows, _differences(points, weights, hardest), _at_equal_accuracy(points), num_images)
+    gaps = _differences(points, weights, hardest)
+    return Table(rows, gaps, _at_equal_accuracy(points), _adaptivity(points, difficulty), num_images)
 
 
 def _row(point: Point, weights: Array, hardest: Array) -> dict[str, Any]:
@@ -156,3 +173,19 @@ def _at_equal_accuracy(points: Sequence[Point]) -> dict[str, float]:
                 found[name] = x0 + (x1 - x0) * (wanted - y0) / (y1 - y0)
                 break
     return found
+
+
+def _adaptivity(points: Sequence[Point], difficulty: Difficulty) -> list[dict[str, float]]:
+    """Spearman's rank correlations: 1 where the harder image always gets more."""
+    harder = {"loss": difficulty.loss, "margin": -difficulty.margin}
+    return [
+        {
+            "budget": float(point.budget or 1.0),
+            **{
+                name: spearman(torch.from_numpy(values), torch.from_numpy(point.macs_fraction))
+                for name, values in harder.items()
+            },
+        }
+        for point in points
+        if point.name == "learned"
+    ]
