@@ -88,7 +88,7 @@ def test_the_command_shows_what_is_there_and_writes_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setitem(RECIPES, "tiny", recipe)
-    report, plot = tmp_path / "report.json", tmp_path / "plot.png"
+    report, plot, pictures = (tmp_path / name for name in ("report.json", "plot.png", "pictures.png"))
     command = [
         "compare",
         "--recipe",
@@ -112,6 +112,8 @@ def test_the_command_shows_what_is_there_and_writes_it(
         str(report),
         "--plot",
         str(plot),
+        "--pictures",
+        str(pictures),
     ]
     assert main([*command, *options, "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
@@ -120,6 +122,7 @@ def test_the_command_shows_what_is_there_and_writes_it(
     assert {row["name"] for row in written["rows"]} >= {"learned", "dense", "merging"}
     assert written["num_images"] == 128
     assert plot.stat().st_size > 10_000
+    assert pictures.stat().st_size > 10_000
     assert main([*command, "--methods", "nothing", "--device", "cpu"]) == 2
     assert "unknown method nothing" in capsys.readouterr().err
 

@@ -76,6 +76,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--only-measured", action="store_true", help="show what there is; train and measure nothing")
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the curves here")
+    parser.add_argument(
+        "--pictures", metavar="FILE.png", help="draw the cheapest and the dearest images of each class here"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: an accelerator where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
     parser.add_argument(
@@ -207,6 +210,21 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
 
         plot_comparison(table.rows, args.plot, f"{comparison.recipe.name}, {table.num_images:,} test images")
         out.print(f"wrote {args.plot}", markup=False)
+    learned = next((one for one in measured if one.method.name == "learned"), None)
+    if args.pictures and learned is None:
+        raise ValueError("--pictures shows what `learned` does, which is not measured yet")
+    if args.pictures and learned is not None:
+        _draw_classes(comparison, learned, args.pictures)
+        out.print(f"wrote {args.pictures}", markup=False)
+
+
+def _draw_classes(comparison: Comparison, learned: Run, path: str) -> None:
+    from miaformer.comparison.pictures import plot_classes
+    from miaformer.data import open_data
+
+    budget = comparison.budgets[len(comparison.budgets) // 2]
+    classes = open_data(comparison.data, "test").classes
+    plot_classes(comparison.model(learned), comparison.batches("test"), path, budget, classes)
 
 
 def _seeds(measured: list[Run]) -> dict[str, list[int]]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miaformer.comparison.methods import METHODS, Classify, Method, Question
-from miaformer.data import Batches, build_transform, open_data
+from miaformer.data import Batches, Split, build_transform, open_data
 from miaformer.evaluation import describe_environment, time_pairs
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
 from miaformer.model import MIAFormer, adapt
@@ -133,7 +133,7 @@ class Comparison:
         model = self.model(run).to(device)
         static = self._static().to(device).eval()
         backbone_macs = adapt(self._static(), **self.recipe.adapt).cost().backbone
-        question = Question(self.budgets, lambda: self._batches("calibration"), backbone_macs, run.seed)
+        question = Question(self.budgets, lambda: self.batches("calibration"), backbone_macs, run.seed)
         entries = run.method.entries(model, question)
         correct: list[list[Array]] = [[] for _ in entries]
         fraction: list[list[Array]] = [[] for _ in entries]
@@ -141,7 +141,7 @@ class Comparison:
         margins: list[Array] = []
         done = 0
         timed: list[Tensor] = []
-        for batch in self._batches("test"):
+        for batch in self.batches("test"):
             images, labels = batch.images.to(device), batch.labels.to(device)
             if len(timed) < TIMED_BATCHES and len(images) >= TIMED_BATCH:
                 timed.append(images[:TIMED_BATCH])
@@ -177,7 +177,8 @@ class Comparison:
         }
         (out / "measured.json").write_text(json.dumps(report, indent=1) + "\n")
 
-    def _batches(self, split: Any) -> Iterable[LabelledBatch]:
+    def batches(self, split: Split) -> Iterable[LabelledBatch]:
+        """Of a split, in order; of the test split no more than are measured."""
         data = open_data(self.data, split)
         transform = build_transform(self._data_config)
         batches = Batches(data, transform, 250, seed=0, shuffle=False, drop_last=False).epoch(0)
