@@ -18,8 +18,8 @@ from miaformer.comparison.results import Difficulty, Point, read_points, summari
 from miaformer.model import MIAFormer
 from miaformer.training import RECIPES, Recipe, get_recipe
 
-BUDGETS = (0.5, 0.7)
-ALL = [*RIVALS, "only-reinforce", "no-distillation", "no-elastic", "coupled-mlp", "only-tokens"]
+BUDGETS = (0.6,)
+ALL = [*RIVALS, "only-reinforce", "no-distillation", "coupled-mlp"]
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,7 @@ def test_the_command_shows_what_is_there_and_writes_it(
         "--out",
         str(comparison.out),
         "--budgets",
-        "0.5",
-        "0.7",
+        "0.6",
     ]
     options = [
         "--test-images",
@@ -136,15 +135,15 @@ def point(name: str, correct: np.ndarray, fraction: float, budget: float | None 
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """Of 200 samples of a known accuracy nine tenths and more are within their interval of 95 %."""
+    """Of 100 samples of a known accuracy nine tenths and more are within their interval of 95 %."""
     rng = np.random.default_rng(0)
     inside = 0
-    for trial in range(200):
+    for trial in range(100):
         correct = rng.random(300) < 0.8
         row = summarise([point("learned", correct, 0.5)], hard(rng.random(300)), seed=trial).rows[0]
         low, high = row["accuracy_interval"]
         inside += low <= 0.8 <= high
-    assert 180 <= inside < 200
+    assert 88 <= inside < 100
 
 
 def test_differences_are_paired() -> None:
