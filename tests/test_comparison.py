@@ -213,3 +213,21 @@ def test_rank_correlations_say_whether_the_harder_images_get_more() -> None:
 def test_a_margin_is_the_lead_of_the_right_class() -> None:
     logits = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
     assert _margin(logits, torch.tensor([0, 1])).tolist() == [1.0, -2.0]
+
+
+def test_what_another_recipe_trained_is_not_taken_for_this_one(comparison: Comparison, recipe: Recipe) -> None:
+    longer = replace(comparison, recipe=recipe.scaled(2))
+    with pytest.raises(ValueError, match=r"holds another run, different in recipe\.stages"):
+        longer.backbone_is_trained()
+    with pytest.raises(ValueError, match=r"holds another run, different in recipe\.stages"):
+        longer.is_trained(Run(METHODS["learned"], 0))
+
+
+def test_an_interrupted_measurement_is_made_again(comparison: Comparison) -> None:
+    run = Run(METHODS["merging-free"], 0)
+    report = comparison.directory(run) / "measured.json"
+    report.unlink()
+    assert not comparison.is_measured(run)
+    comparison.measure(run, torch.device("cpu"))
+    assert comparison.is_measured(run)
+    assert not list(report.parent.glob("*.partial"))

@@ -115,6 +115,9 @@ def test_jitter_changes_colours_and_keeps_them_in_range() -> None:
 def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="auto_augment"):
         batches(Augmentation(auto_augment="rand-m9-mstd0.5-inc1"))
+    for name, value in (("batch_size", 0), ("seed", -1), ("rank", 1)):
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            batches(**{name: value})
     with pytest.raises(ValueError, match="18 images do not fill a batch of 19"):
         batches(batch_size=19)
     monkeypatch.setattr("miaformer.data.on_device.MAX_DEVICE_BYTES", 1000)

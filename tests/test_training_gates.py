@@ -147,9 +147,10 @@ def test_draws_do_not_depend_on_the_number_of_processes() -> None:
         return Draws.of_step(torch.Generator().manual_seed(5), 8, model.cost(), 0.25, (0.3, 0.9), images)
 
     whole, halves = part(slice(0, 8)), (part(slice(0, 4)), part(slice(4, 8)))
-    for name in ("full", "budgets", "depth", "heads", "tokens", "rates"):
+    for name in ("full", "budgets", "depth", "heads", "tokens", "rates", "shared"):
         together = torch.cat([getattr(half, name) for half in halves])
         assert torch.equal(getattr(whole, name), together)
+    assert len(whole.shared.unique()) == 1, "what the whole batch shares is one number in every process"
 
 
 def test_tariff_brings_spending_to_the_budget() -> None:

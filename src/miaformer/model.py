@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
 from timm.data import resolve_data_config
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -32,7 +30,7 @@ from miaformer.engine.sparse import Sparse
 from miaformer.engine.walk import Execution, Steps, walk
 from miaformer.folded import Controllers
 from miaformer.importance import identity_orders, importance_orders
-from miaformer.model_files import ModelFiles, read_json, read_model_files, write_model_files
+from miaformer.model_files import SavedModel
 from miaformer.policy import Full, Learned, Policy
 
 Budget = float | Sequence[float] | Tensor
@@ -54,7 +52,7 @@ class Output:
 
 class MIAFormer(
     nn.Module,
-    ModelHubMixin,
+    SavedModel,
     library_name="miaformer",
     tags=["image-classification", "dynamic-inference", "vision-transformer"],
     license="apache-2.0",
@@ -406,66 +404,6 @@ class MIAFormer(
                 setattr(twin, name, getattr(self.backbone, name))
         static.apply_orders(twin, static.inverse_orders(self.orders()))
         return twin.train(self.training)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        write_model_files(
-            save_directory,
-            self._description,
-            self.adapt_config,
-            self.pretrained_cfg,
-            self.state_dict(),
-            self.calibration,
-        )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MIAFormer:
-        """A model from its directory, or by its id from the hub; kwargs are the hub mixin's.
-
-        Raises ValueError naming the file that is missing, damaged, or not a MIA-Former's.
-        """
-        directory = Path(pretrained_model_name_or_path)
-        if directory.is_dir():
-            read_json(directory / "config.json")  # before the mixin reads it, whose errors name no file
-        elif directory.exists() or str(pretrained_model_name_or_path).startswith((".", "/", "~")):
-            raise ValueError(f"{directory} is not a model directory: it should hold config.json and model.safetensors")
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **model_kwargs: Any,
-    ) -> MIAFormer:
-        directory = Path(model_id)
-        if not directory.is_dir():
-            directory = Path(
-                snapshot_download(
-                    model_id,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=["config.json", "model.safetensors", "calibration.json"],
-                )
-            )
-        return cls._of_files(read_model_files(directory))
-
-    @classmethod
-    def _of_files(cls, files: ModelFiles) -> MIAFormer:
-        model = cls(files.backbone, files.config, identity_orders(files.backbone))
-        try:
-            model.load_state_dict(files.state)
-        except RuntimeError as error:
-            raise ValueError(f"{files.weights} does not fit config.json beside it: {error}") from error
-        model.calibration = files.calibration
-        return model.eval()
 
 
 def adapt(backbone: nn.Module, calibration_images: Tensor | None = None, **config: Any) -> MIAFormer:

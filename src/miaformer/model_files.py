@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
+from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -16,6 +17,10 @@ from torch import Tensor
 from miaformer import backbone as static
 from miaformer.budget import Calibration
 from miaformer.config import AdaptConfig
+from miaformer.importance import identity_orders
+
+if TYPE_CHECKING:
+    from miaformer.model import MIAFormer
 
 FORMAT = 1
 
@@ -97,3 +102,68 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold a JSON object")
     return content
+
+
+class SavedModel(ModelHubMixin):
+    """What a MIAFormer is on disk and on the hub: the hub's interface, with our files behind it."""
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        model = cast("MIAFormer", self)
+        write_model_files(
+            save_directory,
+            model._description,
+            model.adapt_config,
+            model.pretrained_cfg,
+            model.state_dict(),
+            model.calibration,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """A model from its directory, or by its id from the hub; kwargs are the hub mixin's.
+
+        Raises ValueError naming the file that is missing, damaged, or not a MIA-Former's.
+        """
+        directory = Path(pretrained_model_name_or_path)
+        if directory.is_dir():
+            read_json(directory / "config.json")  # before the mixin reads it, whose errors name no file
+        elif directory.exists() or str(pretrained_model_name_or_path).startswith((".", "/", "~")):
+            raise ValueError(f"{directory} is not a model directory: it should hold config.json and model.safetensors")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **model_kwargs: Any,
+    ) -> Self:
+        directory = Path(model_id)
+        if not directory.is_dir():
+            directory = Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=["config.json", "model.safetensors", "calibration.json"],
+                )
+            )
+        return cls._of_files(read_model_files(directory))
+
+    @classmethod
+    def _of_files(cls, files: ModelFiles) -> Self:
+        model: Any = cls(files.backbone, files.config, identity_orders(files.backbone))
+        try:
+            model.load_state_dict(files.state)
+        except RuntimeError as error:
+            raise ValueError(f"{files.weights} does not fit config.json beside it: {error}") from error
+        model.calibration = files.calibration
+        return cast(Self, model.eval())

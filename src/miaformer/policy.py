@@ -6,6 +6,7 @@ image, or the tokens that the class token attends to most.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -118,7 +119,7 @@ class Static(Fixed):
 
 
 @dataclass(frozen=True)
-class BestTokens(_Free):
+class BestTokens(_Free, ABC):
     """Keeps the patch tokens with the highest scores, the same number for every image.
 
     keep: of the tokens still active the share that stays, at each of `blocks`; a number, or one an image (B,). Who
@@ -133,9 +134,9 @@ class BestTokens(_Free):
         if not bool(((keep >= 0) & (keep <= 1)).all()):
             raise ValueError(f"{type(self).__name__}(keep={self.keep!r}): the share of tokens to keep lies in 0 to 1")
 
+    @abstractmethod
     def scores(self, state: State, active: Tensor) -> Tensor:
         """(B, N), of the active tokens (B, N) bool; of the others anything."""
-        raise NotImplementedError(f"{type(self).__name__} must say how tokens are scored: define scores()")
 
     @torch.no_grad()
     def decide(self, state: State) -> Gates:

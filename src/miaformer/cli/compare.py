@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import open_device
+from miaformer.cli.arguments import add_command, open_device
 from miaformer.cli.processes import (
     STOPPED,
-    check_processes,
+    add_processes,
+    chosen_processes,
     is_first_process,
     is_one_of_several,
-    processor_cores,
     run_in_processes,
     say_stopped,
 )
@@ -55,13 +55,7 @@ examples:
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "compare",
-        help="train and measure ours against its rivals",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(subparsers, "compare", "train and measure ours against its rivals", DESCRIPTION, EPILOG)
     parser.add_argument("--recipe", required=True, metavar="R", help="with stages of backbone and adaptation")
     parser.add_argument("--data", metavar="D", help="a folder, or a name timm knows; default: the recipe's")
     parser.add_argument("--out", required=True, metavar="DIR", help="where runs lie, and are looked for")
@@ -81,17 +75,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: an accelerator where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
-    parser.add_argument(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="that share training on a processor (default: 2 where it has 2 cores)",
-    )
+    add_processes(parser)
     parser.add_argument("--train", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)  # of its own processes
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    from miaformer.budget import check_fraction
     from miaformer.comparison import ABLATIONS, RIVALS, Comparison
     from miaformer.comparison.harness import runs
     from miaformer.training import get_recipe
@@ -104,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"recipe {recipe.name!r} has no data of its own: give --data")
     if args.test_images is not None and args.test_images < 10:
         raise ValueError(f"--test-images {args.test_images}: give at least 10")
-    comparison = Comparison(recipe, data, Path(args.out), tuple(sorted(args.budgets)), args.test_images)
+    budgets = tuple(sorted({check_fraction("budget", budget) for budget in args.budgets}))
+    comparison = Comparison(recipe, data, Path(args.out), budgets, args.test_images)
     on = "cpu" if device.type == "cpu" else None
     if args.train is not None:
         return _train(comparison, args.train, on)
@@ -112,10 +103,7 @@ def run(args: argparse.Namespace) -> int:
     named = [name for given in args.methods or list(RIVALS) for name in groups.get(given, [given])]
     wanted = runs(named, args.seeds, args.rival_seeds)
     if not args.only_measured:
-        processes = args.processes
-        if processes is None:
-            processes = min(2, processor_cores()) if on == "cpu" else 1
-        check_processes(processes)
+        processes = chosen_processes(args.processes, on == "cpu")
         status = _do_what_is_missing(args, comparison, wanted, processes, device)
         if status:
             return status
@@ -133,14 +121,14 @@ def _do_what_is_missing(
     say = console(stderr=True).print
     if not comparison.backbone_is_trained():
         say("Training the shared backbone ...")
-        status = _in_processes(args, ["backbone", "0"], comparison, processes)
+        status = _in_processes(args, ["backbone", "0"], comparison, processes, device)
         if status:
             return status
     for place, one in enumerate(wanted, start=1):
         what = f"{one.method.name}, seed {one.seed} ({place} of {len(wanted)})"
         if not comparison.is_trained(one):
             say(f"Training {what}: {one.method.about} ...", markup=False)
-            status = _in_processes(args, [one.method.name, str(one.seed)], comparison, processes)
+            status = _in_processes(args, [one.method.name, str(one.seed)], comparison, processes, device)
             if status:
                 return status
         if not comparison.is_measured(one) and is_first_process():
@@ -150,9 +138,11 @@ def _do_what_is_missing(
     return 0
 
 
-def _in_processes(args: argparse.Namespace, what: list[str], comparison: Comparison, processes: int) -> int:
+def _in_processes(
+    args: argparse.Namespace, what: list[str], comparison: Comparison, processes: int, device: Any
+) -> int:
     if processes == 1 or is_one_of_several():
-        return _train(comparison, what, "cpu" if args.device == "cpu" else None)
+        return _train(comparison, what, "cpu" if device.type == "cpu" else None)
     return run_in_processes([*args.argv, "--device", "cpu", "--train", *what], processes)
 
 
@@ -249,11 +239,7 @@ def _table(table: Table) -> Any:
     rows = sorted(table.rows, key=lambda row: (-(row["budget"] or 2.0), row["name"] != "learned", -row["accuracy"]))
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         gap = differences.get((row["name"], row["budget"]))
-        margin = (
-            ""
-            if gap is None
-            else f"{100 * gap['difference']:+.2f} ({100 * gap['interval'][0]:+.2f}, {100 * gap['interval'][1]:+.2f})"
-        )
+        margin = "" if gap is None else _points(gap["difference"], gap["interval"], "+")
         shown.add_row(
             row["name"],
             "" if row["budget"] is None else f"{row['budget']:g}",

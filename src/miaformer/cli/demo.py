@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from miaformer.cli.arguments import add_command, open_batches, open_device
 from miaformer.cli.processes import (
     STOPPED,
-    check_processes,
+    add_processes,
+    chosen_processes,
     is_one_of_several,
-    processor_cores,
     run_in_processes,
     say_stopped,
 )
@@ -54,22 +54,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--epochs-scale", type=float, default=1.0, metavar="X", help="train X times as long")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
-    parser.add_argument(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="that share training on a processor (default: 2 where it has 2 cores)",
-    )
+    add_processes(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     device = open_device(args.device, args.threads)
-    processes = args.processes
-    if processes is None:
-        processes = min(2, processor_cores()) if device.type == "cpu" else 1
-    check_processes(processes)
+    processes = chosen_processes(args.processes, device.type == "cpu")
     if processes > 1 and not is_one_of_several() and not (out / "model" / "calibration.json").exists():
         status = run_in_processes([*args.argv, "--device", "cpu"], processes)  # each trains and comes back from here
         if status:

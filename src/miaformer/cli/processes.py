@@ -6,6 +6,7 @@ times as fast with two processes, each with its share of every batch. Accelerato
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -31,9 +32,27 @@ def processor_cores() -> int:
     return os.cpu_count() or 1
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """--processes, for commands that share training by themselves."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="that share training on a processor (default: 2 where it has 2 cores)",
+    )
+
+
 def check_processes(count: int) -> None:
     if count < 1:
         raise ValueError(f"--processes {count} must be at least 1")
+
+
+def chosen_processes(asked: int | None, on_processor: bool) -> int:
+    """What --processes says, or as many as pay: two on a processor that has two cores."""
+    if asked is not None:
+        check_processes(asked)
+        return asked
+    return min(2, processor_cores()) if on_processor else 1
 
 
 def say_stopped(stop: Interrupted, advice: str) -> None:

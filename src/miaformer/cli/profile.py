@@ -20,7 +20,7 @@ of a skipped block, of deciding, and of the rest. FILE then predicts the time of
 With --data, FILE also gets budgets in milliseconds: the calibration split tells which price leads to which mean time,
 and `eval` and `predict` take --latency FILE --budget-ms MS. Predicted and measured time are compared on pictures of
 the test split. A table holds for one model shape, device, dtype, number of threads and batch size; other work on the
-machine while it is measured spoils it.
+machine while it is measured spoils it. The controllers of timm:NAME are drawn at random, so that images differ.
 """
 
 EPILOG = """\
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     _print_table(out, table, args.model)
     calibration, check = None, []
     if test is not None and held_out is not None:
-        calibration = _calibrate(model, held_out, table, args.images)
+        calibration = _calibrate(model, held_out, table, args.images, args.model.startswith("timm:"))
         least, most = calibration.range
         out.print(f"On {calibration.data} ({calibration.num_images:,} images) its budgets reach from {least:.4g} to "
                   f"{most:.4g} ms an image on average.", soft_wrap=True, markup=False)  # fmt: skip
@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _calibrate(model: MIAFormer, held_out: Batches, table: LatencyTable, most: int) -> LatencyCalibration:
+def _calibrate(model: MIAFormer, held_out: Batches, table: LatencyTable, most: int, draws: bool) -> LatencyCalibration:
+    """draws: whether the model's controllers are untrained: they would say the same of every image."""
     import torch
 
     from miaformer.cli.output import LiveProgress
@@ -125,7 +126,7 @@ def _calibrate(model: MIAFormer, held_out: Batches, table: LatencyTable, most: i
         count += len(batch)
         if count >= most:
             break
-    if model.calibration is None and count > 1:  # untrained controllers say the same of every image
+    if draws and count > 1:
         draw_controllers(model, torch.cat([batch.images for batch in chosen])[:32].to(next(model.parameters())))
     with LiveProgress({}, "passes") as on_progress:
         return calibrate_latency(model, chosen, table, held_out.data.name, on_progress=on_progress)

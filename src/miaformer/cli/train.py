@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from miaformer.cli.arguments import add_command
 from miaformer.cli.processes import STOPPED, check_processes, is_one_of_several, run_in_processes, say_stopped
 
 DESCRIPTION = """\
@@ -30,13 +31,7 @@ examples:
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "train",
-        help="train and calibrate an adaptive ViT",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(subparsers, "train", "train and calibrate an adaptive ViT", DESCRIPTION, EPILOG)
     parser.add_argument(
         "--recipe", required=True, metavar="R", help="digits, cifar10-small, cifar10, finetune, imagenet"
     )

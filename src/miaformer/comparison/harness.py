@@ -26,7 +26,7 @@ from miaformer.data import Batches, Split, build_transform, open_data
 from miaformer.evaluation import describe_environment, time_pairs
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
 from miaformer.model import MIAFormer, adapt
-from miaformer.training import Recipe, new_backbone, train, train_recipe
+from miaformer.training import Recipe, is_trained, new_backbone, train, train_recipe
 
 Array = NDArray[Any]
 
@@ -65,12 +65,13 @@ class Comparison:
     # Training ---------------------------------------------------------------------------------------------------------
 
     def backbone_is_trained(self) -> bool:
-        return (self.backbone / "model.safetensors").exists()
+        """Raises ValueError where another recipe, or data, has been trained in its place; so does `is_trained`."""
+        return is_trained(self.recipe.only("backbone"), self.backbone.parent, data=self.data)
 
     def is_trained(self, run: Run) -> bool:
-        model = self.directory(run) / "model"
-        last_written = "calibration.json" if run.method.is_calibrated(self.recipe) else "model.safetensors"
-        return run.method.recipe is None or (model / last_written).exists()
+        if run.method.recipe is None:
+            return True
+        return is_trained(run.method.recipe(self.recipe), self.directory(run), data=self.data, seed=run.seed)
 
     def train_backbone(self, device: str | None = None) -> None:
         """Or go on with it. Raises `Interrupted` after Ctrl-C, saved."""
@@ -98,13 +99,12 @@ class Comparison:
         return MIAFormer.from_pretrained(self.backbone).to_timm()
 
     def _untrained(self, run: Run) -> MIAFormer:
+        recipe = self.recipe if run.method.recipe is None else run.method.recipe(self.recipe)
         if run.method.from_scratch:
-            assert run.method.recipe is not None
-            classes = len(open_data(self.data, "train").classes)
-            static = new_backbone(run.method.recipe(self.recipe), classes, run.seed)
+            static = new_backbone(recipe, len(open_data(self.data, "train").classes), run.seed)
         else:
             static = self._static()
-        model = adapt(static, **{**self.recipe.adapt, **run.method.adapt})
+        model = adapt(static, **recipe.adapt)
         run.method.prepare(model)
         return model
 
@@ -131,9 +131,9 @@ class Comparison:
     def measure(self, run: Run, device: torch.device, on_progress: OnProgress | None = None) -> None:
         """What the trained model does on each test image at each budget, and how long it takes beside the backbone."""
         model = self.model(run).to(device)
-        static = self._static().to(device).eval()
-        backbone_macs = adapt(self._static(), **self.recipe.adapt).cost().backbone
-        question = Question(self.budgets, lambda: self.batches("calibration"), backbone_macs, run.seed)
+        reference = MIAFormer.from_pretrained(self.backbone).to(device)
+        static = reference.backbone.eval()
+        question = Question(self.budgets, lambda: self.batches("calibration"), reference.cost().backbone, run.seed)
         entries = run.method.entries(model, question)
         correct: list[list[Array]] = [[] for _ in entries]
         fraction: list[list[Array]] = [[] for _ in entries]
@@ -165,6 +165,7 @@ class Comparison:
             points.append({"name": entry.name, "budget": entry.budget, "key": place, "time": times})
         out = self.directory(run)
         out.mkdir(parents=True, exist_ok=True)
+        (out / "measured.json").unlink(missing_ok=True)  # it says that the figures beside it are whole
         np.savez_compressed(out / "measured.npz", **arrays)  # type: ignore[arg-type]
         report = {
             "method": run.method.name,
@@ -175,7 +176,9 @@ class Comparison:
             "timed_batch": TIMED_BATCH,
             "environment": describe_environment(device, run.seed),
         }
-        (out / "measured.json").write_text(json.dumps(report, indent=1) + "\n")
+        partial = out / "measured.json.partial"
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(out / "measured.json")
 
     def batches(self, split: Split) -> Iterable[LabelledBatch]:
         """Of a split, in order; of the test split no more than are measured."""

@@ -8,8 +8,8 @@ adaptation together, with the backbone as their teacher.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -54,7 +54,7 @@ class Method:
 
     recipe: the stages that train it, of the comparison's recipe; None where the backbone is used as it is. entries:
     what is measured of the trained model. prepare: what is put in the place of our controllers before training.
-    from_scratch: whether it starts from new weights. adapt: fields of `AdaptConfig` that it sets.
+    from_scratch: whether it starts from new weights.
     """
 
     name: str
@@ -63,7 +63,6 @@ class Method:
     entries: Callable[[MIAFormer, Question], list[Entry]]
     prepare: Callable[[MIAFormer], None] = lambda model: None
     from_scratch: bool = False
-    adapt: Mapping[str, Any] = field(default_factory=dict)
 
     def is_calibrated(self, base: Recipe) -> bool:
         """Whether training it ends with a table of budgets: then it is one of ours, a model like any other."""
@@ -208,11 +207,13 @@ def _without(*kinds: Kind) -> Callable[[Recipe], Recipe]:
 def _ablation(
     name: str, about: str, recipe: Callable[[Recipe], Recipe] = lambda base: base.only(*OURS), **adapt: Any
 ) -> Method:
+    """Ours with other stages, or with other fields of `AdaptConfig`."""
+
     def entries(model: MIAFormer, question: Question) -> list[Entry]:
         found, _ = contenders(model, question.budgets, ("learned",))
         return [Entry(name, one.budget, _by_policy(model, one.policy)) for one in found]
 
-    return Method(name, about, recipe, entries, adapt=adapt)
+    return Method(name, about, lambda base: replace(recipe(base), adapt={**base.adapt, **adapt}), entries)
 
 
 RIVALS: dict[str, Method] = {

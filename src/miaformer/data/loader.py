@@ -78,15 +78,9 @@ class Batches:
         world_size: int = 1,
         num_workers: int = 0,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} is not one of {world_size} processes: use 0 to {world_size - 1}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers}: must be at least 0")
+        check_shares(batch_size, seed, rank, world_size)
         if len(data) == 0:
             raise ValueError(f"{data.name}: no images")
         if drop_last and len(data) < batch_size:
@@ -138,6 +132,15 @@ class Batches:
 
     def _slice(self, batch: Tensor) -> Tensor:
         return batch[share_of(len(batch), self.rank, self.world_size)]
+
+
+def check_shares(batch_size: int, seed: int, rank: int, world_size: int) -> None:
+    """Raise ValueError for what no batches can be drawn and shared by."""
+    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} is not one of {world_size} processes: use 0 to {world_size - 1}")
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miaformer.data.loader import Batch, epoch_order, share_of
+from miaformer.data.loader import Batch, check_shares, epoch_order, share_of
 from miaformer.data.source import ImageData
 from miaformer.data.transforms import Augmentation, build_transform
 
@@ -54,6 +54,7 @@ class DeviceBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        check_shares(batch_size, seed, rank, world_size)
         if augment.auto_augment is not None:
             raise ValueError("auto_augment works on pictures, not on the device: leave it out, or load on the host")
         if len(data) < batch_size:

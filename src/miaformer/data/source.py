@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ def check_split(split: str) -> None:
         raise ValueError(f"unknown split {split!r}: use one of {', '.join(get_args(Split))}")
 
 
-class ImageData(Dataset[tuple[Image.Image, int]]):
+class ImageData(Dataset[tuple[Image.Image, int]], ABC):
     """Labelled images with random access: `data[i]` is an RGB 8-bit picture and its label.
 
     `name` says where they come from, `classes` names the labels, `labels` is (n,) int64 and known without decoding.
@@ -33,8 +34,8 @@ class ImageData(Dataset[tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        raise NotImplementedError(f"{type(self).__name__} must say how its images are read: define __getitem__")
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
 
 
 class Subset(ImageData):

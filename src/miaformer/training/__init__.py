@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from miaformer.training.recipes import RECIPES, Recipe, Stage, get_recipe
-from miaformer.training.run import new_backbone, train, train_recipe, trained_model
+from miaformer.training.run import is_trained, new_backbone, train, train_recipe, trained_model
 from miaformer.training.trainer import Interrupted
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Recipe",
     "Stage",
     "get_recipe",
+    "is_trained",
     "new_backbone",
     "train",
     "train_recipe",

@@ -29,6 +29,7 @@ class Draws:
     heads: Tensor  # (B, L, H)
     tokens: Tensor  # (B, L, N)
     rates: Tensor  # (B, 4): image-wide keep rates of elastic training, before scaling
+    shared: Tensor  # (B,): one number for all images of the global batch
 
     @staticmethod
     def of_step(
@@ -55,6 +56,7 @@ class Draws:
             uniform(batch, cost.depth, cost.num_heads)[part],
             uniform(batch, cost.depth, cost.num_patches)[part],
             uniform(batch, 4)[part],
+            uniform(1).expand(batch)[part],
         )
 
     def again(self, generator: torch.Generator, batch: int, part: slice) -> Draws:

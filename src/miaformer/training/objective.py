@@ -100,7 +100,7 @@ class Objective(nn.Module):
         if self.stage.kind == "backbone":
             logits, fraction = self.model.backbone(images), 1.0
         else:
-            merges = merges_drawn(cost, float(step.draws.rates[0, 2]))
+            merges = merges_drawn(cost, float(step.draws.shared[0]))
             logits, fraction = merged_logits(self.model, images, merges), merged_macs(cost, merges) / cost.backbone
         task = self._task(logits, labels, soft)
         spent = torch.full_like(task, fraction)

@@ -174,7 +174,7 @@ CIFAR10_SMALL = Recipe(
     data_on_device=True,
 )
 
-CIFAR10 = Recipe(  # ten minutes on a large GPU
+CIFAR10 = Recipe(  # for a GPU
     name="cifar10",
     data="",
     model="vit_tiny_patch16_224",

@@ -88,6 +88,8 @@ def train(
     data_config = model.data_config()
     model.label_names = list(train_data.classes)
     model.to(accelerator.device)
+    if recipe.data_on_device:
+        display.say(f"Decoding {len(train_data):,} images ...")
     batches = _training_batches(train_data, data_config, recipe, seed, accelerator)
     if teacher is not None:
         teacher = teacher.to(accelerator.device).requires_grad_(False).eval()
@@ -185,11 +187,22 @@ def trained_model(
     Raises ValueError where `out` holds another run.
     """
     out = Path(out)
-    last_written = "calibration.json" if any(stage.decides for stage in recipe.stages) else "model.safetensors"
-    if not (out / "recipe.json").exists() or not (out / "model" / last_written).exists():
+    if not is_trained(recipe, out, data=data, seed=seed):
         return None
-    _check_free(out, _description(recipe, open_data(data or recipe.data, "train"), seed), resume=True)
     return MIAFormer.from_pretrained(out / "model")
+
+
+def is_trained(recipe: Recipe, out: str | Path, *, data: str | Path | None = None, seed: int = 0) -> bool:
+    """Whether the training of `recipe` in `out` has come to its end.
+
+    Raises ValueError where `out` holds another run.
+    """
+    out = Path(out)
+    last_written = "calibration.json" if any(stage.decides for stage in recipe.stages) else "model.safetensors"
+    if not (out / "recipe.json").exists():
+        return False
+    _check_free(out, _description(recipe, open_data(data or recipe.data, "train"), seed), resume=True)
+    return (out / "model" / last_written).exists()
 
 
 @torch.no_grad()

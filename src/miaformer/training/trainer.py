@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -31,8 +30,8 @@ from miaformer.engine.masked import Masked
 from miaformer.model import MIAFormer
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
 from miaformer.training.gates import Draws, Relaxed
-from miaformer.training.muon import MuonAdamW
 from miaformer.training.objective import Objective, Outcome, Step
+from miaformer.training.optimizer import stage_optimizer
 from miaformer.training.progress import Display, Means, MetricsFile
 from miaformer.training.recipes import Recipe, Stage
 from miaformer.training.tariff import Tariff
@@ -122,7 +121,7 @@ class Trainer:
         model.controllers.requires_grad_(stage.trains_controllers)
         if stage.kind != "backbone" and self.teacher is None and self.recipe.distill_weight:
             self.teacher = copy.deepcopy(model.backbone).requires_grad_(False).eval()
-        optimizer = _optimizer(model, stage, self.recipe)
+        optimizer = stage_optimizer(model, stage, self.recipe)
         length = span.last - span.first
         schedule = CosineLRScheduler(
             optimizer,
@@ -276,10 +275,7 @@ class Trainer:
         images = batch.images.to(device)
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
         draws = self._draws(stage, 0, images)
-        draws = Draws(
-            torch.zeros_like(draws.full),
-            *(getattr(draws, n) for n in ("budgets", "depth", "heads", "tokens", "rates")),
-        )
+        draws = replace(draws, full=torch.zeros_like(draws.full))
         self.model.eval()
         x = self.model.embed(images)
 
@@ -357,43 +353,6 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
     random.seed(int(mixed))
     np.random.seed(int(mixed))  # noqa: NPY002 - timm's mixup draws from the global generator
     torch.manual_seed(int(mixed))
-
-
-def _optimizer(model: MIAFormer, stage: Stage, recipe: Recipe) -> torch.optim.Optimizer:
-    """`muon` is ours, any other name timm's."""
-    groups = _parameter_groups(model, stage, recipe)
-    if recipe.optimizer == "muon":
-        inside = {id(p) for p in model.backbone.blocks.parameters() if p.ndim == 2}
-        controllers = {id(p) for p in model.controllers.parameters()}
-        for group in groups:
-            if id(group["params"][0]) in controllers:
-                group["betas"] = (0.9, 0.999)  # their gradients are noisier than the backbone's
-        return MuonAdamW(_split(groups, inside), lr=stage.lr)
-    # One kernel for all parameters instead of several for each: a tenth of a small model's step.
-    fused: dict[str, Any] = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}
-    return create_optimizer_v2(groups, opt=recipe.optimizer, lr=stage.lr, **fused)
-
-
-def _parameter_groups(model: MIAFormer, stage: Stage, recipe: Recipe) -> list[dict[str, Any]]:
-    groups = []
-    for part, lr in ((model.backbone, stage.lr), (model.controllers, stage.controller_lr)):
-        if part is model.controllers and not stage.trains_controllers:
-            continue
-        without_decay: Any = model.backbone.no_weight_decay() if part is model.backbone else ()
-        for group in param_groups_weight_decay(part, recipe.weight_decay, without_decay):
-            groups.append({**group, "lr": lr})
-    return groups
-
-
-def _split(groups: list[dict[str, Any]], matrices: set[int]) -> list[dict[str, Any]]:
-    """The same groups, each in two: parameters whose id is among `matrices`, and the others."""
-    halves = []
-    for group in groups:
-        for wanted in (True, False):
-            chosen = [p for p in group["params"] if (id(p) in matrices) is wanted]
-            if chosen:
-                halves.append({**group, "params": chosen, "matrices": wanted})
-    return halves
 
 
 def _smooth(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
