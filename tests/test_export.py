@@ -28,7 +28,8 @@ from miaformer.export import export_onnx, export_static, open_session, run_sessi
 EXAMPLE = Path(__file__).parent.parent / "examples" / "onnx_inference.py"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("plain", {}),
-    "depth and tokens alone": ("plain", {"grains": ("depth", "tokens")}),
+    "tokens alone": ("plain", {"grains": ("tokens",)}),
+    "heads alone": ("plain", {"grains": ("heads",)}),
     "rows in multiples": ("plain", {"token_multiple": 4}),
     "registers, coupled": ("registers", {"mlp_width": "coupled"}),
     "layer scale and qk-norm, per block": ("layer_scale_qk_norm", {"token_scope": "per_block"}),

@@ -11,7 +11,7 @@ from miaformer.cost import count_macs
 from miaformer.engine.masked import Masked
 from miaformer.evaluation.controls import top_tokens_policy
 from miaformer.model import MIAFormer
-from miaformer.rivals.merging import merged_logits, merged_macs, merges_drawn, merges_for
+from miaformer.rivals.merging import _merged, merged_logits, merged_macs, merges_drawn, merges_for
 from miaformer.rivals.policies import EarlyExit, TopTokens, token_scorers
 from miaformer.training.gates import Draws
 from miaformer.training.rivals import RelaxedTopTokens, drawn_keep, random_exits
@@ -64,6 +64,21 @@ def test_merging_joins_equal_tokens_and_leaves_the_result(model: MIAFormer) -> N
         expected = model.backbone(flat)
         merged = merged_logits(model, flat, merges_drawn(model.cost(), 1.0))
     torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_class_token_is_kept_apart() -> None:
+    """However alike patches are to it; and what is merged is the mean of what it stands for."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 9, 8, generator=generator)
+    x[:, 2] = x[:, 0]  # a patch as the class token is
+    x[:, 5] = x[:, 0]
+    size = torch.rand(3, 9, generator=generator) + 0.5
+    joined, sizes = _merged(x, size, x, 3)
+    torch.testing.assert_close(joined[:, 0], x[:, 0])
+    assert torch.equal(sizes[:, 0], size[:, 0])
+    assert joined.shape == (3, 6, 8)
+    torch.testing.assert_close(sizes.sum(dim=1), size.sum(dim=1))
+    torch.testing.assert_close((joined * sizes[..., None]).sum(dim=1), (x * size[..., None]).sum(dim=1))
 
 
 def test_merges_meet_a_budget_or_say_what_is_the_least(model: MIAFormer) -> None:

@@ -191,3 +191,25 @@ def test_controllers_of_the_embedded_recipe_take_less_than_a_hundredth() -> None
     backbone = timm.create_model(recipe.model, num_classes=10, **recipe.model_args)
     model = adapt(backbone, **recipe.adapt)
     assert model.controller_macs() < 0.01 * model.cost().backbone
+
+
+class _Always(torch.nn.Module):
+    """A teacher that knows one class."""
+
+    def __init__(self, label: int) -> None:
+        super().__init__()
+        self.register_buffer("logits", 9.0 * torch.eye(4)[label])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(len(images), -1)
+
+
+@pytest.mark.parametrize("kind", ["backbone", "elastic", "merging"])
+def test_every_stage_learns_from_a_teacher_that_is_given(kind: str, tmp_path: Path) -> None:
+    """From it alone, all of the weight being on its labels."""
+    stage = replace(RECIPE.stages[0], kind=kind, epochs=8.0, lr=3e-3)  # type: ignore[arg-type]
+    recipe = replace(RECIPE, stages=(stage,), distill_weight=1.0)
+    model = run(tmp_path, recipe, teacher=_Always(2))
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        assert (model.backbone(images).argmax(dim=1) == 2).all()
