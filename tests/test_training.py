@@ -173,6 +173,12 @@ def test_wrong_settings_are_named() -> None:
         get_recipe("cifra10")
     with pytest.raises(ValueError, match="'elastik' must be one of backbone"):
         Stage("elastik", epochs=1, lr=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"patch_drop=1\.0 must lie in 0 to 1"):
+        Stage("backbone", epochs=1, lr=1, patch_drop=1.0)
+    with pytest.raises(ValueError, match="elastic stage: patch_drop is for the backbone"):
+        Stage("elastic", epochs=1, lr=1, patch_drop=0.5)
+    with pytest.raises(ValueError, match=r"exit_share=1\.5 must lie in 0 to 1"):
+        Stage("elastic", epochs=1, lr=1, exit_share=1.5)
     with pytest.raises(ValueError, match="no setting epochs"):
         RECIPE.with_changes(epochs=3)
     with pytest.raises(ValueError, match="budgets"):
@@ -191,6 +197,22 @@ def test_controllers_of_the_embedded_recipe_take_less_than_a_hundredth() -> None
     backbone = timm.create_model(recipe.model, num_classes=10, **recipe.model_args)
     model = adapt(backbone, **recipe.adapt)
     assert model.controller_macs() < 0.01 * model.cost().backbone
+
+
+def test_tokens_are_dropped_in_the_stage_that_asks_for_it_alone(tmp_path: Path) -> None:
+    model, rows = tiny_model(), []
+    model.backbone.blocks[0].register_forward_pre_hook(lambda block, args: rows.append(args[0].shape[1]))
+    first, *others = RECIPE.stages
+    run(tmp_path, replace(RECIPE, stages=(replace(first, patch_drop=0.75), first, *others)), model=model)
+    assert rows[:STEPS] == [1 + 4] * STEPS  # of 16 patch tokens
+    assert set(rows[STEPS : 2 * STEPS]) == {1 + 16}
+
+
+def test_a_backbone_that_drops_tokens_in_training_is_walked_whole() -> None:
+    model = tiny_model({"patch_drop_rate": 0.5}).train()
+    images = torch.rand(2, 3, 16, 16)
+    assert model.backbone(images).isfinite().all()
+    assert model.embed(images).shape[1] == 1 + 16
 
 
 class _Always(torch.nn.Module):

@@ -14,6 +14,7 @@ from miaformer import MIAFormer
 from miaformer.data import Batches, build_transform
 from miaformer.engine.masked import Masked
 from miaformer.training.gates import Draws, Relaxed, Sampled, elastic_decisions
+from miaformer.training.recipes import Stage
 from miaformer.training.tariff import Tariff
 
 BATCH = 12
@@ -129,7 +130,8 @@ def test_expected_cost_is_the_mean_over_samples(images: Tensor) -> None:
 def test_elastic_decisions_cover_the_range_and_keep_early_tokens() -> None:
     model = tiny_model()
     cost = model.cost()
-    decisions = elastic_decisions(draws(model, full_share=0.25, batch=400), cost, (0.5, 0.25, 0.1), 1)
+    stage = Stage("elastic", epochs=1, lr=0, keep=(0.5, 0.25, 0.1))
+    decisions = elastic_decisions(draws(model, full_share=0.25, batch=400), cost, stage, 1)
     assert decisions.tokens[:, 0].all()
     kept = decisions.tokens[:, -1].float().mean(dim=1)
     assert kept.min() < 0.3
@@ -140,6 +142,22 @@ def test_elastic_decisions_cover_the_range_and_keep_early_tokens() -> None:
     assert everything.sum() >= 100
 
 
+def test_elastic_images_leave_early_as_often_as_the_stage_asks() -> None:
+    model = tiny_model({"depth": 6})
+    drawn = draws(model, batch=600)
+
+    def never_return(share: float) -> Tensor:
+        stage = Stage("elastic", epochs=1, lr=0, keep=(0.3, 1.0, 1.0), exit_share=share)
+        depth = elastic_decisions(drawn, model.cost(), stage, 1).depth
+        assert depth[:, 0].all() or share < 1
+        skips = ~depth.all(dim=1)
+        return (depth[:, 1:] <= depth[:, :-1]).all(dim=1)[skips].float().mean()
+
+    assert never_return(1.0) == 1
+    assert never_return(0.0) < 0.4
+    assert 0.5 < never_return(0.5) < 0.85
+
+
 def test_draws_do_not_depend_on_the_number_of_processes() -> None:
     model = tiny_model()
 
@@ -147,7 +165,7 @@ def test_draws_do_not_depend_on_the_number_of_processes() -> None:
         return Draws.of_step(torch.Generator().manual_seed(5), 8, model.cost(), 0.25, (0.3, 0.9), images)
 
     whole, halves = part(slice(0, 8)), (part(slice(0, 4)), part(slice(4, 8)))
-    for name in ("full", "budgets", "depth", "heads", "tokens", "rates", "shared"):
+    for name in ("full", "budgets", "depth", "heads", "tokens", "rates", "shared", "leaving"):
         together = torch.cat([getattr(half, name) for half in halves])
         assert torch.equal(getattr(whole, name), together)
     assert len(whole.shared.unique()) == 1, "what the whole batch shares is one number in every process"

@@ -6,7 +6,9 @@ As a script it is one process of `accelerate launch`: python tests/tiny_training
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -36,6 +38,9 @@ RECIPE = Recipe(
 )
 
 
+SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 4}
+
+
 class Quadrants(ImageData):
     """Noise with one bright quadrant, which is the class."""
 
@@ -52,23 +57,19 @@ class Quadrants(ImageData):
         return Image.fromarray(self.pixels[index]), int(self.labels[index])
 
 
-def tiny_model(**config: object) -> MIAFormer:
+def tiny_model(model_args: Mapping[str, Any] = {}, **config: object) -> MIAFormer:
+    """model_args: of timm.create_model; config: of `adapt`."""
     torch.manual_seed(1)
     backbone = timm.create_model(
         "vit_tiny_patch16_224",
-        img_size=16,
-        patch_size=4,
-        embed_dim=32,
-        depth=3,
-        num_heads=4,
-        num_classes=4,
+        **{**SIZES, **model_args},
     )
     return adapt(backbone, **config)
 
 
-def run(out: Path, recipe: Recipe = RECIPE, **settings: object) -> MIAFormer:
+def run(out: Path, recipe: Recipe = RECIPE, model: MIAFormer | None = None, **settings: object) -> MIAFormer:
     return train(
-        tiny_model(),
+        tiny_model() if model is None else model,
         Quadrants("train"),
         recipe,
         out,

@@ -274,9 +274,9 @@ class MIAFormer(
         return self.adapt_config.head_choice == "nested" and self.adapt_config.mlp_width == "coupled"
 
     def embed(self, images: Tensor) -> Tensor:
-        """Tokens (B, P+N, C) that enter the first block."""
+        """Tokens (B, P+N, C) that enter the first block: all of them; leaving some out is a decision."""
         backbone = self.backbone
-        return cast(Tensor, backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images)))))
+        return cast(Tensor, backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images))))
 
     def walk(
         self, x: Tensor, policy: Policy, execution: Execution, cost: Cost, cap_macs: Counts | None = None

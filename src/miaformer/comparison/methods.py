@@ -91,9 +91,8 @@ def _narrow(fraction: float) -> Callable[[Recipe], Recipe]:
         args = base.model_args
         heads = args["num_heads"]
         dim = 2 * heads * round(math.sqrt(fraction) * args["embed_dim"] / (2 * heads))
-        backbone = next(stage for stage in base.stages if stage.kind == "backbone")
-        longer = replace(backbone, epochs=backbone.epochs + adaptation_epochs(base))
-        return replace(base, model_args={**args, "embed_dim": dim}, stages=(longer,))
+        stages = *base.only("backbone").stages, *_one_stage("backbone")(base).stages
+        return replace(base, model_args={**args, "embed_dim": dim}, stages=stages)
 
     return recipe
 

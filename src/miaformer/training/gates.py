@@ -17,6 +17,7 @@ from miaformer.controller import Controller
 from miaformer.cost import Cost
 from miaformer.decisions import Decisions, Gates
 from miaformer.engine.walk import State
+from miaformer.training.recipes import Stage
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Draws:
     tokens: Tensor  # (B, L, N)
     rates: Tensor  # (B, 4): image-wide keep rates of elastic training, before scaling
     shared: Tensor  # (B,): one number for all images of the global batch
+    leaving: Tensor  # (B,): whether elastic training has the image leave early
 
     @staticmethod
     def of_step(
@@ -57,6 +59,7 @@ class Draws:
             uniform(batch, cost.depth, cost.num_patches)[part],
             uniform(batch, 4)[part],
             uniform(1).expand(batch)[part],
+            uniform(batch)[part],
         )
 
     def again(self, generator: torch.Generator, batch: int, part: slice) -> Draws:
@@ -71,16 +74,19 @@ class Draws:
         return Draws(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def elastic_decisions(draws: Draws, cost: Cost, keep: tuple[float, float, float], first_token_block: int) -> Decisions:
-    """Random decisions at every grain: each image draws its own keep rates, down to `keep` (depth, heads, tokens).
+def elastic_decisions(draws: Draws, cost: Cost, stage: Stage, first_token_block: int) -> Decisions:
+    """Random decisions at every grain: each image draws its own keep rates, down to `stage.keep`.
 
     Tokens leave one after the other, the same ones in all blocks from their leaving on, as in a progressive scope.
+    Blocks are skipped anywhere, or, of a share of the images, all that follow one: so weights learn to say early what
+    they know, and an image that is easy can leave.
     """
-    lowest = torch.tensor(keep, device=draws.rates.device)
+    lowest = torch.tensor(stage.keep, device=draws.rates.device)
     rates = lowest + (1 - lowest) * draws.rates[:, :3]
-    depth = draws.depth < rates[:, :1]
+    block = torch.arange(cost.depth, device=rates.device)
+    leaves = (draws.leaving < stage.exit_share)[:, None]
+    depth = torch.where(leaves, block < (rates[:, :1] * cost.depth).round(), draws.depth < rates[:, :1])
     heads = draws.heads < rates[:, 1, None, None]
-    block = torch.arange(cost.depth, device=depth.device)
     # From a block drawn per image on, the share of kept tokens is the image's rate, and all before it.
     onset = first_token_block + (cost.depth - first_token_block) * draws.rates[:, 3:] * 0.8
     share = torch.where(block >= onset, rates[:, 2:], torch.ones_like(rates[:, 2:]))

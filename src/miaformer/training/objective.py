@@ -84,7 +84,7 @@ class Objective(nn.Module):
         model, draws = self.model, step.draws
         match self.stage.kind:
             case "elastic":
-                return Fixed(elastic_decisions(draws, cost, self.stage.keep, self.first_token_block))
+                return Fixed(elastic_decisions(draws, cost, self.stage, self.first_token_block))
             case "exits":
                 return Fixed(random_exits(draws, cost.depth, cost.num_heads, cost.num_patches))
             case "cls-attention":

@@ -25,12 +25,20 @@ class Stage:
     full_share: float = 0.25  # images of a batch that execute everything, so that the full model stays what it was
     temperature: tuple[float, float] = (1.0, 1.0)  # of gate noise, from start to end of the stage
     keep: tuple[float, float, float] = (0.5, 0.25, 0.15)  # elastic: the least share of blocks, heads, tokens
+    exit_share: float = 0.0  # elastic: of the images, those that leave after a block; others skip blocks anywhere
+    patch_drop: float = 0.0  # backbone: the share of patch tokens left out, at random: regularises, and costs less
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"stage kind {self.kind!r} must be one of {', '.join(get_args(Kind))}")
         if self.epochs < 0 or self.lr < 0 or self.controller_lr < 0:
             raise ValueError(f"{self.kind} stage: epochs, lr and controller_lr must not be negative")
+        if not 0 <= self.exit_share <= 1:
+            raise ValueError(f"{self.kind} stage: exit_share={self.exit_share} must lie in 0 to 1")
+        if not 0 <= self.patch_drop < 1:
+            raise ValueError(f"{self.kind} stage: patch_drop={self.patch_drop} must lie in 0 to 1, 1 excluded")
+        if self.patch_drop and self.kind != "backbone":
+            raise ValueError(f"{self.kind} stage: patch_drop is for the backbone stage; decisions drop tokens here")
 
     @property
     def decides(self) -> bool:
@@ -163,14 +171,14 @@ CIFAR10_SMALL = Recipe(
     },
     sincos_pos_embed=True,
     stages=(
-        Stage("backbone", epochs=30, lr=8e-3),
+        Stage("backbone", epochs=30, lr=8e-3, patch_drop=0.5),
         Stage("elastic", epochs=1, lr=5e-3),
         Stage("supervised", epochs=2, lr=4e-3, controller_lr=1e-2, temperature=(1.0, 0.3), full_share=0.3),
         Stage("reinforce", epochs=0.5, lr=1e-3, controller_lr=1e-3, temperature=(0.3, 0.3), full_share=0.3),
     ),
     optimizer="muon",
     batch_size=128,
-    augmentation={"hflip": 0.5, "scale": (0.5, 1.0), "ratio": (0.8, 1.25)},
+    augmentation={"hflip": 0.5, "scale": (0.4, 1.0), "ratio": (0.75, 1.33), "color_jitter": 0.3},
     data_on_device=True,
 )
 
