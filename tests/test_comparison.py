@@ -52,6 +52,30 @@ def test_every_method_is_trained_for_the_same_epochs(recipe: Recipe) -> None:
         assert epochs == pytest.approx(adapting + extra), method.name
 
 
+def test_a_recipe_without_a_backbone_stage_takes_its_backbone_as_it_comes(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "tiny", replace(recipe, stages=recipe.stages[1:]))
+    ask = [
+        "compare",
+        "--recipe",
+        "tiny",
+        "--data",
+        "digits",
+        "--out",
+        str(tmp_path),
+        "--test-images",
+        "64",
+        "--processes",
+        "1",
+    ]
+    assert main([*ask, "--methods", "merging-free", "--budgets", "0.7"]) == 0
+    assert "Fetching the shared backbone" in capsys.readouterr().err
+    assert (tmp_path / "backbone" / "model" / "model.safetensors").exists()
+    assert main([*ask, "--methods", "narrow-0.5"]) == 2
+    assert "recipe 'tiny' trains none" in capsys.readouterr().err
+
+
 def test_what_is_measured_is_not_measured_again(comparison: Comparison) -> None:
     for run in runs(ALL, [0]):
         assert comparison.is_trained(run)

@@ -26,9 +26,9 @@ BUDGETS = (0.35, 0.5, 0.7)
 DESCRIPTION = """\
 Train and measure methods that adapt one backbone, and draw their curves in one plot: accuracy over MACs and over time.
 
-All start from the same backbone (the recipe's first stage) and get the same epochs, teacher and augmentation. What is
-trained and measured already is kept in OUT and not done again: a comparison can grow over days. Ctrl-C saves, the same
-command goes on.
+All start from the same backbone (the recipe's first stage, or its pretrained weights) and get the same epochs, teacher
+and augmentation. What is trained and measured already is kept in OUT and not done again: a comparison can grow over
+days. Ctrl-C saves, the same command goes on.
 
 methods:
   learned        ours; `static` and `random` decisions at the same budgets are measured on its weights
@@ -56,7 +56,9 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "compare", "train and measure ours against its rivals", DESCRIPTION, EPILOG)
-    parser.add_argument("--recipe", required=True, metavar="R", help="with stages of backbone and adaptation")
+    parser.add_argument(
+        "--recipe", required=True, metavar="R", help="with stages of adaptation, and mostly of the backbone"
+    )
     parser.add_argument("--data", metavar="D", help="a folder, or a name timm knows; default: the recipe's")
     parser.add_argument("--out", required=True, metavar="DIR", help="where runs lie, and are looked for")
     parser.add_argument("--methods", nargs="+", metavar="M", help="some of those above (default: all but ablations)")
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = open_device(args.device, args.threads)
     recipe = get_recipe(args.recipe).scaled(args.epochs_scale)
-    recipe.only("backbone", "elastic", "supervised", "reinforce")  # or say which is missing
+    recipe.only("elastic", "supervised", "reinforce")  # or say which is missing
     data = args.data or recipe.data
     if not data:
         raise ValueError(f"recipe {recipe.name!r} has no data of its own: give --data")
@@ -102,6 +104,11 @@ def run(args: argparse.Namespace) -> int:
     groups = {"ablations": list(ABLATIONS)}
     named = [name for given in args.methods or list(RIVALS) for name in groups.get(given, [given])]
     wanted = runs(named, args.seeds, args.rival_seeds)
+    if not comparison.trains_backbone:
+        scratch = [one.method.name for one in wanted if one.method.from_scratch]
+        if args.methods and scratch:
+            raise ValueError(f"{scratch[0]} is trained as the backbone is, and recipe {recipe.name!r} trains none")
+        wanted = [one for one in wanted if not one.method.from_scratch]
     if not args.only_measured:
         processes = chosen_processes(args.processes, on == "cpu")
         status = _do_what_is_missing(args, comparison, wanted, processes, device)
@@ -120,7 +127,7 @@ def _do_what_is_missing(
 
     say = console(stderr=True).print
     if not comparison.backbone_is_trained():
-        say("Training the shared backbone ...")
+        say("Training the shared backbone ..." if comparison.trains_backbone else "Fetching the shared backbone ...")
         status = _in_processes(args, ["backbone", "0"], comparison, processes, device)
         if status:
             return status

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,9 @@ class Run:
 class Comparison:
     """What is compared, and where it lies.
 
-    recipe: with the stages of backbone and adaptation. data: what `open_data` takes. budgets: to ask every method for.
-    test_images: measure on the first so many images of the test split; None: all.
+    recipe: with the stages of adaptation; a backbone without a stage of its own is taken as it comes, pretrained.
+    data: what `open_data` takes. budgets: to ask every method for. test_images: measure on the first so many images of
+    the test split; None: all.
     """
 
     recipe: Recipe
@@ -66,7 +67,15 @@ class Comparison:
 
     def backbone_is_trained(self) -> bool:
         """Raises ValueError where another recipe, or data, has been trained in its place; so does `is_trained`."""
-        return is_trained(self.recipe.only("backbone"), self.backbone.parent, data=self.data)
+        return is_trained(self._backbone_recipe, self.backbone.parent, data=self.data)
+
+    @property
+    def trains_backbone(self) -> bool:
+        return bool(self._backbone_recipe.stages)
+
+    @property
+    def _backbone_recipe(self) -> Recipe:
+        return replace(self.recipe, stages=tuple(stage for stage in self.recipe.stages if stage.kind == "backbone"))
 
     def is_trained(self, run: Run) -> bool:
         if run.method.recipe is None:
@@ -76,9 +85,7 @@ class Comparison:
     def train_backbone(self, device: str | None = None) -> None:
         """Or go on with it. Raises `Interrupted` after Ctrl-C, saved."""
         out = self.backbone.parent
-        train_recipe(
-            self.recipe.only("backbone"), out, data=self.data, resume=(out / "recipe.json").exists(), device=device
-        )
+        train_recipe(self._backbone_recipe, out, data=self.data, resume=(out / "recipe.json").exists(), device=device)
 
     def train(self, run: Run, device: str | None = None) -> None:
         """Or go on with it. Raises `Interrupted` after Ctrl-C, saved."""
