@@ -167,6 +167,31 @@ def test_masked_is_sparse_is_the_definition(
         assert relative(rows[1], wanted) < 1e-8
 
 
+@given(models(), st.integers(1, 5), st.tuples(KEEPS, KEEPS, KEEPS), st.integers(0, 2**32))
+@settings(max_examples=40)
+def test_gradients_are_the_same_masked_and_sparse(
+    model: MIAFormer, batch: int, keeps: tuple[float, float, float], seed: int
+) -> None:
+    """What is skipped gets none from either."""
+    images, cost = pictures(model.backbone, batch, seed), model.cost()
+    policy = Fixed(drawn_decisions(model, batch, keeps, seed))
+    found = []
+    for execution in (Sparse(cost), Masked(cost)):
+        model.zero_grad(set_to_none=True)
+        x, _ = model.walk(model.embed(images), policy, execution, cost)
+        weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+        prefix = cost.num_prefix_tokens if cost.trims(cost.depth - 1) else x.shape[1]
+        (x * weights)[:, :prefix].sum().backward()
+        found.append({name: p.grad for name, p in model.backbone.named_parameters()})
+    sparse, masked = found
+    for name, gradient in masked.items():
+        if gradient is None:
+            assert sparse[name] is None, name
+            continue
+        packed = torch.zeros_like(gradient) if sparse[name] is None else sparse[name]
+        torch.testing.assert_close(packed, gradient, rtol=1e-7, atol=1e-9 + 1e-9 * float(gradient.abs().max()))
+
+
 EMPTY = {
     "every block skipped": (0.0, 0.5, 0.5),
     "every token skipped": (1.0, 0.5, 0.0),

@@ -7,14 +7,15 @@ from itertools import product
 
 import pytest
 import torch
-from tiny_training import Quadrants, tiny_model
+from tiny_training import RECIPE, Quadrants, tiny_model
 from torch import Tensor
 
 from miaformer import MIAFormer
 from miaformer.data import Batches, build_transform
 from miaformer.engine.masked import Masked
 from miaformer.training.gates import Draws, Relaxed, Sampled, elastic_decisions
-from miaformer.training.recipes import Stage
+from miaformer.training.objective import Objective, Step
+from miaformer.training.recipes import Kind, Stage
 from miaformer.training.tariff import Tariff
 
 BATCH = 12
@@ -125,6 +126,33 @@ def test_expected_cost_is_the_mean_over_samples(images: Tensor) -> None:
             expected += policy.expected_macs / cost.backbone / repeats
     # Products of gates (attention's square, heads by tokens) are taken at their means: a little off, not more.
     torch.testing.assert_close(spent.mean(), expected.mean(), rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["elastic", "exits", "cls-attention", "reinforce"])
+def test_real_decisions_are_carried_out_sparse_where_nothing_else_drops(kind: Kind, images: Tensor) -> None:
+    """And the objective is the masked one's."""
+    stage = Stage(kind, epochs=1, lr=0, temperature=(0.5, 0.5))
+    losses = {}
+    for sizes in ({}, {"proj_drop_rate": 1e-12}):  # enough to have it executed masked
+        model = tiny_model(sizes, first_token_block=0).train()
+        rows = count_rows(model)
+        drawn = draws(model, full_share=0.25)
+        prices, values = torch.full((BATCH,), 3.0), torch.full((BATCH,), 0.1)
+        step = Step(drawn, draws(model, seed=1), prices, values, (0.0, 1.0), 0.5)
+        labels = torch.eye(4)[torch.arange(BATCH) % 4]
+        outcome = Objective(model, stage, RECIPE, None)(images, labels, step)
+        losses[bool(sizes)] = outcome.loss
+        all_rows = BATCH * 17 * len(model.backbone.blocks) * (2 if kind == "reinforce" else 1)
+        assert (sum(rows) == all_rows) is bool(sizes), kind
+    torch.testing.assert_close(losses[False], losses[True])
+
+
+def count_rows(model: MIAFormer) -> list[int]:
+    """Filled, as blocks are executed, with the rows that enter their second norm."""
+    rows: list[int] = []
+    for block in model.backbone.blocks:
+        block.norm2.register_forward_hook(lambda layer, args, out: rows.append(args[0].numel() // 32))
+    return rows
 
 
 def test_elastic_decisions_cover_the_range_and_keep_early_tokens() -> None:

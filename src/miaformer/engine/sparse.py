@@ -22,6 +22,7 @@ from miaformer.decisions import Gates, HostGates
 from miaformer.engine.products import Packed, products_for
 
 CHUNK_ROWS = 800  # on CPU, of one call: four images of DeiT, whose memory is then needed again and again
+TRAINING_ROWS = 3000  # the same where gradients are wanted, and memory is kept anyway
 
 ROWS_THAT_COME_AGAIN = 16  # multiples of this: the learned policy rounds up to them (`AdaptConfig.token_multiple`)
 
@@ -43,8 +44,10 @@ class Sparse:
             return x
         flat = x.reshape(batch * num_rows, dim)
         in_place = not (torch.is_grad_enabled() and x.requires_grad)
-        most_rows = CHUNK_ROWS if x.device.type == "cpu" else batch * num_rows
-        result = flat
+        most_rows = batch * num_rows
+        if x.device.type == "cpu":
+            most_rows = CHUNK_ROWS if in_place else TRAINING_ROWS
+        changed: list[tuple[Tensor, Tensor]] = []  # rows and what they become, where x must stay as it is
         for group in plan.groups(most_rows):
             width = Width.of(group.kept_heads, block, self.cost.mlp_width, x.device)
             lengths = group.lengths
@@ -58,8 +61,14 @@ class Sparse:
             if read_prefix is not None:
                 rows = torch.from_numpy(group.prefix_rows).to(x.device)
             out = out.to(flat.dtype)
-            result = result.index_copy_(0, rows, out) if in_place else result.index_copy(0, rows, out)
-        return result.view_as(x)
+            if in_place:
+                flat.index_copy_(0, rows, out)
+            else:
+                changed.append((rows, out))
+        if changed:
+            rows, out = (torch.cat(parts) for parts in zip(*changed, strict=True))
+            flat = flat.index_copy(0, rows, out)
+        return flat.view_as(x)
 
 
 @dataclass(frozen=True)
