@@ -177,6 +177,8 @@ def test_wrong_settings_are_named() -> None:
         Stage("backbone", epochs=1, lr=1, patch_drop=1.0)
     with pytest.raises(ValueError, match="elastic stage: patch_drop is for the backbone"):
         Stage("elastic", epochs=1, lr=1, patch_drop=0.5)
+    with pytest.raises(ValueError, match=r"anneal=0 must lie in 0 to 1"):
+        Stage("elastic", epochs=1, lr=1, anneal=0)
     with pytest.raises(ValueError, match=r"exit_share=1\.5 must lie in 0 to 1"):
         Stage("elastic", epochs=1, lr=1, exit_share=1.5)
     with pytest.raises(ValueError, match="no setting epochs"):
@@ -197,6 +199,15 @@ def test_controllers_of_the_embedded_recipe_take_less_than_a_hundredth() -> None
     backbone = timm.create_model(recipe.model, num_classes=10, **recipe.model_args)
     model = adapt(backbone, **recipe.adapt)
     assert model.controller_macs() < 0.01 * model.cost().backbone
+
+
+@pytest.mark.parametrize(("anneal", "last"), [(1.0, 0.1), (0.5, 0.55)])
+def test_a_stage_follows_the_share_of_a_cosine_that_it_asks_for(anneal: float, last: float, tmp_path: Path) -> None:
+    stage = replace(RECIPE.stages[0], epochs=20 / 3, anneal=anneal, warmup=0.0)
+    run(tmp_path, replace(RECIPE, stages=(stage,)))
+    rates = [float(row["lr"]) / stage.lr for row in metrics(tmp_path)]  # type: ignore[arg-type]
+    assert rates[0] == pytest.approx(1, abs=0.01)
+    assert rates[-1] == pytest.approx(last, abs=0.1)
 
 
 def test_tokens_are_dropped_in_the_stage_that_asks_for_it_alone(tmp_path: Path) -> None:

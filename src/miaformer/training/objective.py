@@ -6,7 +6,7 @@ that it is the same however a batch is spread over processes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,13 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, step: Step) -> Outcome:
         """images: (B, 3, H, W); labels: (B, classes), soft."""
+        outcome = self._of_stage(images, labels, step)
+        if torch.distributed.is_initialized():  # processes share gradients of every parameter, of skipped ones too
+            nothing = 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
+            outcome = replace(outcome, loss=outcome.loss + nothing)
+        return outcome
+
+    def _of_stage(self, images: Tensor, labels: Tensor, step: Step) -> Outcome:
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
         soft = self._soft_labels(images)
         if self.stage.kind in ("backbone", "merging"):

@@ -22,6 +22,7 @@ class Stage:
     lr: float
     controller_lr: float = 0.0
     warmup: float = 0.05  # share of the stage
+    anneal: float = 1.0  # share of a cosine that learning rates follow: 1 ends at 0, 0.5 at half, for a stage to go on
     full_share: float = 0.25  # images of a batch that execute everything, so that the full model stays what it was
     temperature: tuple[float, float] = (1.0, 1.0)  # of gate noise, from start to end of the stage
     keep: tuple[float, float, float] = (0.5, 0.25, 0.15)  # elastic: the least share of blocks, heads, tokens
@@ -33,6 +34,8 @@ class Stage:
             raise ValueError(f"stage kind {self.kind!r} must be one of {', '.join(get_args(Kind))}")
         if self.epochs < 0 or self.lr < 0 or self.controller_lr < 0:
             raise ValueError(f"{self.kind} stage: epochs, lr and controller_lr must not be negative")
+        if not 0 < self.anneal <= 1:
+            raise ValueError(f"{self.kind} stage: anneal={self.anneal} must lie in 0 to 1, 0 excluded")
         if not 0 <= self.exit_share <= 1:
             raise ValueError(f"{self.kind} stage: exit_share={self.exit_share} must lie in 0 to 1")
         if not 0 <= self.patch_drop < 1:

@@ -73,7 +73,7 @@ def train(
         cpu=device == "cpu" or not torch.accelerator.is_available(),
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     main = accelerator.is_main_process
     description = _description(recipe, train_data, seed)

@@ -127,7 +127,7 @@ class Trainer:
         length = span.last - span.first
         schedule = CosineLRScheduler(
             optimizer,
-            t_initial=length,
+            t_initial=round(length / stage.anneal),
             warmup_t=int(stage.warmup * length),
             warmup_prefix=False,
             t_in_epochs=False,
