@@ -39,6 +39,7 @@ def comparison(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Comp
         if not made.is_trained(run):
             made.train(run, "cpu")
         made.measure(run, torch.device("cpu"))
+        made.time(run, torch.device("cpu"))
     return made
 
 

@@ -70,6 +70,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--epochs-scale", type=float, default=1.0, metavar="X", help="every stage X times as long")
     parser.add_argument("--test-images", type=int, metavar="N", help="measure on the first N (default: all)")
     parser.add_argument("--only-measured", action="store_true", help="show what there is; train and measure nothing")
+    parser.add_argument(
+        "--no-times", action="store_true", help="leave times to a later call, when the machine does nothing else"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the curves here")
     parser.add_argument(
@@ -142,6 +145,9 @@ def _do_what_is_missing(
             say(f"Measuring {what} ...", markup=False)
             with LiveProgress({}) as on_progress:
                 comparison.measure(one, device, on_progress)
+        if not (args.no_times or comparison.is_timed(one)) and is_first_process():
+            say(f"Timing {what} ...", markup=False)
+            comparison.time(one, device)
     return 0
 
 

@@ -3,6 +3,7 @@
 OUT/backbone/model            the shared backbone, trained by the recipe's first stage
 OUT/METHOD/seedK/             a training run, as `miaformer train` leaves it
 OUT/METHOD/seedK/measured.*   what it did on each test image (.npz), and at what budgets (.json)
+OUT/METHOD/seedK/timed.json   how long it took beside the backbone: apart, for a machine that does nothing else
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from miaformer.comparison.methods import METHODS, Classify, Method, Question
+from miaformer.comparison.methods import METHODS, Classify, Entry, Method, Question
 from miaformer.data import Batches, Split, build_transform, open_data
 from miaformer.evaluation import describe_environment, time_pairs
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
@@ -136,22 +137,15 @@ class Comparison:
 
     @torch.inference_mode()
     def measure(self, run: Run, device: torch.device, on_progress: OnProgress | None = None) -> None:
-        """What the trained model does on each test image at each budget, and how long it takes beside the backbone."""
-        model = self.model(run).to(device)
-        reference = MIAFormer.from_pretrained(self.backbone).to(device)
-        static = reference.backbone.eval()
-        question = Question(self.budgets, lambda: self.batches("calibration"), reference.cost().backbone, run.seed)
-        entries = run.method.entries(model, question)
+        """What the trained model does on each test image at each budget."""
+        static, entries = self._entries(run, device)
         correct: list[list[Array]] = [[] for _ in entries]
         fraction: list[list[Array]] = [[] for _ in entries]
         losses: list[Array] = []
         margins: list[Array] = []
         done = 0
-        timed: list[Tensor] = []
         for batch in self.batches("test"):
             images, labels = batch.images.to(device), batch.labels.to(device)
-            if len(timed) < TIMED_BATCHES and len(images) >= TIMED_BATCH:
-                timed.append(images[:TIMED_BATCH])
             logits = static(images).float()
             losses.append(F.cross_entropy(logits, labels, reduction="none").cpu().numpy())
             margins.append(_margin(logits, labels).cpu().numpy())
@@ -168,8 +162,7 @@ class Comparison:
             arrays[f"correct{place}"], arrays[f"macs_fraction{place}"] = (
                 np.concatenate(parts[place]) for parts in (correct, fraction)
             )
-            times = _time(static, entry.classify, timed)
-            points.append({"name": entry.name, "budget": entry.budget, "key": place, "time": times})
+            points.append({"name": entry.name, "budget": entry.budget, "key": place})
         out = self.directory(run)
         out.mkdir(parents=True, exist_ok=True)
         (out / "measured.json").unlink(missing_ok=True)  # it says that the figures beside it are whole
@@ -180,12 +173,36 @@ class Comparison:
             "seed": run.seed,
             "points": points,
             "asked": self._asked(),
-            "timed_batch": TIMED_BATCH,
             "environment": describe_environment(device, run.seed),
         }
-        partial = out / "measured.json.partial"
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(out / "measured.json")
+        (out / "timed.json").unlink(missing_ok=True)  # of what was measured before
+        _write(out / "measured.json", report)
+
+    def is_timed(self, run: Run) -> bool:
+        return (self.directory(run) / "timed.json").exists()
+
+    @torch.inference_mode()
+    def time(self, run: Run, device: torch.device) -> None:
+        """How long the trained model takes at each budget, beside the backbone: give the machine nothing else to do."""
+        static, entries = self._entries(run, device)
+        batches: list[Tensor] = []
+        for batch in self.batches("test"):
+            if len(batches) == TIMED_BATCHES or len(batch.images) < TIMED_BATCH:
+                break
+            batches.append(batch.images[:TIMED_BATCH].to(device))
+        report = {
+            "times": [_time(static, entry.classify, batches) for entry in entries],  # in the order of the points
+            "batch": TIMED_BATCH,
+            "environment": describe_environment(device, run.seed),
+        }
+        _write(self.directory(run) / "timed.json", report)
+
+    def _entries(self, run: Run, device: torch.device) -> tuple[nn.Module, list[Entry]]:
+        """The static backbone, and the trained model at each budget."""
+        model = self.model(run).to(device)
+        reference = MIAFormer.from_pretrained(self.backbone).to(device)
+        question = Question(self.budgets, lambda: self.batches("calibration"), reference.cost().backbone, run.seed)
+        return reference.backbone.eval(), run.method.entries(model, question)
 
     def batches(self, split: Split) -> Iterable[LabelledBatch]:
         """Of a split, in order; of the test split no more than are measured."""
@@ -216,6 +233,13 @@ def runs(methods: Sequence[str], seeds: Sequence[int], seeds_of_rivals: Sequence
     for name in dict.fromkeys(methods):
         found += [Run(METHODS[name], seed) for seed in (seeds if name == "learned" else seeds_of_rivals)]
     return found
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    """Whole, or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(path)
 
 
 def _margin(logits: Tensor, labels: Tensor) -> Tensor:

@@ -70,13 +70,13 @@ def read_points(directories: Sequence[Path]) -> tuple[list[Point], Difficulty]:
     found: Difficulty | None = None
     for directory in directories:
         report: Mapping[str, Any] = json.loads((directory / "measured.json").read_text())
+        times = _times(directory, len(report["points"]))
         with np.load(directory / "measured.npz") as arrays:
             if found is not None and not np.allclose(found.loss, arrays["dense_loss"], atol=1e-3):
                 raise ValueError(f"{directory} was measured on other images, or beside another backbone: remove it")
             found = Difficulty(arrays["dense_loss"], arrays["dense_margin"])
-            for point in report["points"]:
+            for point, time in zip(report["points"], times, strict=True):
                 key = (point["name"], point["budget"], report["method"])
-                time = None if point["time"] is None else point["time"]["fraction"]
                 values = arrays[f"correct{point['key']}"], arrays[f"macs_fraction{point['key']}"], time
                 gathered.setdefault(key, []).append(values)
     if found is None:
@@ -85,11 +85,19 @@ def read_points(directories: Sequence[Path]) -> tuple[list[Point], Difficulty]:
     for (name, budget, _), seeds in gathered.items():
         correct = np.mean([seed[0] for seed in seeds], axis=0)
         fraction = np.mean([seed[1] for seed in seeds], axis=0)
-        times = [seed[2] for seed in seeds if seed[2] is not None]
+        known = [seed[2] for seed in seeds if seed[2] is not None]
         accuracies = [float(seed[0].mean()) for seed in seeds]
-        time = float(np.mean(times)) if times else None
-        points.append(Point(name, budget, correct, fraction, accuracies, time))
+        points.append(Point(name, budget, correct, fraction, accuracies, float(np.mean(known)) if known else None))
     return points, found
+
+
+def _times(directory: Path, points: int) -> list[float | None]:
+    """Time fractions of a run's points; None where they have not been timed."""
+    path = directory / "timed.json"
+    if not path.exists():
+        return [None] * points
+    times = json.loads(path.read_text())["times"]
+    return [None if time is None else float(time["fraction"]) for time in times]
 
 
 def summarise(points: Sequence[Point], difficulty: Difficulty, seed: int = 0) -> Table:
