@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +37,11 @@ EPILOG = """\
 examples:
   miaformer demo
   miaformer demo --out /tmp/demo --seed 1 --threads 2
-  miaformer demo --pictures photos/ cat.jpg
-      nothing is trained: what a model that comes with the package says of your pictures, and what it spends on each
 
 Small models are bounded by the overhead of each operation at batch 1: there, time falls less than MACs.
 """
 
 BUDGETS = (0.35, 0.5, 0.7)
-BUNDLED_MODEL = "cifar10-small"
-MOST_PICTURES = 64  # of --pictures
 TIMED_BATCHES = {1: 12, 64: 2}  # batch size: how many batches of test images are timed
 TIMED_PAIRS = 3  # of each
 
@@ -60,20 +55,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
     add_processes(parser)
-    parser.add_argument(
-        "--pictures",
-        nargs="+",
-        metavar="PATH",
-        help=f"instead: show the bundled model {BUNDLED_MODEL} on pictures, and folders of pictures",
-    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     device = open_device(args.device, args.threads)
-    if args.pictures:
-        return _show_pictures(args.pictures, out, device)
     processes = chosen_processes(args.processes, device.type == "cpu")
     if processes > 1 and not is_one_of_several() and not (out / "model" / "calibration.json").exists():
         status = run_in_processes([*args.argv, "--device", "cpu"], processes)  # each trains and comes back from here
@@ -148,56 +135,6 @@ def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
         ("digits.png", "the images that get the least and the most compute"),
     ):
         terminal.print(f"{out / name}: {what}", soft_wrap=True, markup=False)
-
-
-@dataclass(frozen=True)
-class _Unlabelled:
-    images: Tensor
-    labels: Tensor
-
-
-def _show_pictures(sources: list[str], out: Path, device: torch.device) -> int:
-    """What the bundled model says of pictures at each budget, as a table; and who gets least and most, as a picture."""
-    import torch
-    from rich.table import Table
-
-    from miaformer import load
-    from miaformer.cli.output import console
-    from miaformer.cli.predict import find_pictures
-    from miaformer.data import build_transform
-    from miaformer.evaluation.plots import plot_adaptivity
-    from miaformer.images import open_image
-    from miaformer.policy import Full
-
-    paths, missing = find_pictures(sources)
-    terminal = console()
-    model = load(BUNDLED_MODEL).to(device)
-    transform, names = build_transform(model.data_config()), model.label_names or []
-    shown = paths[:MOST_PICTURES]
-    images = torch.stack([transform(open_image(path)) for path in shown]).to(device)
-    asked = (*BUDGETS, None)
-    with torch.inference_mode():
-        outputs = [model.run(images, budget=b, policy=None if b else Full()) for b in asked]
-    table = Table(caption=f"the likeliest of {', '.join(names)}; in brackets what it took of the dense model's MACs")
-    table.add_column("picture", overflow="ellipsis", no_wrap=True)
-    for budget in asked:
-        table.add_column("everything" if budget is None else f"budget {budget:g}")
-    for place, path in enumerate(shown):
-        cells = [f"{names[int(o.logits[place].argmax())]} ({o.trace.macs_fraction[place]:.2f})" for o in outputs]
-        table.add_row(path.name, *cells)
-    terminal.print(table)
-    for source, reason in missing.items():
-        terminal.print(f"{source}: {reason}", markup=False)
-    if len(paths) > len(shown):
-        terminal.print(f"{len(paths) - len(shown):,} more pictures: `miaformer predict {BUNDLED_MODEL}` takes them all")
-    if len(shown) > 1:
-        out.mkdir(parents=True, exist_ok=True)
-        batch = _Unlabelled(images, torch.full((len(images),), -1))
-        plot_adaptivity(
-            model, [batch], out / "pictures.png", BUDGETS[1], data_config=model.data_config(), classes=names
-        )
-        terminal.print(f"{out / 'pictures.png'}: who gets the least and the most compute", markup=False)
-    return 1 if missing else 0
 
 
 def _timed(model: MIAFormer, found: list[Contender], test: Batches, on_progress: Any) -> list[dict[str, Any]]:
