@@ -43,6 +43,10 @@ def comparison(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Comp
     return made
 
 
+def command(out: Path) -> list[str]:
+    return ["compare", "--recipe", "tiny", "--data", "digits", "--out", str(out)]
+
+
 def test_every_method_is_trained_for_the_same_epochs(recipe: Recipe) -> None:
     adapting = adaptation_epochs(recipe)
     for method in METHODS.values():
@@ -57,21 +61,14 @@ def test_a_recipe_without_a_backbone_stage_takes_its_backbone_as_it_comes(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(RECIPES, "tiny", replace(recipe, stages=recipe.stages[1:]))
-    ask = [
-        "compare",
-        "--recipe",
-        "tiny",
-        "--data",
-        "digits",
-        "--out",
-        str(tmp_path),
-        "--test-images",
-        "64",
-        "--processes",
-        "1",
-    ]
+    ask = [*command(tmp_path), "--test-images", "64", "--processes", "1"]
     assert main([*ask, "--methods", "merging-free", "--budgets", "0.7"]) == 0
     assert "Fetching the shared backbone" in capsys.readouterr().err
+    measured = tmp_path / "merging-free" / "seed0"
+    (measured / "timed.json").unlink()
+    assert main([*ask, "--methods", "merging-free", "--budgets", "0.7", "--no-times"]) == 0
+    assert "Timing" not in capsys.readouterr().err
+    assert not (measured / "timed.json").exists()
     assert (tmp_path / "backbone" / "model" / "model.safetensors").exists()
     assert main([*ask, "--methods", "narrow-0.5"]) == 2
     assert "recipe 'tiny' trains none" in capsys.readouterr().err
@@ -99,6 +96,21 @@ def test_methods_meet_the_budgets_they_are_asked_for(comparison: Comparison) -> 
     assert narrow[0] < 0.5 < narrow[-1] < 0.85
 
 
+def test_times_are_kept_apart_and_go_with_what_was_measured(comparison: Comparison) -> None:
+    run = Run(METHODS["merging"], 0)
+    timed = comparison.directory(run) / "timed.json"
+    times = [time["fraction"] for time in json.loads(timed.read_text())["times"]]
+    points, _ = read_points([comparison.directory(run)])
+    assert [point.time_fraction for point in points] == times
+    assert times
+    assert min(times) > 0
+    comparison.measure(run, torch.device("cpu"))  # anew, so what was timed was another
+    assert not comparison.is_timed(run)
+    assert [point.time_fraction for point in read_points([comparison.directory(run)])[0]] == [None]
+    comparison.time(run, torch.device("cpu"))
+    assert comparison.is_timed(run)
+
+
 def test_a_rival_is_what_it_was_when_it_is_read_again(comparison: Comparison) -> None:
     run = Run(METHODS["top-tokens"], 0)
     first, second = comparison.model(run), comparison.model(run)
@@ -114,17 +126,7 @@ def test_the_command_shows_what_is_there_and_writes_it(
 ) -> None:  # fmt: skip
     monkeypatch.setitem(RECIPES, "tiny", recipe)
     report, plot, pictures = (tmp_path / name for name in ("report.json", "plot.png", "pictures.png"))
-    command = [
-        "compare",
-        "--recipe",
-        "tiny",
-        "--data",
-        "digits",
-        "--out",
-        str(comparison.out),
-        "--budgets",
-        "0.6",
-    ]
+    ask = [*command(comparison.out), "--budgets", "0.6"]
     options = [
         "--test-images",
         "128",
@@ -139,7 +141,7 @@ def test_the_command_shows_what_is_there_and_writes_it(
         "--pictures",
         str(pictures),
     ]
-    assert main([*command, *options, "--device", "cpu"]) == 0
+    assert main([*ask, *options, "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "not measured: learned, seed 1" in shown
     written = json.loads(report.read_text())
@@ -147,7 +149,7 @@ def test_the_command_shows_what_is_there_and_writes_it(
     assert written["num_images"] == 128
     assert plot.stat().st_size > 10_000
     assert pictures.stat().st_size > 10_000
-    assert main([*command, "--methods", "nothing", "--device", "cpu"]) == 2
+    assert main([*ask, "--methods", "nothing", "--device", "cpu"]) == 2
     assert "unknown method nothing" in capsys.readouterr().err
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_training import RECIPE, Quadrants, tiny_model
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from miaformer import MIAFormer
 from miaformer.data import Batches, build_transform
@@ -145,6 +146,26 @@ def test_real_decisions_are_carried_out_sparse_where_nothing_else_drops(kind: Ki
         all_rows = BATCH * 17 * len(model.backbone.blocks) * (2 if kind == "reinforce" else 1)
         assert (sum(rows) == all_rows) is bool(sizes), kind
     torch.testing.assert_close(losses[False], losses[True])
+
+
+def test_processes_share_gradients_of_blocks_that_no_image_executes(images: Tensor) -> None:
+    model = tiny_model().train()
+    model.controllers.requires_grad_(False)
+    skipping = replace(draws(model), rates=torch.zeros(BATCH, 4), depth=torch.ones(BATCH, 3))
+    stage = Stage("elastic", epochs=1, lr=0, keep=(0.0, 1.0, 1.0))
+    nothing = torch.zeros(BATCH)
+    step = Step(skipping, skipping, nothing, nothing, (0.0, 1.0), 1.0)
+    labels = torch.eye(4)[torch.arange(BATCH) % 4]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shared = DistributedDataParallel(Objective(model, stage, RECIPE, None))
+        for _ in range(2):  # a second step is refused after one that left gradients out
+            outcome = shared(images, labels, step)
+            assert (outcome.macs_fraction < 0.1).all()
+            outcome.loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(p.grad is not None for p in model.backbone.parameters())
 
 
 def count_rows(model: MIAFormer) -> list[int]:

@@ -182,7 +182,7 @@ def _drops(backbone: nn.Module) -> bool:
     """Whether some part of the blocks is left out at random in training."""
     blocks: nn.Module = backbone.blocks  # type: ignore[assignment]
     return any(
-        (isinstance(part, nn.Dropout) and part.p > 0) or (isinstance(part, DropPath) and part.drop_prob > 0)
+        (isinstance(part, nn.Dropout) and part.p > 0) or (isinstance(part, DropPath) and bool(part.drop_prob))
         for part in blocks.modules()
     )
 
