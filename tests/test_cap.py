@@ -22,6 +22,7 @@ from miaformer.policy import ClsAttention, Fixed, Full, Random
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"mlp_width": "coupled"},
+    "registers": {"depth_choice": "nested"},
     "map_pool": {"head_choice": "subset", "token_scope": "per_block"},
     "uneven_groups": {"head_choice": "subset", "mlp_width": "coupled"},
     "distilled": {"token_scope": "per_block", "mlp_width": "full"},

@@ -146,7 +146,7 @@ def costs(draw: st.DrawFn) -> Cost:
         mlp_hidden=draw(st.integers(num_heads, 20)),
         mlp_inputs=draw(st.sampled_from([1, 2])),
         num_prefix_tokens=draw(st.integers(0, 2)),
-        num_patches=draw(st.integers(1, 6)),
+        grid=draw(st.tuples(st.integers(1, 2), st.integers(1, 3))),
         mlp_width=draw(st.sampled_from(WIDTHS)),
         trims_last_block=draw(st.booleans()),
         embed_macs=draw(st.integers(0, 99)),

@@ -25,6 +25,7 @@ from miaformer.evaluation import (
 CONFIGS: list[dict[str, Any]] = [
     {},
     {"token_scope": "per_block"},
+    {"depth_choice": "nested"},
     {"head_choice": "subset", "mlp_width": "coupled"},
     {"token_scope": "per_block", "head_choice": "subset", "mlp_width": "full"},
 ]
@@ -62,7 +63,7 @@ def test_macs_of_decisions_are_those_of_running_them(
     decisions = random_decisions(seed, 6, model)
     with torch.inference_mode():
         trace = model.run(pictures(model.backbone, 6), policy=policy.Fixed(decisions)).trace
-    counted = macs_of(decisions, model.cost(), model.adapt_config.token_scope, model.adapt_config.head_choice)
+    counted = macs_of(decisions, model.cost(), model.adapt_config.rules)
     assert counted.tolist() == trace.macs.tolist()
 
 
@@ -121,7 +122,10 @@ def test_random_at_the_learned_cost_keeps_as_often_as_the_learned_policy(model: 
     found = random_policy(Simulation.of(model), spent, rates)
     # Learned decisions go together (who skips blocks skips tokens), random ones do not: one shift of the log-odds of
     # all rates makes up for it, and a small one.
-    shifts = torch.logit(torch.tensor(found.depth).double(), 1e-9) - torch.logit(rates.depth, 1e-3)
+    depth = torch.tensor(found.depth).double()
+    if model.adapt_config.depth_choice == "nested":  # where each is of those that executed the block before
+        depth = depth.cumprod(dim=0)
+    shifts = torch.logit(depth, 1e-9) - torch.logit(rates.depth, 1e-3)
     assert shifts.std() < 1e-4
     assert shifts.abs().max() < 1.0
     shift = shifts.mean().item()

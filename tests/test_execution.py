@@ -68,6 +68,7 @@ def models(draw: st.DrawFn) -> MIAFormer:
         "mlp_width": draw(st.sampled_from(WIDTHS)),
         "token_scope": draw(st.sampled_from(["progressive", "per_block"])),
         "head_choice": draw(st.sampled_from(["nested", "subset"])),
+        "depth_choice": draw(st.sampled_from(["nested", "any"])),
     }
     backbone = vit(draw(st.integers(0, 99)), **draw(backbones()))
     return miaformer.adapt(backbone, **config).double().eval()
@@ -268,6 +269,19 @@ def test_tokens_once_skipped_stay_skipped_only_if_progressive(mlp_width: Any) ->
                 if decisions.depth[image, index]:  # a skipped block loses no token
                     left = left & decisions.tokens[image, index]
                     assert torch.equal(trace.tokens[image, index], left)
+
+
+@pytest.mark.parametrize("structure", ["plain", "no_class_token_avg"])
+def test_who_skips_a_block_leaves_only_if_depth_is_nested(structure: str) -> None:
+    for choice in ("nested", "any"):
+        model = miaformer.adapt(vit(0, depth=5, **STRUCTURES[structure]), depth_choice=choice).eval()
+        decisions = drawn_decisions(model, 16, (0.7, 1.0, 0.9), 1)
+        trace = model.run(pictures(model.backbone, 16), Fixed(decisions)).trace
+        stays = decisions.depth.long().cumprod(dim=1).bool()
+        assert torch.equal(trace.depth, stays if choice == "nested" else decisions.depth)
+        assert not trace.heads[~trace.depth].any()
+        assert not trace.tokens[~trace.depth].any()
+        assert (decisions.depth & ~stays).any()
 
 
 @pytest.mark.parametrize("token_scope", ["progressive", "per_block"])

@@ -38,6 +38,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "attention pooling": ("map_pool", {"mlp_width": "coupled", "token_multiple": 4}),
     "gated MLP, RMS norms": ("aim", {}),
     "norms inside": ("scale_norms_layer", {}),
+    "images leave": ("plain", {"depth_choice": "nested"}),
+    "images without a class token leave": ("no_class_token_avg", {"depth_choice": "nested"}),
+    "tokens not dithered": ("plain", {"dither": False}),
+    "convolutional stem": ("conv_stem", {}),
 }
 
 

@@ -12,6 +12,7 @@ from vits import STRUCTURES, enliven, lively, pictures, vit
 import miaformer
 from miaformer import MIAFormer, native
 from miaformer.cost import count_macs
+from miaformer.dither import dither
 
 pytest.importorskip("numba")
 
@@ -23,7 +24,10 @@ def decided(model: MIAFormer, images: torch.Tensor, **arguments: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("structure", ["plain", "registers", "no_class_token_avg", "uneven_groups"])
-@pytest.mark.parametrize("config", [{}, {"head_choice": "subset", "token_scope": "per_block"}, {"token_multiple": 4}])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"head_choice": "subset", "token_scope": "per_block"}, {"token_multiple": 4}, {"depth_choice": "nested"}],
+)
 def test_the_loop_decides_as_operations_do(
     monkeypatch: pytest.MonkeyPatch, structure: str, config: dict[str, Any], dtype: torch.dtype
 ) -> None:
@@ -55,9 +59,13 @@ def test_logits_of_tokens_are_those_of_operations(image: int) -> None:
         x = model.embed(pictures(model.backbone, 4).float())
         folded = model.controllers.folded(torch.zeros(1))[-1]
         prefix, active = model.num_prefix_tokens, np.ones((4, x.shape[1] - model.num_prefix_tokens), bool)
-        depth, _, _, scores = native.decide(x, active, None, prefix, model.cost().num_heads, 1, folded)
+        depth, _, _, scores = native.decide(
+            x, active, None, prefix, model.cost().num_heads, 1, folded, model.cost().grid
+        )
         logits, direction = folded.logits(x[:, prefix:].mean(dim=1), x[:, :prefix].mean(dim=1))
-        wanted = folded.token_logits(x[image, prefix:], direction[image : image + 1], logits[image, -1:])
+        wanted = folded.token_logits(x[image, prefix:], direction[image : image + 1], logits[image, -1:]) + dither(
+            *model.cost().grid
+        )
     assert depth[image] == (logits[image, 0] > 0)
     if depth[image]:
         np.testing.assert_allclose(scores[image], wanted, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ from vits import STRUCTURES, lively, pictures, relative, vit
 import miaformer
 from miaformer import Decisions, MIAFormer
 from miaformer.decisions import Gates
+from miaformer.dither import dither
 from miaformer.engine.walk import State
 from miaformer.policy import ClsAttention, Fixed, Full, Random, Static
 
@@ -20,7 +21,8 @@ from miaformer.policy import ClsAttention, Fixed, Full, Random, Static
 def state(index: int = 0, batch: int = 1000, active: Tensor | None = None) -> State:
     """What a policy that reads no tokens sees: 4 heads, 10 patch tokens."""
     everything = torch.ones(batch, 10, dtype=torch.bool)
-    return State(index, torch.empty(batch, 11, 0), everything if active is None else active, None, 1, 4, num_blocks=3)
+    shown = everything if active is None else active
+    return State(index, torch.empty(batch, 11, 0), shown, None, 1, 4, num_blocks=3, grid=(2, 5))
 
 
 def shares(gates: Gates) -> list[float]:
@@ -154,7 +156,7 @@ def test_class_attention_sees_kept_tokens_only() -> None:
     active = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) < 0.6
     policy = ClsAttention(model.backbone.blocks, keep=0.5, blocks=(0,))
     other = torch.where(torch.cat([torch.ones(2, 1).bool(), active], dim=1)[..., None], x, x + 50)
-    found = [policy.decide(State(0, rows, active, None, 1, 4, 3)) for rows in (x, other)]
+    found = [policy.decide(State(0, rows, active, None, 1, 4, 3, (4, 4))) for rows in (x, other)]
     assert torch.equal(found[0].tokens, found[1].tokens)
     assert not (found[0].tokens & ~active).any()
     assert found[0].tokens.sum(dim=1).tolist() == [round(0.5 * n) for n in active.sum(dim=1).tolist()]
@@ -185,10 +187,11 @@ def test_learned_decisions_are_the_signs_of_the_controllers_logits() -> None:
     assert torch.equal(trace.depth[:, 0], depth > 0)
     assert torch.equal(trace.heads[:, 0], controller.most_likely_heads(heads) & (depth > 0)[:, None])
     policy = model.learned(1.0)
-    gates = policy.decide(State(1, x, torch.ones(6, 25, dtype=torch.bool), None, 1, 3, 4))
+    gates = policy.decide(State(1, x, torch.ones(6, 25, dtype=torch.bool), None, 1, 3, 4, (5, 5)))
     controller = model.controllers[1]
     context = controller.context(x, torch.ones(6, 25, dtype=torch.bool), 1, log_price)
     query, shared = controller.token_query(context, shift)
     logits = controller.token_logits(x[:, 1:], query[:, None], shared[:, None])
+    logits = logits + torch.from_numpy(dither(5, 5))
     executed = torch.from_numpy(gates.depth)[:, None]
     assert torch.equal(torch.from_numpy(gates.tokens) & executed, (logits > 0) & executed)

@@ -173,10 +173,12 @@ def test_wrong_settings_are_named() -> None:
         get_recipe("cifra10")
     with pytest.raises(ValueError, match="'elastik' must be one of backbone"):
         Stage("elastik", epochs=1, lr=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"patch_drop=1\.0 must lie in 0 to 1"):
-        Stage("backbone", epochs=1, lr=1, patch_drop=1.0)
-    with pytest.raises(ValueError, match="elastic stage: patch_drop is for the backbone"):
-        Stage("elastic", epochs=1, lr=1, patch_drop=0.5)
+    with pytest.raises(ValueError, match=r"patch_drop=\(0\.5, 1\.0\) must rise within 0 to 1"):
+        Stage("backbone", epochs=1, lr=1, patch_drop=(0.5, 1.0))
+    with pytest.raises(ValueError, match="elastic stage: patch_drop and early_weight are for the backbone"):
+        Stage("elastic", epochs=1, lr=1, patch_drop=(0.5, 0.5))
+    with pytest.raises(ValueError, match="early_weight=-1 must not be negative"):
+        Stage("backbone", epochs=1, lr=1, early_weight=-1)
     with pytest.raises(ValueError, match=r"anneal=0 must lie in 0 to 1"):
         Stage("elastic", epochs=1, lr=1, anneal=0)
     with pytest.raises(ValueError, match=r"exit_share=1\.5 must lie in 0 to 1"):
@@ -214,7 +216,7 @@ def test_tokens_are_dropped_in_the_stage_that_asks_for_it_alone(tmp_path: Path) 
     model, rows = tiny_model(), []
     model.backbone.blocks[0].register_forward_pre_hook(lambda block, args: rows.append(args[0].shape[1]))
     first, *others = RECIPE.stages
-    run(tmp_path, replace(RECIPE, stages=(replace(first, patch_drop=0.75), first, *others)), model=model)
+    run(tmp_path, replace(RECIPE, stages=(replace(first, patch_drop=(0.75, 0.75)), first, *others)), model=model)
     assert rows[:STEPS] == [1 + 4] * STEPS  # of 16 patch tokens
     assert set(rows[STEPS : 2 * STEPS]) == {1 + 16}
 

@@ -180,7 +180,7 @@ def test_elastic_decisions_cover_the_range_and_keep_early_tokens() -> None:
     model = tiny_model()
     cost = model.cost()
     stage = Stage("elastic", epochs=1, lr=0, keep=(0.5, 0.25, 0.1))
-    decisions = elastic_decisions(draws(model, full_share=0.25, batch=400), cost, stage, 1)
+    decisions = elastic_decisions(draws(model, full_share=0.25, batch=400), cost, stage, model.adapt_config, 1)
     assert decisions.tokens[:, 0].all()
     kept = decisions.tokens[:, -1].float().mean(dim=1)
     assert kept.min() < 0.3
@@ -197,7 +197,7 @@ def test_elastic_images_leave_early_as_often_as_the_stage_asks() -> None:
 
     def never_return(share: float) -> Tensor:
         stage = Stage("elastic", epochs=1, lr=0, keep=(0.3, 1.0, 1.0), exit_share=share)
-        depth = elastic_decisions(drawn, model.cost(), stage, 1).depth
+        depth = elastic_decisions(drawn, model.cost(), stage, model.adapt_config, 1).depth
         assert depth[:, 0].all() or share < 1
         skips = ~depth.all(dim=1)
         return (depth[:, 1:] <= depth[:, :-1]).all(dim=1)[skips].float().mean()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import miaformer
 from miaformer import MIAFormer
 from miaformer.controller import KEEP_LOGIT
+from miaformer.stem import ConvPatchEmbed
 
 SMALL = {
     "img_size": 16,
@@ -58,6 +59,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "not_square_no_biases": {"img_size": (8, 24), "patch_size": (4, 6), "qkv_bias": False, "proj_bias": False},
     "uneven_groups": {"embed_dim": 20, "num_heads": 5, "mlp_ratio": 1.15},
     "grey_one_head_no_pos": {"in_chans": 1, "num_heads": 1, "pos_embed": "none", "final_norm": False},
+    "conv_stem": {"embed_layer": partial(ConvPatchEmbed, stem_channels=(6, 8))},
     "tokens_out": {"global_pool": "", "num_classes": 4},
 }
 

@@ -12,6 +12,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from miaformer.stem import ConvPatchEmbed, ConvStem
+
 MLPS = {layer.__name__: layer for layer in (Mlp, SwiGLU, GluMlp)}
 SUPPORTED = "Block + Attention + Mlp (or SwiGLU, GluMlp), with LayerNorm or RmsNorm, as in timm's VisionTransformer"
 
@@ -41,9 +43,10 @@ def check_supported(backbone: nn.Module) -> VisionTransformer:
             )
     if len({(block.attn.num_heads, block.attn.head_dim) for block in transformer_blocks(backbone)}) > 1:
         raise ValueError("All blocks must have the same number of heads and channels a head")
-    if type(backbone.patch_embed) is not PatchEmbed:
+    if type(backbone.patch_embed) not in (PatchEmbed, ConvPatchEmbed):
         raise ValueError(
-            f"The backbone's patch embedding is {type(backbone.patch_embed).__name__}, supported: PatchEmbed"
+            f"The backbone's patch embedding is {type(backbone.patch_embed).__name__}, supported: PatchEmbed, or our "
+            "ConvPatchEmbed"
         )
     return cast(VisionTransformer, backbone)
 
@@ -156,6 +159,8 @@ def describe(backbone: VisionTransformer) -> dict[str, Any]:
     }
     if not isinstance(embed.norm, identity):
         description["embed_norm_layer"] = _described_norm(embed.norm)
+    if isinstance(embed.proj, ConvStem):
+        description["stem_channels"] = list(embed.proj.channels)
     return description
 
 
@@ -174,6 +179,8 @@ def build(description: dict[str, Any]) -> VisionTransformer:
     model_class = {c.__name__: c for c in (VisionTransformer, VisionTransformerDistilled)}[args.pop("class")]
     norms = {name: _norm_layer(args.pop(name)) for name in ("norm_layer", "embed_norm_layer") if name in description}
     mlp_layer: Any = MLPS[args.pop("mlp_layer")]
+    if "stem_channels" in args:
+        args["embed_layer"] = partial(ConvPatchEmbed, stem_channels=args.pop("stem_channels"))
     gate_last = args.pop("gate_last")
     if gate_last is not None:
         mlp_layer = partial(mlp_layer, gate_last=gate_last)

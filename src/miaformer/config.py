@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from miaformer.budget import check_fraction
-from miaformer.decisions import HeadChoice, MlpWidth, TokenScope
+from miaformer.decisions import DepthChoice, HeadChoice, MlpWidth, Rules, TokenScope
 
 Grain = Literal["depth", "heads", "tokens"]
 
@@ -19,11 +19,17 @@ class AdaptConfig:
     mlp_width: MlpWidth = "hidden"
     token_scope: TokenScope = "progressive"
     head_choice: HeadChoice = "nested"
+    depth_choice: DepthChoice = "any"  # nested: the executed blocks are the first ones, and an image leaves after them
     controller_hidden: int | None = None  # width of a controller's context; None: a third of the channels, 8 to 32
     controller_rank: int | None = None  # of the token product; None: a twelfth of the channels, 4 to 16
     first_token_block: int | None = None  # tokens are decided from this block on; None: 2, or 1 of up to 4 blocks
+    dither: bool = True  # tokens are kept by thresholds that lie evenly over the image (`miaformer.dither`)
     token_multiple: int | None = None  # rows kept are rounded up to this; None: 16 from 128 patch tokens on, else 1
     default_budget: float | None = None  # used where a call names none; None: everything is executed
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(self.depth_choice, self.head_choice, self.token_scope)
 
     def rows_multiple(self, num_patches: int) -> int:
         """What the learned policy rounds the rows of an image up to, for images of so many patch tokens.
@@ -41,6 +47,7 @@ class AdaptConfig:
             ("mlp_width", MlpWidth),
             ("token_scope", TokenScope),
             ("head_choice", HeadChoice),
+            ("depth_choice", DepthChoice),
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")

@@ -12,9 +12,13 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from miaformer.dither import dither
 
 ALWAYS = 1000.0  # the logit of what is not decided: no price, and no gradient, reaches so far
 KEEP_LOGIT = 3.0  # untrained controllers keep with probability 0.95 at a log-price of 0
@@ -39,18 +43,19 @@ class Controller(nn.Module):
 
     embed_dim: C; num_heads: H; hidden: width of the context; rank: of the token product, 0 where tokens are not
     decided. With `nested`, head j is kept only if head j-1 is: head logits are those of going on. depth, heads: whether
-    these are decided; else they are always kept.
+    these are decided; else they are always kept. dithers: whether tokens have thresholds of their own.
     """
 
     def __init__(
         self, embed_dim: int, num_heads: int, hidden: int, rank: int, nested: bool, depth: bool = True,
-        heads: bool = True,
+        heads: bool = True, dithers: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.keep_logits = tuple(KEEP_LOGIT if decided else ALWAYS for decided in (depth, heads, True))
         self.embed_dim = embed_dim
         self.rank = rank
         self.nested = nested
+        self.dithers = dithers
         self.pooled = nn.Linear(2 * embed_dim, hidden)
         self.price = nn.Linear(PRICE_FEATURES, hidden, bias=False)
         self.gates = nn.Linear(hidden, 1 + num_heads)
@@ -131,8 +136,15 @@ class Controller(nn.Module):
         query = self.query(context)
         return query[:, :-1], KEEP_LOGIT + _bounded(query[:, -1]) + shift[:, 2]
 
+    def thresholds(self, grid: tuple[int, int]) -> NDArray[np.float32]:
+        """What their place adds to the logits of patch tokens, (N,), in a grid of so many rows and columns."""
+        return dither(*grid) if self.dithers else np.zeros(grid[0] * grid[1], np.float32)
+
     def token_logits(self, tokens: Tensor, query: Tensor, shared: Tensor) -> Tensor:
-        """Logits (...) of keeping tokens (..., C), given query (..., rank) and shared part (...) of their images."""
+        """Logits (...) of keeping tokens (..., C), given query (..., rank) and shared part (...) of their images.
+
+        Without `thresholds`: these belong to the shared part.
+        """
         return _bounded((self.key(_normalise(tokens)) * query).sum(dim=-1)) + shared
 
 

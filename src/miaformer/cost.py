@@ -70,11 +70,16 @@ class Cost:
     mlp_hidden: int
     mlp_inputs: int  # input projections of the MLP: 1, or 2 where it is gated
     num_prefix_tokens: int  # P
-    num_patches: int  # N
+    grid: tuple[int, int]  # rows and columns of the patch tokens
     mlp_width: MlpWidth
     trims_last_block: bool  # only prefix rows are read after the last block
     embed_macs: int  # patch embedding
     head_macs: int  # pooling and classifier
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
 
     def block(self, index: int, gates: Gates) -> Tensor:
         """MACs (B,) of block `index` under `gates`: int64 for boolean gates, else differentiable."""

@@ -18,6 +18,16 @@ from torch import Tensor
 MlpWidth = Literal["coupled", "hidden", "full"]
 TokenScope = Literal["progressive", "per_block"]
 HeadChoice = Literal["nested", "subset"]
+DepthChoice = Literal["nested", "any"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which decisions there can be (DESIGN.md, section 3)."""
+
+    depth_choice: DepthChoice = "any"  # nested: an image that skips a block skips all that follow, it leaves
+    head_choice: HeadChoice = "nested"
+    token_scope: TokenScope = "progressive"
 
 
 @dataclass(frozen=True)

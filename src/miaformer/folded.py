@@ -9,7 +9,7 @@ them, one for an image. `native` takes the same numbers and loops over them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self, cast
@@ -35,6 +35,7 @@ class Folded:
 
     nested: bool
     decides_tokens: bool
+    thresholds: Callable[[tuple[int, int]], NDArray[np.float32]]  # `Controller.thresholds`
     pooled: Tensor  # (2C, hidden)
     pooled_bias: Tensor  # (B or 1, hidden), the price's part in it
     outputs: Tensor  # (hidden, J + 1 or, where tokens are decided, J + 1 + C): see `logits`
@@ -77,6 +78,7 @@ class Folded:
                 Folded(
                     c.nested,
                     bool(c.rank),
+                    c.thresholds,
                     c.pooled.weight.t().to(exact),
                     pooled_bias[index],
                     outputs[index].t(),

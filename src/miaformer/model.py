@@ -85,8 +85,9 @@ class MIAFormer(
                 hidden,
                 rank if index >= first and "tokens" in config.grains else 0,
                 config.head_choice == "nested",
-                "depth" in config.grains,
+                "depth" in config.grains and (index > 0 or config.depth_choice == "any"),
                 "heads" in config.grains,
+                config.dither,
             )
             for index in range(depth)
         )
@@ -163,9 +164,9 @@ class MIAFormer(
     def _count(self, size: tuple[int, int]) -> Cost:
         meta, block = self._meta[0].eval(), static.transformer_blocks(self.backbone)[0]
         image = torch.empty(1, meta.in_chans, *size, device="meta")
-        embedded = meta.patch_embed(image).flatten(1, -2)
-        num_patches, prefix = embedded.shape[1], self.num_prefix_tokens
-        features = torch.empty(1, prefix + num_patches, self.embed_dim, device="meta")
+        rows, columns = meta.patch_embed.dynamic_feat_size(size)
+        prefix = self.num_prefix_tokens
+        features = torch.empty(1, prefix + rows * columns, self.embed_dim, device="meta")
         only_prefix = isinstance(meta, VisionTransformerDistilled) or (
             meta.global_pool == "token" and meta.attn_pool is None
         )
@@ -178,7 +179,7 @@ class MIAFormer(
             mlp_hidden=mlp.fc2.in_features,
             mlp_inputs=1 if type(mlp).__name__ == "Mlp" else 2,
             num_prefix_tokens=prefix,
-            num_patches=num_patches,
+            grid=(rows, columns),
             mlp_width=self.adapt_config.mlp_width,
             trims_last_block=only_prefix,
             embed_macs=count_macs(lambda: meta.patch_embed(image)),
@@ -288,8 +289,7 @@ class MIAFormer(
         self, x: Tensor, policy: Policy, execution: Execution, cost: Cost, cap_macs: Counts | None
     ) -> tuple[Tensor, Steps]:
         """The same of an x that nobody needs afterwards: sparse execution writes in place where it may."""
-        config = self.adapt_config
-        return walk(self.backbone.blocks, x, policy, execution, cost, config.token_scope, config.head_choice, cap_macs)
+        return walk(self.backbone.blocks, x, policy, execution, cost, self.adapt_config.rules, cap_macs)
 
     def _walk(
         self, images: Tensor, cost: Cost, policy: Policy, cap: float | None, execution: str

@@ -229,7 +229,8 @@ class Learned:
         effective = bool(prefix) and affordable is None  # otherwise an image may have no row left, or not pay
         if native.can_decide(x):
             return HostGates(
-                *native.decide(x, active, affordable, prefix, state.num_heads, self.token_multiple, folded), effective
+                *native.decide(x, active, affordable, prefix, state.num_heads, self.token_multiple, folded, state.grid),
+                effective,
             )
         return self._decide(state, folded, active, affordable, effective)
 
@@ -255,11 +256,11 @@ class Learned:
             heads, active = heads & depth[:, None], active & depth[:, None]
         if not folded.decides_tokens or not depth.any():
             return HostGates(depth, heads, active, None, effective)
-        shared = logits[:, -1]
+        image, token = active.nonzero()
         if len(x) > 1:
             rows = _rows(x, active, prefix)
-            image = active.nonzero()[0]
-            direction, shared = direction[torch.from_numpy(image).to(x.device)], shared[image]
+            direction = direction[torch.from_numpy(image).to(x.device)]
+        shared = logits[image, -1] + folded.thresholds(state.grid)[token]
         scores = np.full(active.shape, -np.inf, dtype=logits.dtype)
         scores[active] = folded.token_logits(rows, direction, shared)
         kept = scores > 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from miaformer.cost import Cost, Counts
-from miaformer.decisions import Booleans, Decisions, Gates, HeadChoice, HostGates, TokenScope
+from miaformer.decisions import Booleans, Decisions, Gates, HostGates, Rules
 from miaformer.engine.cap import Purse
 
 
@@ -22,10 +22,11 @@ class State:
     index: int
     x: Tensor  # (B, P+N, C), the block's input
     active: Tensor  # (B, N), the patch tokens that can be kept: bool on the host, or gates where gates are numbers
-    affordable: Tensor | None  # (B,) bool on the host, images whose cap pays for the block's least; None: all
+    affordable: Tensor | None  # (B,) bool on the host, images that have not left and pay for its least; None: all
     num_prefix_tokens: int
     num_heads: int
     num_blocks: int
+    grid: tuple[int, int]  # rows and columns of the patch tokens
 
     @property
     def num_patches(self) -> int:
@@ -80,8 +81,7 @@ def walk(
     policy: Policy,
     execution: Execution,
     cost: Cost,
-    token_scope: TokenScope,
-    head_choice: HeadChoice,
+    rules: Rules,
     cap_macs: Counts | None = None,
 ) -> tuple[Tensor, Steps]:
     """Take embedded tokens x (B, P+N, C) through all blocks. cap_macs: (B,) int64.
@@ -89,16 +89,19 @@ def walk(
     Boolean gates are brought into effective form (`HostGates.effective`) and cut to the cap; floating-point gates
     (training) are the policy's own responsibility.
     """
-    progressive = token_scope == "progressive"
+    progressive, leaving = rules.token_scope == "progressive", rules.depth_choice == "nested"
     ledger = _Ledger(cost, policy, len(x), progressive, cap_macs)
     active: Booleans | Tensor = np.ones((len(x), cost.num_patches), dtype=bool)  # a tensor where gates are numbers
     taken: list[Gates | HostGates] = []
     for index, block in enumerate(blocks):
         affordable = ledger.affordable(index, active) if isinstance(active, np.ndarray) else None
+        if leaving and taken and isinstance(taken[-1], HostGates):
+            stayed = taken[-1].depth
+            affordable = stayed if affordable is None else affordable & stayed
         shown = torch.from_numpy(active) if isinstance(active, np.ndarray) else active
         pays = None if affordable is None else torch.from_numpy(affordable)
         gates = policy.decide(
-            State(index, x, shown, pays, cost.num_prefix_tokens, cost.num_heads, cost.depth),
+            State(index, x, shown, pays, cost.num_prefix_tokens, cost.num_heads, cost.depth, cost.grid),
         )
         if isinstance(gates, HostGates) or gates.depth.dtype == torch.bool:
             assert isinstance(active, np.ndarray)
@@ -106,7 +109,7 @@ def walk(
             if affordable is not None:
                 asked = replace(asked, depth=asked.depth & affordable, is_effective=False)
             ledger.score(index, active, asked.depth)
-            gates = ledger.cut(index, asked.effective(active, cost.num_prefix_tokens, head_choice))
+            gates = ledger.cut(index, asked.effective(active, cost.num_prefix_tokens, rules.head_choice))
             if progressive:
                 active = gates.tokens if gates.depth.all() else np.where(gates.depth[:, None], gates.tokens, active)
         else:

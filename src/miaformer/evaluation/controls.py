@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from miaformer.budget import check_fraction
 from miaformer.cost import Cost
-from miaformer.decisions import Decisions, Gates, HeadChoice, HostGates, TokenScope
+from miaformer.decisions import Decisions, Gates, HostGates, Rules
 from miaformer.engine.walk import Policy, Steps, walk
 from miaformer.model import MIAFormer
 from miaformer.policy import BestTokens, ClsAttention, Fixed, Random, Static, three_of
@@ -39,20 +39,18 @@ class Simulation:
     """
 
     cost: Cost
-    token_scope: TokenScope
-    head_choice: HeadChoice
+    rules: Rules
 
     @staticmethod
     def of(model: MIAFormer) -> Simulation:
-        config = model.adapt_config
-        return Simulation(model.cost(), config.token_scope, config.head_choice)
+        return Simulation(model.cost(), model.adapt_config.rules)
 
     def run(self, policy: Policy, num_images: int) -> Steps:
         """The gates and the MACs (B,) of `num_images` images under `policy`."""
         cost = self.cost
         blocks = nn.Sequential(*(nn.Identity() for _ in range(cost.depth)))
         x = torch.empty(num_images, cost.num_prefix_tokens + cost.num_patches, 0)
-        return walk(blocks, x, policy, _execute_nothing, cost, self.token_scope, self.head_choice)[1]
+        return walk(blocks, x, policy, _execute_nothing, cost, self.rules)[1]
 
     def fractions(self, policy: Policy, num_images: int) -> Tensor:
         """The same MACs (B,) float64 as fractions of the backbone's."""
@@ -63,9 +61,9 @@ def _execute_nothing(index: int, block: nn.Module, x: Tensor, gates: Gates | Hos
     return x
 
 
-def macs_of(decisions: Decisions, cost: Cost, token_scope: TokenScope, head_choice: HeadChoice) -> Tensor:
+def macs_of(decisions: Decisions, cost: Cost, rules: Rules) -> Tensor:
     """MACs (B,) int64 of executing `decisions`, without a model. Deciding is not counted."""
-    return Simulation(cost, token_scope, head_choice).run(Fixed(decisions), len(decisions)).macs
+    return Simulation(cost, rules).run(Fixed(decisions), len(decisions)).macs
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,8 @@ def random_policy(
     def policy(logit: float) -> Random:
         moved = rates.shifted(logit)
         depth, heads, tokens = moved.depth, moved.heads.mean(dim=1), moved.tokens.mean(dim=1)
+        if simulation.rules.depth_choice == "nested":  # of the images that execute the block before
+            depth = (depth / torch.cat([torch.ones_like(depth[:1]), depth[:-1]])).clamp(max=1)
         return Random(depth.tolist(), heads.tolist(), tokens.tolist(), seed)
 
     def fraction(logit: float) -> float:
@@ -143,7 +143,7 @@ def static_policy(simulation: Simulation, budget: float, trace: Decisions) -> St
     Raises ValueError where the budget is below what an image costs at the least.
     """
     rates = KeepRates.of(trace)
-    progressive = simulation.token_scope == "progressive"
+    progressive = simulation.rules.token_scope == "progressive"
 
     def decisions(logit: float, share: float) -> Decisions:
         moved = rates.shifted(logit)

@@ -84,6 +84,8 @@ def export_static(model: MIAFormer, path: str | Path, decisions: Decisions) -> N
     for index, block in enumerate(model.backbone.blocks):
         asked = HostGates.of(decisions.block(index))
         gates = asked.effective(active, cost.num_prefix_tokens, config.head_choice)
+        if config.depth_choice == "nested" and not gates.depth[0]:
+            break
         macs += int(cost.of_host(index, gates)[0])
         if not gates.depth[0]:
             continue

@@ -37,7 +37,7 @@ class Image:
     rows: str  # (P + active, C) where packed, else (P + N, C)
     active: str  # (active,) int64, which patch tokens may be kept, ascending or as they were ranked
     macs: str  # (1,) int64, spent
-    left: str  # (1,) int64, what the cap leaves
+    left: str  # (1,) int64, what the cap leaves; negative where the image has left
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class AdaptiveWriter:
         self.packed = config.token_scope == "progressive" and self.cost.trims_last_block
         self.progressive = config.token_scope == "progressive"
         self.nested = config.head_choice == "nested"
+        self.leaves = config.depth_choice == "nested"
         self.multiple = config.rows_multiple(self.cost.num_patches)
         self.controllers: list[Controller] = list(model.controllers)
         self.log_price = log_price
@@ -98,12 +99,20 @@ class AdaptiveWriter:
                 return inner.choose(
                     some,
                     lambda g: self._execute(g, writer, replace(image, macs=macs, left=left), logits, ranked, count),
-                    lambda g: [image.rows, image.active, macs, left, g.constant([False]), *nothing],
+                    lambda g: [
+                        image.rows,
+                        image.active,
+                        macs,
+                        g.ints(-1) if self.leaves else left,
+                        g.constant([False]),
+                        *nothing,
+                    ],
                 )
             return self._execute(inner, writer, replace(image, macs=macs, left=left), logits, ranked, count)
 
         def skip(inner: Graph) -> list[str]:
-            return [image.rows, image.active, image.macs, image.left, inner.constant([False]), *nothing]
+            left = inner.ints(-1) if self.leaves else image.left  # who left can pay for no block
+            return [image.rows, image.active, image.macs, left, inner.constant([False]), *nothing]
 
         rows, active, macs, left, *done = graph.choose(depth, execute, skip)
         return Image(rows, active, macs, left), Done(*done)
@@ -182,6 +191,9 @@ class AdaptiveWriter:
         bounded = graph.op("Tanh", graph.op("Mul", scores, graph.constant(1 / LOGIT_BOUND, FLOAT)))
         shared = self._at(graph, logits, self.cost.num_heads + 1)
         logit = graph.op("Add", graph.op("Mul", bounded, graph.constant(LOGIT_BOUND, FLOAT)), shared)
+        if controller.dithers:
+            thresholds = graph.constant(controller.thresholds(self.cost.grid), FLOAT)
+            logit = graph.op("Add", logit, graph.op("Gather", thresholds, image.active, axis=0))
         _, places = graph.op("TopK", logit, available, outputs=2, axis=0)
         count = self._how_many(graph, graph.op("Greater", logit, graph.constant(0.0, FLOAT)))
         if self.multiple > 1:

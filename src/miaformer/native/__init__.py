@@ -45,10 +45,12 @@ def decide(
     num_heads: int,
     token_multiple: int,
     folded: Folded,
+    grid: tuple[int, int],
 ) -> tuple[Array, Array, Array, Array]:
     """Depth (B,), heads (B, H) and tokens (B, N) bool, and logits (B, N) of the tokens, -inf where none was asked for.
 
-    x: (B, P+N, C); active: (B, N) bool; affordable: (B,) bool, None for all; folded: `Folded` controllers.
+    x: (B, P+N, C); active: (B, N) bool; affordable: (B,) bool, None for all; folded: `Folded` controllers;
+    grid: rows and columns of the patch tokens.
     """
     loop = _loop()
     assert loop is not None
@@ -65,6 +67,7 @@ def decide(
         folded.nested,
         folded.decides_tokens,
         token_multiple,
+        folded.thresholds(grid),
         *folded.native,
         depth,
         heads,

@@ -106,7 +106,7 @@ def _logits(
 
 
 @_compiled
-def _score(x: Any, active: Any, prefix: int, direction: Any, shared: Any, scores: Any) -> None:
+def _score(x: Any, active: Any, prefix: int, direction: Any, shared: Any, thresholds: Any, scores: Any) -> None:
     """Logits (N,) of the active patch tokens of one image x (P+N, C)."""
     num_rows, dim = x.shape
     size = np.float32(dim)
@@ -121,7 +121,8 @@ def _score(x: Any, active: Any, prefix: int, direction: Any, shared: Any, scores
                 value = _float(x[row, i]) - mean
                 square += value * value
                 product += value * direction[i]
-            scores[row - prefix] = np.tanh(product / np.sqrt(square / size + _EPS) / _BOUND) * _BOUND + shared
+            bounded = np.tanh(product / np.sqrt(square / size + _EPS) / _BOUND) * _BOUND
+            scores[row - prefix] = bounded + shared + thresholds[row - prefix]
 
 
 @_compiled
@@ -168,6 +169,7 @@ def decide(
     nested: bool,
     scores_tokens: bool,
     multiple: int,
+    thresholds: Any,
     pooled: Any,
     price: Any,
     outputs: Any,
@@ -191,7 +193,7 @@ def decide(
             continue
         _keep_heads(logits[1 : 1 + heads.shape[1]], nested, heads[image])
         if scores_tokens:
-            _score(x[image], active[image], prefix, direction, logits[-1], scores[image])
+            _score(x[image], active[image], prefix, direction, logits[-1], thresholds, scores[image])
             _keep_tokens(scores[image], active[image], prefix, multiple, kept[image])
         else:
             kept[image] = active[image]

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miaformer.config import AdaptConfig
 from miaformer.controller import Controller
 from miaformer.cost import Cost
 from miaformer.decisions import Decisions, Gates
+from miaformer.dither import dither
 from miaformer.engine.walk import State
 from miaformer.training.recipes import Stage
 
@@ -74,25 +76,59 @@ class Draws:
         return Draws(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def elastic_decisions(draws: Draws, cost: Cost, stage: Stage, first_token_block: int) -> Decisions:
+ELASTIC_NOISE = 0.5  # of token gates where thresholds spread them
+
+
+def elastic_decisions(draws: Draws, cost: Cost, stage: Stage, config: AdaptConfig, first_token_block: int) -> Decisions:
     """Random decisions at every grain: each image draws its own keep rates, down to `stage.keep`.
 
-    Tokens leave one after the other, the same ones in all blocks from their leaving on, as in a progressive scope.
-    Blocks are skipped anywhere, or, of a share of the images, all that follow one: so weights learn to say early what
-    they know, and an image that is easy can leave.
+    Tokens leave at one block, of half of the images the first that decides, as in a progressive scope; where tokens
+    are dithered they are spread nearly evenly. Blocks are skipped anywhere, or, of a share of the images (of all where
+    `depth_choice` is nested), all that follow one: so weights learn to say early what they know, and an image that is
+    easy can leave.
     """
     lowest = torch.tensor(stage.keep, device=draws.rates.device)
     rates = lowest + (1 - lowest) * draws.rates[:, :3]
     block = torch.arange(cost.depth, device=rates.device)
-    leaves = (draws.leaving < stage.exit_share)[:, None]
+    exit_share = 1.0 if config.depth_choice == "nested" else stage.exit_share
+    leaves = (draws.leaving < exit_share)[:, None]
     depth = torch.where(leaves, block < (rates[:, :1] * cost.depth).round(), draws.depth < rates[:, :1])
     heads = draws.heads < rates[:, 1, None, None]
-    # From a block drawn per image on, the share of kept tokens is the image's rate, and all before it.
-    onset = first_token_block + (cost.depth - first_token_block) * draws.rates[:, 3:] * 0.8
-    share = torch.where(block >= onset, rates[:, 2:], torch.ones_like(rates[:, 2:]))
-    tokens = draws.tokens[:, :1] < share[:, :, None]
+    onset = first_token_block + (cost.depth - first_token_block) * (1.6 * draws.rates[:, 3:] - 0.8).clamp(min=0)
+    noise = torch.logit(draws.tokens[:, :1])
+    if config.dither:
+        noise = ELASTIC_NOISE * noise + torch.tensor(dither(*cost.grid), device=rates.device)
+    tokens = (torch.logit(rates[:, 2:], 1e-6)[:, :, None] + noise > 0) | (block < onset)[:, :, None]
     everything = draws.full[:, None]
     return Decisions(depth | everything, heads | everything[:, :, None], tokens | everything[:, :, None])
+
+
+SURVIVAL = 0.02  # an image that executes a block with less probability does not
+
+
+class Leaving:
+    """Nested depth in training: nothing is drawn, since the loss after every block is known.
+
+    A block is executed for whom it may be, and the probability (B,) of that is remembered for each block; so the
+    expected loss and the expected cost are exact, and so are their gradients.
+    """
+
+    def __init__(self) -> None:
+        self.survival: list[Tensor] = []
+
+    def execute(self, depth: Tensor, temperature: float, full: Tensor) -> Tensor:
+        """Whether (B,) images execute the next block, given its depth logits (B,)."""
+        goes_on = torch.sigmoid(depth / max(temperature, 1e-3))
+        before = self.survival[-1] if self.survival else torch.ones_like(goes_on)
+        self.survival.append(torch.where(full, torch.ones_like(goes_on), before * goes_on))
+        return self.survival[-1].detach() > SURVIVAL
+
+    def probabilities(self) -> Tensor:
+        """(B, L + 1) of leaving after so many blocks; those that were cut off count for the last one executed."""
+        survival = torch.stack(self.survival, dim=1)
+        survival = survival * (survival.detach() > SURVIVAL)
+        ones, zeros = torch.ones_like(survival[:, :1]), torch.zeros_like(survival[:, :1])
+        return torch.cat([ones, survival], dim=1) - torch.cat([survival, zeros], dim=1)
 
 
 @dataclass
@@ -100,13 +136,14 @@ class Relaxed:
     """Gumbel-sigmoid gates: hard forward, straight-through backward; temperature 0 means no noise.
 
     The controllers' logits get logistic noise of scale `temperature` and are cut at 0; gradients flow as if they had
-    been passed through a sigmoid.
+    been passed through a sigmoid. leaving: given where depth is nested; then its gates are those of `Leaving`.
     """
 
     controllers: nn.ModuleList
     log_price: Tensor  # (B,)
     draws: Draws
     temperature: float
+    leaving: Leaving | None = None
     difficulties: list[Tensor] = field(default_factory=list)  # (B,) of each block, as its controller predicts it
 
     def decide(self, state: State) -> Gates:
@@ -114,7 +151,10 @@ class Relaxed:
         depth, heads, tokens = said.depth, said.heads, said.tokens
         self.difficulties.append(said.difficulty)
         index, draws = state.index, self.draws
-        d_hard, d_soft = self._gate(depth, draws.depth[:, index])
+        if self.leaving is not None:
+            d_hard = d_soft = self.leaving.execute(depth, self.temperature, draws.full).to(depth.dtype)
+        else:
+            d_hard, d_soft = self._gate(depth, draws.depth[:, index])
         h_hard, h_soft = self._gate(heads, draws.heads[:, index])
         if cast(Controller, self.controllers[index]).nested:
             h_hard, h_soft = _chain(h_hard), _chain(h_soft)
@@ -158,6 +198,7 @@ class Sampled:
     temperature: float
     cost: Cost
     progressive: bool
+    leaving: Leaving | None = None  # where depth is nested
     difficulties: list[Tensor] = field(default_factory=list)  # (B,) of each block, as its controller predicts it
     log_prob: Tensor = field(init=False)
     expected_macs: Tensor = field(init=False)
@@ -174,7 +215,12 @@ class Sampled:
             self.expected_macs = torch.zeros_like(depth)
             self._still_active = depth.new_ones(state.active.shape)
         nested = cast(Controller, self.controllers[index]).nested
-        executed, depth_p = draws.depth[:, index] < depth.sigmoid(), depth.sigmoid()
+        if self.leaving is not None:
+            executed = self.leaving.execute(said.depth, self.temperature, draws.full)
+            depth_p, depth_log_prob = executed.to(depth.dtype), torch.zeros_like(depth)
+        else:
+            depth_p, executed = depth.sigmoid(), draws.depth[:, index] < depth.sigmoid()
+            depth_log_prob = _log_prob(depth, executed)
         going_on = draws.heads[:, index] < heads.sigmoid()
         head_log_prob = _log_prob(heads, going_on)
         if nested:
@@ -191,8 +237,11 @@ class Sampled:
             chosen = chosen + (_log_prob(tokens, kept_tokens) * active).sum(dim=1)
             token_p = tokens.sigmoid() * self._still_active
         sampled = ~draws.full
-        self.log_prob = self.log_prob + (_log_prob(depth, executed) + chosen * executed) * sampled
-        self.expected_macs = self.expected_macs + self.cost.block(index, Gates(depth_p, head_p, token_p)) * sampled
+        self.log_prob = self.log_prob + (depth_log_prob + chosen * executed) * sampled
+        expected = self.cost.block(index, Gates(depth_p, head_p, token_p))
+        if self.leaving is not None:
+            expected = expected * self.leaving.survival[-1]
+        self.expected_macs = self.expected_macs + expected * sampled
         if self.progressive:
             stays = depth_p[:, None]
             self._still_active = stays * token_p + (1 - stays) * self._still_active
@@ -230,7 +279,10 @@ def _logits(controllers: nn.ModuleList, state: State, log_price: Tensor) -> _Log
     tokens = None
     if controller.rank:
         query, shared = controller.token_query(context, shift)
-        tokens = controller.token_logits(x[:, state.num_prefix_tokens :], query[:, None], shared[:, None])
+        shared = shared[:, None] + torch.tensor(
+            controller.thresholds(state.grid), dtype=shared.dtype, device=shared.device
+        )
+        tokens = controller.token_logits(x[:, state.num_prefix_tokens :], query[:, None], shared)
     return _Logits(depth, heads, tokens, difficulty)
 
 

@@ -10,17 +10,19 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 
+from miaformer.backbone import transformer_blocks
 from miaformer.cost import Cost
+from miaformer.decisions import Gates, HostGates
 from miaformer.engine.masked import Masked
 from miaformer.engine.sparse import Sparse
-from miaformer.engine.walk import Execution, Policy, Steps
+from miaformer.engine.walk import Execution, Policy
 from miaformer.model import MIAFormer
 from miaformer.policy import ClsAttention, Fixed
 from miaformer.rivals.merging import merged_logits, merged_macs, merges_drawn
-from miaformer.training.gates import Draws, Relaxed, Sampled, elastic_decisions
+from miaformer.training.gates import Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.training.recipes import Recipe, Stage
 from miaformer.training.rivals import RelaxedTopTokens, drawn_keep, random_exits
 
@@ -80,9 +82,10 @@ class Objective(nn.Module):
         if self.stage.kind == "reinforce":
             return self._reinforce(images, labels, soft, step, cost)
         policy = self._policy(step, cost)
-        logits, steps = self._execute(images, policy, cost)
-        task = self._task(logits, labels, soft)
-        spent = steps.macs / cost.backbone
+        relaxed = isinstance(policy, Relaxed | RelaxedTopTokens)
+        execution = Masked(cost) if relaxed else self._execution(cost, images)
+        logits, task, macs = self._executed(self.model.embed(images), labels, soft, policy, execution, cost)
+        spent = macs / cost.backbone
         loss, hardness = task, _hardness(task, labels, soft)
         if isinstance(policy, Relaxed):
             loss = task + step.values * spent * ~step.draws.full + _told(policy.difficulties, hardness, step)
@@ -93,7 +96,7 @@ class Objective(nn.Module):
         model, draws = self.model, step.draws
         match self.stage.kind:
             case "elastic":
-                return Fixed(elastic_decisions(draws, cost, self.stage, self.first_token_block))
+                return Fixed(elastic_decisions(draws, cost, self.stage, model.adapt_config, self.first_token_block))
             case "exits":
                 return Fixed(random_exits(draws, cost.depth, cost.num_heads, cost.num_patches))
             case "cls-attention":
@@ -101,19 +104,45 @@ class Objective(nn.Module):
             case "top-tokens":
                 return RelaxedTopTokens(model.controllers, drawn_keep(draws), draws, step.temperature)
             case _:
-                return Relaxed(model.controllers, step.log_prices, draws, step.temperature)
+                return Relaxed(model.controllers, step.log_prices, draws, step.temperature, self._leaving())
 
     def _without_policy(self, images: Tensor, labels: Tensor, soft: Tensor | None, step: Step, cost: Cost) -> Outcome:
         """The backbone as it is, or with as many tokens merged as this step draws."""
         everything = torch.ones_like(step.draws.full)
         if self.stage.kind == "backbone":
-            logits, fraction = self.model.backbone(images), 1.0
+            logits, early = self._backbone(images, step)
+            fraction = 1.0
         else:
             merges = merges_drawn(cost, float(step.draws.shared[0]))
             logits, fraction = merged_logits(self.model, images, merges), merged_macs(cost, merges) / cost.backbone
+            early = None
         task = self._task(logits, labels, soft)
+        if early is not None:
+            task = task + self.stage.early_weight * self._task(early, labels, soft)
         spent = torch.full_like(task, fraction)
         return self._outcome(task.mean(), logits, labels, spent, everything, task, task)
+
+    def _backbone(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Logits of the static model and, where the stage wants it, early ones: after a block drawn for each image.
+
+        A share of the patch tokens is left out (Liu et al. 2022, PatchDropout), and early answers are supervised (Lee
+        et al. 2015): both make a backbone that can do with less.
+        """
+        backbone, (least, most) = self.model.backbone, self.stage.patch_drop
+        blocks = transformer_blocks(backbone)
+        if not most and not self.stage.early_weight:
+            return backbone(images), None
+        rate = least + (most - least) * float(step.draws.shared[0])
+        drop = PatchDropout(rate, num_prefix_tokens=backbone.num_prefix_tokens)
+        x = backbone.norm_pre(drop(backbone._pos_embed(backbone.patch_embed(images))))
+        half = len(blocks) // 2
+        leaving = half + (step.draws.leaving * (len(blocks) - half)).long()  # after so many blocks
+        early = torch.zeros_like(x)
+        for index, block in enumerate(blocks):
+            early = torch.where((leaving == index)[:, None, None], x, early)
+            x = block(x)
+        logits = backbone.forward_head(backbone.norm(x))
+        return logits, backbone.forward_head(backbone.norm(early)) if self.stage.early_weight else None
 
     def _reinforce(self, images: Tensor, labels: Tensor, soft: Tensor | None, step: Step, cost: Cost) -> Outcome:
         """Two samples an image, each the other's baseline (leave one out); weights learn on both.
@@ -126,25 +155,54 @@ class Objective(nn.Module):
         execution = self._execution(cost, images)
         samples = []
         for draws in (step.draws, step.other_draws):
-            policy = Sampled(self.model.controllers, step.log_prices, draws, step.temperature, cost, progressive)
-            features, steps = self.model.walk(x, policy, execution, cost)
-            logits = self.model.backbone.forward_head(self.model.backbone.norm(features))
-            samples.append((policy, steps, logits, self._task(logits, labels, soft)))
-        (one, steps, logits, task), (other, steps_2, _, task_2) = samples
+            policy = Sampled(
+                self.model.controllers, step.log_prices, draws, step.temperature, cost, progressive, self._leaving()
+            )
+            samples.append((policy, *self._executed(x, labels, soft, policy, execution, cost)))
+        (one, logits, task, macs), (other, _, task_2, macs_2) = samples
         advantage = (task - task_2).detach()  # of the second sample's gain; the first one's is its negative
         estimator = 0.5 * advantage * (one.log_prob - other.log_prob)
         expected = 0.5 * (one.expected_macs + other.expected_macs) / cost.backbone
         hardness = _hardness(task, labels, soft)
         told = 0.5 * _told([*one.difficulties, *other.difficulties], hardness, step)
         loss = 0.5 * (task + task_2) + estimator + step.values * expected + told
-        spent = 0.5 * (steps.macs + steps_2.macs) / cost.backbone
+        spent = 0.5 * (macs + macs_2) / cost.backbone
         return self._outcome(loss.mean(), logits, labels, spent, step.draws.full, task, hardness)
 
-    def _execute(self, images: Tensor, policy: Policy, cost: Cost) -> tuple[Tensor, Steps]:
-        relaxed = isinstance(policy, Relaxed | RelaxedTopTokens)
-        execution = Masked(cost) if relaxed else self._execution(cost, images)
-        x, steps = self.model.walk(self.model.embed(images), policy, execution, cost)
-        return self.model.backbone.forward_head(self.model.backbone.norm(x)), steps
+    def _leaving(self) -> Leaving | None:
+        return Leaving() if self.model.adapt_config.depth_choice == "nested" else None
+
+    def _executed(
+        self, x: Tensor, labels: Tensor, soft: Tensor | None, policy: Policy, execution: Execution, cost: Cost
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, classes), task loss (B,) and MACs (B,) of embedded images x under a policy.
+
+        Where images leave by chance, of the likeliest block to leave after, and expected over all.
+        """
+        backbone = self.model.backbone
+        leaving = getattr(policy, "leaving", None)
+        if leaving is None:
+            features, steps = self.model.walk(x, policy, execution, cost)
+            logits = backbone.forward_head(backbone.norm(features))
+            return logits, self._task(logits, labels, soft), steps.macs
+        after: list[Tensor] = [x]  # each block
+
+        def remembering(index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor:
+            after.append(execution(index, block, x, gates))
+            return after[-1]
+
+        _, steps = self.model.walk(x, policy, remembering, cost)
+        probability = leaving.probabilities()  # (B, L + 1)
+        if cost.trims_last_block:  # nothing else is read
+            after = [one[:, : cost.num_prefix_tokens] for one in after]
+        answers = backbone.forward_head(backbone.norm(torch.cat(after))).unflatten(0, (len(after), len(x)))
+        tasks = torch.stack([self._task(logits, labels, soft) for logits in answers], dim=1)
+        chosen = probability.argmax(dim=1)
+        logits = answers[chosen, torch.arange(len(x), device=x.device)]
+        blocks = [cost.block(index, _as_gates(gates, x)) for index, gates in enumerate(steps.gates)]
+        left = 1 - torch.stack(leaving.survival, dim=1)
+        macs = steps.macs - (left * torch.stack(blocks, dim=1)).sum(dim=1)
+        return logits, (probability * tasks).sum(dim=1), macs
 
     def _execution(self, cost: Cost, images: Tensor) -> Execution:
         """What carries out real decisions: training does not pay for what it skips either.
@@ -176,6 +234,10 @@ class Objective(nn.Module):
     ) -> Outcome:
         correct = (logits.argmax(dim=1) == labels.argmax(dim=1)).float()
         return Outcome(loss, correct, spent.detach().float(), full, task.detach(), hardness.detach())
+
+
+def _as_gates(gates: Gates | HostGates, like: Tensor) -> Gates:
+    return gates.to(like.device) if isinstance(gates, HostGates) else gates
 
 
 def _drops(backbone: nn.Module) -> bool:

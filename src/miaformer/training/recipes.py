@@ -27,7 +27,8 @@ class Stage:
     temperature: tuple[float, float] = (1.0, 1.0)  # of gate noise, from start to end of the stage
     keep: tuple[float, float, float] = (0.5, 0.25, 0.15)  # elastic: the least share of blocks, heads, tokens
     exit_share: float = 0.0  # elastic: of the images, those that leave after a block; others skip blocks anywhere
-    patch_drop: float = 0.0  # backbone: the share of patch tokens left out, at random: regularises, and costs less
+    patch_drop: tuple[float, float] = (0.0, 0.0)  # backbone: the share of patch tokens left out, drawn a step
+    early_weight: float = 0.0  # backbone: of the loss of an answer given after a block of the second half
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -38,10 +39,15 @@ class Stage:
             raise ValueError(f"{self.kind} stage: anneal={self.anneal} must lie in 0 to 1, 0 excluded")
         if not 0 <= self.exit_share <= 1:
             raise ValueError(f"{self.kind} stage: exit_share={self.exit_share} must lie in 0 to 1")
-        if not 0 <= self.patch_drop < 1:
-            raise ValueError(f"{self.kind} stage: patch_drop={self.patch_drop} must lie in 0 to 1, 1 excluded")
-        if self.patch_drop and self.kind != "backbone":
-            raise ValueError(f"{self.kind} stage: patch_drop is for the backbone stage; decisions drop tokens here")
+        least, most = self.patch_drop
+        if not 0 <= least <= most < 1:
+            raise ValueError(f"{self.kind} stage: patch_drop={self.patch_drop} must rise within 0 to 1, 1 excluded")
+        if self.early_weight < 0:
+            raise ValueError(f"{self.kind} stage: early_weight={self.early_weight} must not be negative")
+        if (most or self.early_weight) and self.kind != "backbone":
+            raise ValueError(
+                f"{self.kind} stage: patch_drop and early_weight are for the backbone stage; decisions do both here"
+            )
 
     @property
     def decides(self) -> bool:
@@ -62,6 +68,7 @@ class Recipe:
     data: str
     model: str  # a timm name
     model_args: dict[str, Any] = field(default_factory=dict)  # of timm.create_model
+    conv_stem: tuple[int, ...] = ()  # channels of a `ConvStem` in the place of the patch embedding
     sincos_pos_embed: bool = False  # position embeddings start from sines and cosines, not from noise
     adapt: dict[str, Any] = field(default_factory=dict)  # fields of AdaptConfig
     stages: tuple[Stage, ...] = ()
@@ -172,9 +179,10 @@ CIFAR10_SMALL = Recipe(
         "mlp_ratio": 2,
         "init_values": 0.1,
     },
+    conv_stem=(32, 64),
     sincos_pos_embed=True,
     stages=(
-        Stage("backbone", epochs=30, lr=8e-3, patch_drop=0.5),
+        Stage("backbone", epochs=30, lr=8e-3, patch_drop=(0.3, 0.75), early_weight=0.4),
         Stage("elastic", epochs=1, lr=5e-3),
         Stage("supervised", epochs=2, lr=4e-3, controller_lr=1e-2, temperature=(1.0, 0.3), full_share=0.3),
         Stage("reinforce", epochs=0.5, lr=1e-3, controller_lr=1e-3, temperature=(0.3, 0.3), full_share=0.3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, buil
 from miaformer.evaluation.calibration import calibrate
 from miaformer.model import MIAFormer, adapt
 from miaformer.model_files import read_json
+from miaformer.stem import ConvPatchEmbed
 from miaformer.training.progress import Display
 from miaformer.training.recipes import Recipe, get_recipe
 from miaformer.training.trainer import Trainer, seed_everything
@@ -173,7 +175,10 @@ def train_recipe(
 def new_backbone(recipe: Recipe, num_classes: int, seed: int) -> nn.Module:
     """The timm model that a recipe names, its weights drawn by `seed`."""
     seed_everything(seed, 0, 0)
-    backbone: nn.Module = timm.create_model(recipe.model, num_classes=num_classes, **recipe.model_args)
+    stem: dict[str, Any] = (
+        {"embed_layer": partial(ConvPatchEmbed, stem_channels=recipe.conv_stem)} if recipe.conv_stem else {}
+    )
+    backbone: nn.Module = timm.create_model(recipe.model, num_classes=num_classes, **recipe.model_args, **stem)
     if recipe.sincos_pos_embed:
         _start_from_sincos(check_supported(backbone))
     return backbone

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.data import Mixup
-from timm.layers import PatchDropout
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -110,8 +109,7 @@ class Trainer:
                     if span.last < start:
                         continue
                     checkpoint = found[0] if span.first < start else None
-                    with _patch_drop(self.model.backbone, span.stage):
-                        self._run_stage(span, max(span.first, start), checkpoint, metrics)
+                    self._run_stage(span, max(span.first, start), checkpoint, metrics)
         finally:
             self.display.end_stage()
             if metrics is not None:
@@ -314,18 +312,6 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _patch_drop(backbone: Any, stage: Stage) -> Iterator[None]:
-    """Random patch tokens left out (Liu et al. 2022, PatchDropout), by timm's module, while a stage asks for it."""
-    before = backbone.patch_drop
-    if stage.patch_drop:
-        backbone.patch_drop = PatchDropout(stage.patch_drop, num_prefix_tokens=backbone.num_prefix_tokens)
-    try:
-        yield
-    finally:
-        backbone.patch_drop = before
 
 
 class _RunState:
