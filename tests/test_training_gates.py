@@ -9,12 +9,15 @@ import pytest
 import torch
 from tiny_training import RECIPE, Quadrants, tiny_model
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from miaformer import MIAFormer
 from miaformer.data import Batches, build_transform
+from miaformer.decisions import Decisions
 from miaformer.engine.masked import Masked
-from miaformer.training.gates import Draws, Relaxed, Sampled, elastic_decisions
+from miaformer.policy import Fixed
+from miaformer.training.gates import SURVIVAL, Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.training.objective import Objective, Step
 from miaformer.training.recipes import Kind, Stage
 from miaformer.training.tariff import Tariff
@@ -29,15 +32,16 @@ def images() -> Tensor:
     return next(iter(batches.epoch(0))).images
 
 
-def deciding(seed: int = 0, **config: object) -> MIAFormer:
+def deciding(seed: int = 0, backbone: dict[str, object] | None = None, **config: object) -> MIAFormer:
     """Controllers whose decisions differ between images, at all grains."""
-    model = tiny_model(first_token_block=0, **config).eval()
+    model = tiny_model(backbone or {}, first_token_block=0, **config).eval()
     generator = torch.Generator().manual_seed(seed)
     for controller in model.controllers:
-        for layer in (controller.gates, controller.query):
+        for layer in (controller.gates, controller.query) if controller.rank else (controller.gates,):
             layer.weight.data = torch.randn(layer.weight.shape, generator=generator) * 3
         controller.gates.bias.data -= 3
-        controller.query.bias.data[-1] -= 3
+        if controller.rank:
+            controller.query.bias.data[-1] -= 3
     return model
 
 
@@ -127,6 +131,71 @@ def test_expected_cost_is_the_mean_over_samples(images: Tensor) -> None:
             expected += policy.expected_macs / cost.backbone / repeats
     # Products of gates (attention's square, heads by tokens) are taken at their means: a little off, not more.
     torch.testing.assert_close(spent.mean(), expected.mean(), rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("pool", [{}, {"class_token": False, "global_pool": "avg"}])
+@pytest.mark.parametrize("kind", ["supervised", "reinforce"])
+def test_leaving_by_chance_is_the_mean_over_leaving_for_sure(
+    kind: Kind, pool: dict[str, object], images: Tensor
+) -> None:
+    """Loss, MACs, and the gradient of both: the mean over the blocks to leave after, by their probabilities."""
+    model = deciding(backbone=pool, depth_choice="nested", grains=("depth",))
+    cost, backbone = model.cost(), model.backbone
+    labels = torch.eye(4)[torch.arange(BATCH) % 4]
+    prices, values, temperature = torch.full((BATCH,), 0.5), torch.full((BATCH,), 0.7), 2.0
+    drawn = draws(model, full_share=0.25)
+    step = Step(drawn, replace(draws(model, 1), full=drawn.full), prices, values, (0.0, 1.0), temperature)
+    stage = Stage(kind, epochs=1, lr=0, temperature=(temperature, temperature))
+    outcome = Objective(model, stage, RECIPE, None)(images, labels, step)
+    told = _told_apart(model, images, prices)
+
+    losses, macs = [], []
+    for leave in range(cost.depth + 1):
+        decisions = Decisions.full(BATCH, cost.depth, cost.num_heads, cost.num_patches)
+        decisions.depth[:, leave:] = False
+        x, steps = model.walk(model.embed(images), Fixed(decisions), Masked(cost), cost)
+        losses.append(cross_entropy(backbone.forward_head(backbone.norm(x)), labels, reduction="none"))
+        macs.append(steps.macs)
+    goes_on = torch.where(drawn.full[:, None], 1.0, torch.sigmoid(told / temperature))
+    survival = torch.cat([torch.ones(BATCH, 1), goes_on.cumprod(dim=1), torch.zeros(BATCH, 1)], dim=1)
+    assert survival[:, 1:-1].min() > SURVIVAL
+    probability = survival[:, :-1] - survival[:, 1:]
+    task = (probability * torch.stack(losses, dim=1)).sum(dim=1)
+    spent = (probability * torch.stack(macs, dim=1)).sum(dim=1) / cost.backbone
+    torch.testing.assert_close(outcome.task_loss, task.detach())
+    assert (spent < 0.9).any()
+    contexts = sum(c.context_macs for c in model.controllers) / cost.backbone
+    torch.testing.assert_close(outcome.macs_fraction, (spent + contexts).detach())
+
+    wanted = torch.autograd.grad((task + values * spent * ~drawn.full).mean(), [model.controllers[1].gates.bias])
+    model.zero_grad(set_to_none=True)
+    outcome.loss.backward()
+    torch.testing.assert_close(model.controllers[1].gates.bias.grad[:1], wanted[0][:1])
+
+
+def _told_apart(model: MIAFormer, images: Tensor, prices: Tensor) -> Tensor:
+    """Depth logits (B, L) of images that execute everything."""
+    x, found = model.embed(images), []
+    for controller, block in zip(model.controllers, model.backbone.blocks, strict=True):
+        everything = torch.ones(len(x), model.cost().num_patches, dtype=torch.bool)
+        context = controller.context(x.detach(), everything, model.num_prefix_tokens, prices)
+        shift = controller.shift(controller.predicted_difficulty(context), prices)
+        found.append(controller.depth_and_heads(context, shift)[0])
+        x = block(x)
+    return torch.stack(found, dim=1)
+
+
+def test_who_hardly_goes_on_is_not_executed() -> None:
+    leaving, full = Leaving(), torch.tensor([False, False, True])
+    logits = torch.tensor([4.0, -6.0, -6.0])
+    assert leaving.execute(logits, 1.0, full).tolist() == [True, False, True]
+    assert leaving.execute(logits, 1.0, full).tolist() == [True, False, True]
+    probability = leaving.probabilities()
+    torch.testing.assert_close(probability.sum(dim=1), torch.ones(3))
+    assert probability[1].tolist() == [1, 0, 0]
+    assert probability[2].tolist() == [0, 0, 1]
+    p = torch.sigmoid(logits[0])
+    torch.testing.assert_close(probability[0], torch.stack([1 - p, p * (1 - p), p * p]))
 
 
 @pytest.mark.parametrize("kind", ["elastic", "exits", "cls-attention", "reinforce"])

@@ -22,9 +22,11 @@ from miaformer.dither import dither
 
 ALWAYS = 1000.0  # the logit of what is not decided: no price, and no gradient, reaches so far
 KEEP_LOGIT = 3.0  # untrained controllers keep with probability 0.95 at a log-price of 0
+STAY_LOGIT = 1.0  # the same of nested depth: images leave from the start, or tokens alone learn to save
 LOGIT_BOUND = 6.0  # what content can say; bounded, so that no gate saturates beyond return
 DIFFICULTY_BOUND = 3.0  # standard deviations
 DIFFICULTY_GAIN = 0.5  # what a standard deviation of difficulty adds to every logit, to begin with
+STAY_GAIN = 1.5  # the same of nested depth
 PRICE_FEATURES = 8
 LOG_PRICE_RANGE = (-6.0, 12.0)  # where training sets prices, and features tell them apart
 LEAST_LOG_PRICE = -16.0  # below that range the straight path to each logit goes on, until everything is kept
@@ -43,15 +45,17 @@ class Controller(nn.Module):
 
     embed_dim: C; num_heads: H; hidden: width of the context; rank: of the token product, 0 where tokens are not
     decided. With `nested`, head j is kept only if head j-1 is: head logits are those of going on. depth, heads: whether
-    these are decided; else they are always kept. dithers: whether tokens have thresholds of their own.
+    these are decided; else they are always kept. dithers: whether tokens have thresholds of their own. leaves: whether
+    an image that skips the block skips all that follow.
     """
 
     def __init__(
         self, embed_dim: int, num_heads: int, hidden: int, rank: int, nested: bool, depth: bool = True,
-        heads: bool = True, dithers: bool = True,
+        heads: bool = True, dithers: bool = True, leaves: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.keep_logits = tuple(KEEP_LOGIT if decided else ALWAYS for decided in (depth, heads, True))
+        stay, gain = (STAY_LOGIT, STAY_GAIN) if leaves else (KEEP_LOGIT, DIFFICULTY_GAIN)
+        self.keep_logits = (stay if depth else ALWAYS, KEEP_LOGIT if heads else ALWAYS, KEEP_LOGIT)
         self.embed_dim = embed_dim
         self.rank = rank
         self.nested = nested
@@ -61,7 +65,8 @@ class Controller(nn.Module):
         self.gates = nn.Linear(hidden, 1 + num_heads)
         self.slope = nn.Parameter(torch.full((3,), _inverse_softplus(1.0)))  # depth, heads, tokens
         self.difficulty = nn.Linear(hidden, 1)
-        self.gain = nn.Parameter(torch.full((3,), _inverse_softplus(DIFFICULTY_GAIN)))  # depth, heads, tokens
+        gains = [_inverse_softplus(value) for value in (gain, DIFFICULTY_GAIN, DIFFICULTY_GAIN)]
+        self.gain = nn.Parameter(torch.tensor(gains))  # depth, heads, tokens
         if rank:
             self.query = nn.Linear(hidden, rank + 1)  # + 1: a bias that all tokens share
             self.key = nn.Linear(embed_dim, rank, bias=False)

@@ -88,6 +88,7 @@ class MIAFormer(
                 "depth" in config.grains and (index > 0 or config.depth_choice == "any"),
                 "heads" in config.grains,
                 config.dither,
+                config.depth_choice == "nested",
             )
             for index in range(depth)
         )

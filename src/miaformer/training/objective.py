@@ -51,6 +51,18 @@ class Outcome:
     hardness: Tensor  # log of the teacher's loss (the model's own without a teacher): what difficulty means
 
 
+@dataclass(frozen=True)
+class Executed:
+    """What came of walking through the blocks under a policy. Where images leave by chance (`Leaving`): the logits of
+    the likeliest block to leave after; task loss and MACs as expected over all.
+    """
+
+    logits: Tensor  # (B, classes)
+    task: Tensor  # (B,)
+    macs: Tensor  # (B,)
+    exits: Tensor | None = None  # (B, L + 1), detached: the task loss after so many blocks
+
+
 class Objective(nn.Module):
     """The loss of one stage. A module, so that data-parallel wrappers see one forward pass a step.
 
@@ -84,12 +96,12 @@ class Objective(nn.Module):
         policy = self._policy(step, cost)
         relaxed = isinstance(policy, Relaxed | RelaxedTopTokens)
         execution = Masked(cost) if relaxed else self._execution(cost, images)
-        logits, task, macs = self._executed(self.model.embed(images), labels, soft, policy, execution, cost)
-        spent = macs / cost.backbone
-        loss, hardness = task, _hardness(task, labels, soft)
+        done = self._executed(self.model.embed(images), labels, soft, policy, execution, cost)
+        spent = done.macs / cost.backbone
+        loss, hardness = done.task, _hardness(done.task, labels, soft)
         if isinstance(policy, Relaxed):
-            loss = task + step.values * spent * ~step.draws.full + _told(policy.difficulties, hardness, step)
-        return self._outcome(loss.mean(), logits, labels, spent, step.draws.full, task, hardness)
+            loss = done.task + step.values * spent * ~step.draws.full + _told(policy, hardness, step, done)
+        return self._outcome(loss.mean(), done.logits, labels, spent, step.draws.full, done.task, hardness)
 
     def _policy(self, step: Step, cost: Cost) -> Policy:
         """What decides in this stage."""
@@ -158,33 +170,30 @@ class Objective(nn.Module):
             policy = Sampled(
                 self.model.controllers, step.log_prices, draws, step.temperature, cost, progressive, self._leaving()
             )
-            samples.append((policy, *self._executed(x, labels, soft, policy, execution, cost)))
-        (one, logits, task, macs), (other, _, task_2, macs_2) = samples
-        advantage = (task - task_2).detach()  # of the second sample's gain; the first one's is its negative
+            samples.append((policy, self._executed(x, labels, soft, policy, execution, cost)))
+        (one, done), (other, done_2) = samples
+        advantage = (done.task - done_2.task).detach()  # of the second sample's gain; the first one's is its negative
         estimator = 0.5 * advantage * (one.log_prob - other.log_prob)
         expected = 0.5 * (one.expected_macs + other.expected_macs) / cost.backbone
-        hardness = _hardness(task, labels, soft)
-        told = 0.5 * _told([*one.difficulties, *other.difficulties], hardness, step)
-        loss = 0.5 * (task + task_2) + estimator + step.values * expected + told
-        spent = 0.5 * (macs + macs_2) / cost.backbone
-        return self._outcome(loss.mean(), logits, labels, spent, step.draws.full, task, hardness)
+        hardness = _hardness(done.task, labels, soft)
+        told = 0.5 * (_told(one, hardness, step, done) + _told(other, hardness, step, done_2))
+        loss = 0.5 * (done.task + done_2.task) + estimator + step.values * expected + told
+        spent = 0.5 * (done.macs + done_2.macs) / cost.backbone
+        return self._outcome(loss.mean(), done.logits, labels, spent, step.draws.full, done.task, hardness)
 
     def _leaving(self) -> Leaving | None:
         return Leaving() if self.model.adapt_config.depth_choice == "nested" else None
 
     def _executed(
         self, x: Tensor, labels: Tensor, soft: Tensor | None, policy: Policy, execution: Execution, cost: Cost
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, classes), task loss (B,) and MACs (B,) of embedded images x under a policy.
-
-        Where images leave by chance, of the likeliest block to leave after, and expected over all.
-        """
+    ) -> Executed:
+        """x: (B, P+N, C), embedded images."""
         backbone = self.model.backbone
         leaving = getattr(policy, "leaving", None)
         if leaving is None:
             features, steps = self.model.walk(x, policy, execution, cost)
             logits = backbone.forward_head(backbone.norm(features))
-            return logits, self._task(logits, labels, soft), steps.macs
+            return Executed(logits, self._task(logits, labels, soft), steps.macs)
         after: list[Tensor] = [x]  # each block
 
         def remembering(index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor:
@@ -202,7 +211,7 @@ class Objective(nn.Module):
         blocks = [cost.block(index, _as_gates(gates, x)) for index, gates in enumerate(steps.gates)]
         left = 1 - torch.stack(leaving.survival, dim=1)
         macs = steps.macs - (left * torch.stack(blocks, dim=1)).sum(dim=1)
-        return logits, (probability * tasks).sum(dim=1), macs
+        return Executed(logits, (probability * tasks).sum(dim=1), macs, tasks.detach())
 
     def _execution(self, cost: Cost, images: Tensor) -> Execution:
         """What carries out real decisions: training does not pay for what it skips either.
@@ -255,9 +264,9 @@ def _hardness(task: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
     return loss.clamp(min=1e-4).log()
 
 
-def _told(difficulties: list[Tensor], hardness: Tensor, step: Step) -> Tensor:
+def _told(policy: Relaxed | Sampled, hardness: Tensor, step: Step, done: Executed) -> Tensor:
     """How far off (B,) the controllers' predictions of difficulty are, squared, summed over blocks."""
     mean, std = step.hardness
     target = ((hardness - mean) / max(std, 1e-3)).clamp(-3, 3)
-    errors = [(predicted - target).square() for predicted in difficulties]
+    errors = [(predicted - target).square() for predicted in policy.difficulties]
     return 0.1 * torch.stack(errors).sum(dim=0)
