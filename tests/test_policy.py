@@ -192,6 +192,6 @@ def test_learned_decisions_are_the_signs_of_the_controllers_logits() -> None:
     context = controller.context(x, torch.ones(6, 25, dtype=torch.bool), 1, log_price)
     query, shared = controller.token_query(context, shift)
     logits = controller.token_logits(x[:, 1:], query[:, None], shared[:, None])
-    logits = logits + torch.from_numpy(dither(5, 5))
+    logits = logits + torch.tensor(dither(5, 5))
     executed = torch.from_numpy(gates.depth)[:, None]
     assert torch.equal(torch.from_numpy(gates.tokens) & executed, (logits > 0) & executed)

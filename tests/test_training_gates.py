@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from miaformer import MIAFormer
+from miaformer.controller import LOG_PRICE_RANGE
 from miaformer.data import Batches, build_transform
 from miaformer.decisions import Decisions
 from miaformer.engine.masked import Masked
@@ -318,3 +319,17 @@ def test_tariff_finds_the_marginal_value_of_compute() -> None:
         tariff.update(budgets, budgets, gradient)
     at = torch.tensor([0.4, 0.6, 0.9])
     torch.testing.assert_close(tariff.values(at), 0.4 / at**2, rtol=0.15, atol=0.0)
+
+
+def test_tariff_makes_compute_cheap_where_too_little_is_spent() -> None:
+    """Controllers that go on saving as long as it is worth something do not carry prices to the end of their range."""
+    tariff, budgets = Tariff((0.3, 0.9)), torch.linspace(0.3, 0.9, 32)
+    saving = torch.zeros(32)  # what controllers have learned to take from their logits
+    for _ in range(400):
+        values = tariff.values(budgets)
+        saving += 0.3 * (values - 0.05)  # at the price of 0.05 saving costs as much as it gains
+        spent = torch.sigmoid(2.0 - tariff.prices(budgets) - saving)
+        tariff.update(budgets, spent, torch.zeros(32))
+    assert (spent - budgets).abs().max() < 0.08
+    assert tariff.log_price[-1] > LOG_PRICE_RANGE[0] + 0.5
+    assert float(tariff.values(budgets).mean()) < 0.12

@@ -23,6 +23,7 @@ class AdaptConfig:
     controller_hidden: int | None = None  # width of a controller's context; None: a third of the channels, 8 to 32
     controller_rank: int | None = None  # of the token product; None: a twelfth of the channels, 4 to 16
     first_token_block: int | None = None  # tokens are decided from this block on; None: 2, or 1 of up to 4 blocks
+    last_token_block: int | None = None  # and up to this one; None: to the end
     dither: bool = True  # tokens are kept by thresholds that lie evenly over the image (`miaformer.dither`)
     token_multiple: int | None = None  # rows kept are rounded up to this; None: 16 from 128 patch tokens on, else 1
     default_budget: float | None = None  # used where a call names none; None: everything is executed
@@ -55,6 +56,7 @@ class AdaptConfig:
             ("controller_hidden", 1),
             ("controller_rank", 1),
             ("first_token_block", 0),
+            ("last_token_block", 0),
             ("token_multiple", 1),
         ):
             value = getattr(self, name)

@@ -76,6 +76,7 @@ class MIAFormer(
         first = config.first_token_block
         if first is None:
             first = 2 if depth > 4 else 1
+        last = depth - 1 if config.last_token_block is None else config.last_token_block
         hidden = config.controller_hidden or min(32, max(8, dim // 3))
         rank = config.controller_rank or min(16, max(4, dim // 12))
         self.controllers = Controllers(
@@ -83,7 +84,7 @@ class MIAFormer(
                 dim,
                 block.attn.num_heads,
                 hidden,
-                rank if index >= first and "tokens" in config.grains else 0,
+                rank if first <= index <= last and "tokens" in config.grains else 0,
                 config.head_choice == "nested",
                 "depth" in config.grains and (index > 0 or config.depth_choice == "any"),
                 "heads" in config.grains,

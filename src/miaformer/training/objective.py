@@ -265,8 +265,14 @@ def _hardness(task: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
 
 
 def _told(policy: Relaxed | Sampled, hardness: Tensor, step: Step, done: Executed) -> Tensor:
-    """How far off (B,) the controllers' predictions of difficulty are, squared, summed over blocks."""
+    """How far off (B,) the controllers' predictions of difficulty are, squared, summed over blocks.
+
+    Where images may leave, difficulty is the loss of leaving now, else that of the teacher.
+    """
     mean, std = step.hardness
-    target = ((hardness - mean) / max(std, 1e-3)).clamp(-3, 3)
-    errors = [(predicted - target).square() for predicted in policy.difficulties]
+    logs = (
+        [hardness] * len(policy.difficulties) if done.exits is None else done.exits.clamp(min=1e-4).log().unbind(dim=1)
+    )
+    targets = [((log - mean) / max(std, 1e-3)).clamp(-3, 3) for log in logs]
+    errors = [(p - target).square() for p, target in zip(policy.difficulties, targets, strict=False)]
     return 0.1 * torch.stack(errors).sum(dim=0)

@@ -22,7 +22,12 @@ class Tariff:
     """Piecewise linear in the budget, between knots evenly spaced over `budgets`."""
 
     def __init__(
-        self, budgets: tuple[float, float], knots: int = 8, price_rate: float = 0.3, value_rate: float = 0.05
+        self,
+        budgets: tuple[float, float],
+        knots: int = 8,
+        price_rate: float = 0.3,
+        value_rate: float = 0.05,
+        dual_rate: float = 0.1,
     ) -> None:
         self.knots = torch.linspace(*budgets, knots)
         self.log_price = torch.zeros(knots)
@@ -31,6 +36,7 @@ class Tariff:
         self.hard = torch.tensor([0.0, 1.0])  # running mean and variance of the log of the teacher's loss
         self.price_rate = price_rate
         self.value_rate = value_rate
+        self.dual_rate = dual_rate
 
     def start(self, mean_fraction: Callable[[float], float], points: int = 25) -> None:
         """Read the log-price of every knot off what untrained controllers spend. mean_fraction(log_price) falls."""
@@ -72,7 +78,9 @@ class Tariff:
             felt = weights.T @ gradient.float().cpu() / total
             self.feeling = torch.where(seen, 0.98 * self.feeling + 0.02 * felt.abs(), self.feeling)
             self.log_value += self.value_rate * torch.where(seen, felt / self.feeling.clamp(min=1e-8), 0).clamp(-3, 3)
-            self.log_value.clamp_(-6.0, 3.0)
+        # Where too little is spent it is worth less: else controllers would go on saving until no price can hold them.
+        self.log_value += self.dual_rate * overspent * seen
+        self.log_value.clamp_(-6.0, 3.0)
 
     def see(self, hardness: Tensor) -> None:
         """How hard the images of a step were: (B,), logs of the teacher's loss."""
