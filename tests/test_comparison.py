@@ -250,6 +250,11 @@ def test_what_another_recipe_trained_is_not_taken_for_this_one(comparison: Compa
         longer.is_trained(Run(METHODS["learned"], 0))
 
 
+def test_one_backbone_serves_however_it_is_adapted(comparison: Comparison, recipe: Recipe) -> None:
+    other = replace(comparison, recipe=replace(recipe, adapt={"grains": ("depth",)}))
+    assert other.backbone_is_trained()
+
+
 def test_an_interrupted_measurement_is_made_again(comparison: Comparison) -> None:
     run = Run(METHODS["merging-free"], 0)
     report = comparison.directory(run) / "measured.json"

@@ -112,8 +112,9 @@ def test_settings_and_table_survive_saving(tmp_path: Path) -> None:
 def test_tokens_are_decided_from_the_first_block_named_to_the_last() -> None:
     model = lively(0, {"depth": 5}, grains=("tokens",), first_token_block=1, last_token_block=2)
     assert [controller.rank > 0 for controller in model.controllers] == [False, True, True, False, False]
-    trace = model.run(pictures(model.backbone, 8), price=1.0).trace
-    tokens = trace.tokens
+    with pytest.raises(ValueError, match="from block 2 on, up to last_token_block=1: nowhere"):
+        miaformer.adapt(vit(0, depth=5), last_token_block=1)
+    tokens = model.run(pictures(model.backbone, 8), price=1.0).trace.tokens
     assert tokens[:, 0].all()
     assert not tokens[:, 2].all()
     assert torch.equal(tokens[:, 2:3].expand(-1, 3, -1), tokens[:, 2:])

@@ -221,6 +221,14 @@ def test_tokens_are_dropped_in_the_stage_that_asks_for_it_alone(tmp_path: Path) 
     assert set(rows[STEPS : 2 * STEPS]) == {1 + 16}
 
 
+def test_the_share_of_tokens_dropped_is_drawn_each_step_within_its_range(tmp_path: Path) -> None:
+    model, rows = tiny_model(), []
+    model.backbone.blocks[0].register_forward_pre_hook(lambda block, args: rows.append(args[0].shape[1] - 1))
+    first = replace(RECIPE.stages[0], patch_drop=(0.25, 0.75), epochs=20 / 3)
+    run(tmp_path, replace(RECIPE, stages=(first,)), model=model)
+    assert 4 <= min(rows) < 7 < max(rows) <= 12
+
+
 def test_a_backbone_that_drops_tokens_in_training_is_walked_whole() -> None:
     model = tiny_model({"patch_drop_rate": 0.5}).train()
     images = torch.rand(2, 3, 16, 16)

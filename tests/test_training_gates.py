@@ -148,7 +148,7 @@ def test_leaving_by_chance_is_the_mean_over_leaving_for_sure(
     step = Step(drawn, replace(draws(model, 1), full=drawn.full), prices, values, (0.0, 1.0), temperature)
     stage = Stage(kind, epochs=1, lr=0, temperature=(temperature, temperature))
     outcome = Objective(model, stage, RECIPE, None)(images, labels, step)
-    told = _told_apart(model, images, prices)
+    told, difficulties = _told_apart(model, images, prices)
 
     losses, macs = [], []
     for leave in range(cost.depth + 1):
@@ -168,22 +168,30 @@ def test_leaving_by_chance_is_the_mean_over_leaving_for_sure(
     contexts = sum(c.context_macs for c in model.controllers) / cost.backbone
     torch.testing.assert_close(outcome.macs_fraction, (spent + contexts).detach())
 
+    if kind == "supervised":  # difficulty is what leaving now would lose
+        targets = torch.stack(losses[:-1], dim=1).log().clamp(-3, 3)
+        off = 0.1 * (difficulties - targets).square().sum(dim=1)
+        torch.testing.assert_close(
+            outcome.loss, (task + values * outcome.macs_fraction * ~drawn.full + off).mean(), rtol=1e-4, atol=1e-5
+        )
+
     wanted = torch.autograd.grad((task + values * spent * ~drawn.full).mean(), [model.controllers[1].gates.bias])
     model.zero_grad(set_to_none=True)
     outcome.loss.backward()
     torch.testing.assert_close(model.controllers[1].gates.bias.grad[:1], wanted[0][:1])
 
 
-def _told_apart(model: MIAFormer, images: Tensor, prices: Tensor) -> Tensor:
-    """Depth logits (B, L) of images that execute everything."""
-    x, found = model.embed(images), []
+def _told_apart(model: MIAFormer, images: Tensor, prices: Tensor) -> tuple[Tensor, Tensor]:
+    """Depth logits and predicted difficulties (B, L) of images that execute everything."""
+    x, found, difficulties = model.embed(images), [], []
     for controller, block in zip(model.controllers, model.backbone.blocks, strict=True):
         everything = torch.ones(len(x), model.cost().num_patches, dtype=torch.bool)
         context = controller.context(x.detach(), everything, model.num_prefix_tokens, prices)
-        shift = controller.shift(controller.predicted_difficulty(context), prices)
+        difficulties.append(controller.predicted_difficulty(context))
+        shift = controller.shift(difficulties[-1], prices)
         found.append(controller.depth_and_heads(context, shift)[0])
         x = block(x)
-    return torch.stack(found, dim=1)
+    return torch.stack(found, dim=1), torch.stack(difficulties, dim=1)
 
 
 def test_who_hardly_goes_on_is_not_executed() -> None:
@@ -250,7 +258,7 @@ def test_elastic_decisions_cover_the_range_and_keep_early_tokens() -> None:
     model = tiny_model()
     cost = model.cost()
     stage = Stage("elastic", epochs=1, lr=0, keep=(0.5, 0.25, 0.1))
-    decisions = elastic_decisions(draws(model, full_share=0.25, batch=400), cost, stage, model.adapt_config, 1)
+    decisions = elastic_decisions(draws(model, full_share=0.25, batch=400), cost, stage, model.adapt_config)
     assert decisions.tokens[:, 0].all()
     kept = decisions.tokens[:, -1].float().mean(dim=1)
     assert kept.min() < 0.3
@@ -267,7 +275,7 @@ def test_elastic_images_leave_early_as_often_as_the_stage_asks() -> None:
 
     def never_return(share: float) -> Tensor:
         stage = Stage("elastic", epochs=1, lr=0, keep=(0.3, 1.0, 1.0), exit_share=share)
-        depth = elastic_decisions(drawn, model.cost(), stage, model.adapt_config, 1).depth
+        depth = elastic_decisions(drawn, model.cost(), stage, model.adapt_config).depth
         assert depth[:, 0].all() or share < 1
         skips = ~depth.all(dim=1)
         return (depth[:, 1:] <= depth[:, :-1]).all(dim=1)[skips].float().mean()
@@ -275,6 +283,39 @@ def test_elastic_images_leave_early_as_often_as_the_stage_asks() -> None:
     assert never_return(1.0) == 1
     assert never_return(0.0) < 0.4
     assert 0.5 < never_return(0.5) < 0.85
+
+
+def test_elastic_images_leave_where_depth_is_nested_and_keep_tokens_evenly() -> None:
+    model = tiny_model({"img_size": 32, "depth": 4}, depth_choice="nested", first_token_block=0, last_token_block=0)
+    stage = Stage("elastic", epochs=1, lr=0, keep=(0.3, 1.0, 0.5))
+    drawn = replace(draws(model, batch=200), rates=torch.rand(200, 4) * torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    decisions = elastic_decisions(drawn, model.cost(), stage, model.adapt_config)
+    assert (decisions.depth[:, 1:] <= decisions.depth[:, :-1]).all()
+    assert not decisions.depth.all()
+    assert torch.equal(decisions.tokens, decisions.tokens[:, :1].expand_as(decisions.tokens)), "tokens left later"
+    quarters = decisions.tokens[:, 0].float().reshape(-1, 2, 4, 2, 4).mean(dim=(2, 4))
+    at_random = (torch.rand(200, 64) < 0.5).float().reshape(-1, 2, 4, 2, 4).mean(dim=(2, 4))
+    assert abs(quarters.mean() - 0.5) < 0.02
+    assert quarters.std() < 0.75 * at_random.std()
+
+
+@pytest.mark.parametrize("pool", [{}, {"class_token": False, "global_pool": "avg"}])
+def test_a_backbones_early_answers_are_those_after_the_block_drawn(pool: dict[str, object], images: Tensor) -> None:
+    model = tiny_model({"depth": 5, **pool})
+    backbone, labels = model.backbone.eval(), torch.eye(4)[torch.arange(BATCH) % 4]
+    drawn, nothing = draws(model), torch.zeros(BATCH)
+    step = Step(drawn, drawn, nothing, nothing, (0.0, 1.0), 1.0)
+    stage = Stage("backbone", epochs=1, lr=0, early_weight=0.4)
+    found = Objective(model, stage, RECIPE, None)(images, labels, step).task_loss
+    x, answers = model.embed(images), []
+    for block in backbone.blocks:
+        answers.append(cross_entropy(backbone.forward_head(backbone.norm(x)), labels, reduction="none"))
+        x = block(x)
+    after = 2 + (drawn.leaving * 3).long()  # of 5 blocks 2, 3 or 4
+    assert set(after.tolist()) == {2, 3, 4}
+    early = torch.stack(answers, dim=1)[torch.arange(BATCH), after]
+    last = cross_entropy(backbone.forward_head(backbone.norm(x)), labels, reduction="none")
+    torch.testing.assert_close(found, (last + 0.4 * early).detach())
 
 
 def test_draws_do_not_depend_on_the_number_of_processes() -> None:

@@ -32,6 +32,21 @@ class AdaptConfig:
     def rules(self) -> Rules:
         return Rules(self.depth_choice, self.head_choice, self.token_scope)
 
+    def token_blocks(self, depth: int) -> range:
+        """The blocks, of so many, whose tokens are decided.
+
+        Raises ValueError where there is none between the first and the last one asked for.
+        """
+        if "tokens" not in self.grains:
+            return range(0)
+        first, last = self.first_token_block, self.last_token_block
+        if first is None:
+            first = 2 if depth > 4 else 1
+        blocks = range(first, depth if last is None else min(last + 1, depth))
+        if not blocks and last is not None:
+            raise ValueError(f"tokens would be decided from block {first} on, up to last_token_block={last}: nowhere")
+        return blocks
+
     def rows_multiple(self, num_patches: int) -> int:
         """What the learned policy rounds the rows of an image up to, for images of so many patch tokens.
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -156,3 +157,27 @@ def _units(heads: Any, width: int) -> Any:
         return heads.sum(1) * (width // num_heads)
     sizes = group_sizes(width, num_heads)
     return (heads * (heads.new_tensor(sizes) if isinstance(heads, Tensor) else np.array(sizes))).sum(1)
+
+
+def cost_of(backbone: Any, image_size: tuple[int, int], mlp_width: MlpWidth) -> Cost:
+    """Of a timm ViT on the meta device, for images of this size (H, W)."""
+    image = torch.empty(1, backbone.in_chans, *image_size, device="meta")
+    grid = backbone.patch_embed.dynamic_feat_size(image_size)
+    prefix, dim = backbone.num_prefix_tokens, backbone.embed_dim
+    features = torch.empty(1, prefix + grid[0] * grid[1], dim, device="meta")
+    attn, mlp = backbone.blocks[0].attn, backbone.blocks[0].mlp
+    distilled = isinstance(backbone, VisionTransformerDistilled)
+    return Cost(
+        depth=len(backbone.blocks),
+        embed_dim=dim,
+        num_heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        mlp_hidden=mlp.fc2.in_features,
+        mlp_inputs=1 if type(mlp).__name__ == "Mlp" else 2,
+        num_prefix_tokens=prefix,
+        grid=(int(grid[0]), int(grid[1])),
+        mlp_width=mlp_width,
+        trims_last_block=distilled or (backbone.global_pool == "token" and backbone.attn_pool is None),
+        embed_macs=count_macs(lambda: backbone.patch_embed(image)),
+        head_macs=count_macs(lambda: backbone.forward_head(features)),
+    )

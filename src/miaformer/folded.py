@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from miaformer.config import AdaptConfig
 from miaformer.controller import DIFFICULTY_BOUND, LOGIT_BOUND, Controller, price_features
 from miaformer.decisions import Booleans
 
@@ -144,6 +145,27 @@ class Controllers(nn.ModuleList):
     """
 
     _known: tuple[Any, list[Folded]] | None = None
+
+    @classmethod
+    def of(cls, config: AdaptConfig, depth: int, embed_dim: int, num_heads: int) -> Self:
+        """Untrained ones for a backbone of so many blocks, channels and heads."""
+        hidden = config.controller_hidden or min(32, max(8, embed_dim // 3))
+        rank = config.controller_rank or min(16, max(4, embed_dim // 12))
+        leaves, token_blocks = config.depth_choice == "nested", config.token_blocks(depth)
+        return cls(
+            Controller(
+                embed_dim,
+                num_heads,
+                hidden,
+                rank if index in token_blocks else 0,
+                nested=config.head_choice == "nested",
+                depth="depth" in config.grains and not (leaves and index == 0),  # nobody leaves before the first
+                heads="heads" in config.grains,
+                dithers=config.dither,
+                leaves=leaves,
+            )
+            for index in range(depth)
+        )
 
     def folded(self, log_price: Tensor) -> list[Folded]:
         key = ([p._version for p in self._versioned()], log_price.tolist())

@@ -14,7 +14,6 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 import torch
 from timm.data import resolve_data_config
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from miaformer import backbone as static
 from miaformer.budget import Calibration, check_fraction
 from miaformer.config import AdaptConfig
 from miaformer.controller import LEAST_LOG_PRICE, LOG_PRICE_RANGE, Controller
-from miaformer.cost import Cost, Counts, count_macs
+from miaformer.cost import Cost, Counts, cost_of
 from miaformer.decisions import Decisions
 from miaformer.engine.masked import Masked
 from miaformer.engine.products import Packed
@@ -72,27 +71,7 @@ class MIAFormer(
         if config.head_choice == "nested":
             static.store_input_major(backbone)
         block = static.transformer_blocks(backbone)[0]
-        dim, depth = backbone.embed_dim, len(backbone.blocks)
-        first = config.first_token_block
-        if first is None:
-            first = 2 if depth > 4 else 1
-        last = depth - 1 if config.last_token_block is None else config.last_token_block
-        hidden = config.controller_hidden or min(32, max(8, dim // 3))
-        rank = config.controller_rank or min(16, max(4, dim // 12))
-        self.controllers = Controllers(
-            Controller(
-                dim,
-                block.attn.num_heads,
-                hidden,
-                rank if first <= index <= last and "tokens" in config.grains else 0,
-                config.head_choice == "nested",
-                "depth" in config.grains and (index > 0 or config.depth_choice == "any"),
-                "heads" in config.grains,
-                config.dither,
-                config.depth_choice == "nested",
-            )
-            for index in range(depth)
-        )
+        self.controllers = Controllers.of(config, len(backbone.blocks), backbone.embed_dim, block.attn.num_heads)
         self.order_channels: Tensor
         for name, order in orders.items():
             self.register_buffer(f"order_{name}", order)
@@ -160,33 +139,8 @@ class MIAFormer(
         """What decisions cost for images of this size (H, W); the backbone's own size by default."""
         size = image_size or self.image_size()
         if size not in self._costs:
-            self._costs[size] = self._count(size)
+            self._costs[size] = cost_of(self._meta[0].eval(), size, self.adapt_config.mlp_width)
         return self._costs[size]
-
-    def _count(self, size: tuple[int, int]) -> Cost:
-        meta, block = self._meta[0].eval(), static.transformer_blocks(self.backbone)[0]
-        image = torch.empty(1, meta.in_chans, *size, device="meta")
-        rows, columns = meta.patch_embed.dynamic_feat_size(size)
-        prefix = self.num_prefix_tokens
-        features = torch.empty(1, prefix + rows * columns, self.embed_dim, device="meta")
-        only_prefix = isinstance(meta, VisionTransformerDistilled) or (
-            meta.global_pool == "token" and meta.attn_pool is None
-        )
-        mlp = block.mlp
-        return Cost(
-            depth=len(self.backbone.blocks),
-            embed_dim=self.embed_dim,
-            num_heads=block.attn.num_heads,
-            head_dim=block.attn.head_dim,
-            mlp_hidden=mlp.fc2.in_features,
-            mlp_inputs=1 if type(mlp).__name__ == "Mlp" else 2,
-            num_prefix_tokens=prefix,
-            grid=(rows, columns),
-            mlp_width=self.adapt_config.mlp_width,
-            trims_last_block=only_prefix,
-            embed_macs=count_macs(lambda: meta.patch_embed(image)),
-            head_macs=count_macs(lambda: meta.forward_head(features)),
-        )
 
     def controller_macs(self, image_size: tuple[int, int] | None = None) -> int:
         """MACs an image of all controllers when everything is executed: the most they can take."""

@@ -76,7 +76,9 @@ class Comparison:
 
     @property
     def _backbone_recipe(self) -> Recipe:
-        return replace(self.recipe, stages=tuple(stage for stage in self.recipe.stages if stage.kind == "backbone"))
+        """Without what adapts it: one backbone serves however that is done."""
+        stages = tuple(stage for stage in self.recipe.stages if stage.kind == "backbone")
+        return replace(self.recipe, stages=stages, adapt={})
 
     def is_trained(self, run: Run) -> bool:
         if run.method.recipe is None:

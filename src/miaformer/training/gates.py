@@ -79,13 +79,13 @@ class Draws:
 ELASTIC_NOISE = 0.5  # of token gates where thresholds spread them
 
 
-def elastic_decisions(draws: Draws, cost: Cost, stage: Stage, config: AdaptConfig, first_token_block: int) -> Decisions:
+def elastic_decisions(draws: Draws, cost: Cost, stage: Stage, config: AdaptConfig) -> Decisions:
     """Random decisions at every grain: each image draws its own keep rates, down to `stage.keep`.
 
-    Tokens leave at one block, of half of the images the first that decides, as in a progressive scope; where tokens
-    are dithered they are spread nearly evenly. Blocks are skipped anywhere, or, of a share of the images (of all where
-    `depth_choice` is nested), all that follow one: so weights learn to say early what they know, and an image that is
-    easy can leave.
+    Tokens leave at one of the blocks that decide them, of half of the images at the first, as in a progressive scope;
+    where they are dithered those that stay are spread nearly evenly. Blocks are skipped anywhere, or, of a share of the
+    images (of all where `depth_choice` is nested), all that follow one: so weights learn to say early what they know,
+    and an image that is easy can leave.
     """
     lowest = torch.tensor(stage.keep, device=draws.rates.device)
     rates = lowest + (1 - lowest) * draws.rates[:, :3]
@@ -94,7 +94,8 @@ def elastic_decisions(draws: Draws, cost: Cost, stage: Stage, config: AdaptConfi
     leaves = (draws.leaving < exit_share)[:, None]
     depth = torch.where(leaves, block < (rates[:, :1] * cost.depth).round(), draws.depth < rates[:, :1])
     heads = draws.heads < rates[:, 1, None, None]
-    onset = first_token_block + (cost.depth - first_token_block) * (1.6 * draws.rates[:, 3:] - 0.8).clamp(min=0)
+    decided = config.token_blocks(cost.depth)
+    onset = decided.start + (len(decided) * (1.6 * draws.rates[:, 3:] - 0.8).clamp(min=0)).floor()
     noise = torch.logit(draws.tokens[:, :1])
     if config.dither:
         noise = ELASTIC_NOISE * noise + torch.tensor(dither(*cost.grid), device=rates.device)

@@ -75,8 +75,6 @@ class Objective(nn.Module):
         self.stage = stage
         self.recipe = recipe
         self.teacher = [] if teacher is None else [teacher]
-        ranks = [getattr(controller, "rank", 0) for controller in model.controllers]
-        self.first_token_block = next((i for i, rank in enumerate(ranks) if rank), len(ranks))
 
     def forward(self, images: Tensor, labels: Tensor, step: Step) -> Outcome:
         """images: (B, 3, H, W); labels: (B, classes), soft."""
@@ -108,7 +106,7 @@ class Objective(nn.Module):
         model, draws = self.model, step.draws
         match self.stage.kind:
             case "elastic":
-                return Fixed(elastic_decisions(draws, cost, self.stage, model.adapt_config, self.first_token_block))
+                return Fixed(elastic_decisions(draws, cost, self.stage, model.adapt_config))
             case "exits":
                 return Fixed(random_exits(draws, cost.depth, cost.num_heads, cost.num_patches))
             case "cls-attention":
@@ -147,14 +145,20 @@ class Objective(nn.Module):
         rate = least + (most - least) * float(step.draws.shared[0])
         drop = PatchDropout(rate, num_prefix_tokens=backbone.num_prefix_tokens)
         x = backbone.norm_pre(drop(backbone._pos_embed(backbone.patch_embed(images))))
-        half = len(blocks) // 2
-        leaving = half + (step.draws.leaving * (len(blocks) - half)).long()  # after so many blocks
-        early = torch.zeros_like(x)
-        for index, block in enumerate(blocks):
-            early = torch.where((leaving == index)[:, None, None], x, early)
+        before: list[Tensor] = []  # each block
+        for block in blocks:
+            before.append(x)
             x = block(x)
-        logits = backbone.forward_head(backbone.norm(x))
-        return logits, backbone.forward_head(backbone.norm(early)) if self.stage.early_weight else None
+        if not self.stage.early_weight:
+            return self._answer(x), None
+        half = len(blocks) // 2
+        drawn = half + (step.draws.leaving * (len(blocks) - half)).long()
+        early = torch.stack(before[half:])[drawn - half, torch.arange(len(x), device=x.device)]
+        return self._answer(x), self._answer(early)
+
+    def _answer(self, x: Tensor) -> Tensor:
+        """Logits (B, classes) of what comes out of a block."""
+        return self.model.backbone.forward_head(self.model.backbone.norm(x))
 
     def _reinforce(self, images: Tensor, labels: Tensor, soft: Tensor | None, step: Step, cost: Cost) -> Outcome:
         """Two samples an image, each the other's baseline (leave one out); weights learn on both.
@@ -188,11 +192,10 @@ class Objective(nn.Module):
         self, x: Tensor, labels: Tensor, soft: Tensor | None, policy: Policy, execution: Execution, cost: Cost
     ) -> Executed:
         """x: (B, P+N, C), embedded images."""
-        backbone = self.model.backbone
         leaving = getattr(policy, "leaving", None)
         if leaving is None:
             features, steps = self.model.walk(x, policy, execution, cost)
-            logits = backbone.forward_head(backbone.norm(features))
+            logits = self._answer(features)
             return Executed(logits, self._task(logits, labels, soft), steps.macs)
         after: list[Tensor] = [x]  # each block
 
@@ -204,7 +207,7 @@ class Objective(nn.Module):
         probability = leaving.probabilities()  # (B, L + 1)
         if cost.trims_last_block:  # nothing else is read
             after = [one[:, : cost.num_prefix_tokens] for one in after]
-        answers = backbone.forward_head(backbone.norm(torch.cat(after))).unflatten(0, (len(after), len(x)))
+        answers = self._answer(torch.cat(after)).unflatten(0, (len(after), len(x)))
         tasks = torch.stack([self._task(logits, labels, soft) for logits in answers], dim=1)
         chosen = probability.argmax(dim=1)
         logits = answers[chosen, torch.arange(len(x), device=x.device)]
@@ -270,9 +273,9 @@ def _told(policy: Relaxed | Sampled, hardness: Tensor, step: Step, done: Execute
     Where images may leave, difficulty is the loss of leaving now, else that of the teacher.
     """
     mean, std = step.hardness
-    logs = (
-        [hardness] * len(policy.difficulties) if done.exits is None else done.exits.clamp(min=1e-4).log().unbind(dim=1)
-    )
+    logs = [hardness] * len(policy.difficulties)
+    if done.exits is not None:
+        logs = list(done.exits[:, :-1].clamp(min=1e-4).log().unbind(dim=1))
     targets = [((log - mean) / max(std, 1e-3)).clamp(-3, 3) for log in logs]
-    errors = [(p - target).square() for p, target in zip(policy.difficulties, targets, strict=False)]
+    errors = [(p - target).square() for p, target in zip(policy.difficulties, targets, strict=True)]
     return 0.1 * torch.stack(errors).sum(dim=0)
