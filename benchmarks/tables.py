@@ -109,8 +109,33 @@ def comparison(report: Report, name: str) -> str:
     return f"`{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
 
 
+def digits(report: Report, name: str) -> str:
+    """Learned against static and random decisions on digits, means over seeds."""
+    mean = report["mean"]
+    points = {(p["policy"], p["budget"]): p for p in mean["points"]}
+    rows = []
+    for budget in sorted({budget for _, budget in points}):
+        learned, static, random = (points[policy, budget] for policy in ("learned", "static", "random"))
+        spent = f"{learned['macs_fraction']:.3f}, {learned['macs_fraction_p95']:.2f}, {learned['macs_fraction_max']:.2f}"
+        accuracies = (f"{100 * point['accuracy']:.1f} %" for point in (static, random))
+        rows.append((f"{budget:g}", f"**{100 * learned['accuracy']:.1f} %**", *accuracies, spent))
+    head = (
+        *("budget", "learned", "static, the same for every image", "random"),
+        "MACs, learned: mean, 95th percentile, most",
+    )
+    images = report["seeds"][0]["num_images"]
+    return (
+        f"Recipe `digits`, mean of {mean['seeds']} seeds, test split ({images} renderings); dense "
+        f"{100 * mean['dense_accuracy']:.1f} %. MACs include the controllers\n"
+        f"({100 * mean['controllers_macs_fraction']:.2f} % of the backbone's at most).\n\n{_table(head, rows)}\n\n"
+        f"Rank correlation of an image's MACs with the dense model's loss on it: {mean['spearman_difficulty_macs']:.2f}. "
+        f"All from `.venv/bin/python benchmarks/digits.py`\n([JSON](benchmarks/results/{name}), with machine, versions "
+        "and commit)."
+    )
+
+
 TABLES: dict[str, Callable[[Report, str], str]] = {
-    made.__name__: made for made in (speed, speed_summary, onnx_agreement, comparison)
+    made.__name__: made for made in (speed, speed_summary, onnx_agreement, comparison, digits)
 }
 
 
