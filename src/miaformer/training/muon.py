@@ -2,15 +2,17 @@
 
 Muon (Jordan et al. 2024) makes every singular value of a matrix's momentum one before it steps. timm's and PyTorch's do
 that in bfloat16 whatever the device, which a processor without it emulates: 71 ms a step of the `digits` ViT against 7
-here, in the parameters' own precision and all matrices of a shape at once. The iteration itself is timm's.
+here, in the parameters' own precision and all matrices of a shape at once. The iteration itself is timm's. Processes
+that train together share this work: it was 54 of the 396 ms of a step of `cifar10-small` in each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -58,7 +60,7 @@ class MuonAdamW(Optimizer):
                 alike.setdefault((matrix.shape, matrix.device), []).append(matrix)
         for (shape, _), matrices in alike.items():
             updates = torch.stack([self._momentum(matrix, group["momentum"]) for matrix in matrices])
-            directions = zeropower_via_newtonschulz(updates, _ITERATIONS, [_QUINTIC], dtype=updates.dtype)
+            directions = _shared_by_processes(_orthogonal, updates)
             step_size = group["lr"] * get_lr_scale(shape, "match_rms_adamw")
             for matrix, direction in zip(matrices, directions, strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-step_size)
@@ -70,3 +72,22 @@ class MuonAdamW(Optimizer):
         average: Tensor = state["momentum_buffer"]
         average.lerp_(matrix.grad, 1 - momentum)  # type: ignore[arg-type]
         return average
+
+
+def _orthogonal(updates: Tensor) -> Tensor:
+    """Matrices (M, rows, columns) with every singular value near one."""
+    return zeropower_via_newtonschulz(updates, _ITERATIONS, [_QUINTIC], dtype=updates.dtype)
+
+
+def _shared_by_processes(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """function(rows), for one that treats each of the rows (M, ...) by itself: each process does as many of them.
+
+    All processes hold the same rows. What cannot be shared evenly each does alone.
+    """
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes == 1 or len(rows) % processes:
+        return function(rows)
+    own = function(rows.chunk(processes)[dist.get_rank()]).contiguous()
+    whole = torch.empty_like(rows)
+    dist.all_gather_into_tensor(whole, own)
+    return whole
