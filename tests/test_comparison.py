@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_training import tiny_model
 
 from miaformer.cli import main
 from miaformer.comparison import ABLATIONS, METHODS, RIVALS, Comparison
 from miaformer.comparison.harness import Run, _margin, runs
-from miaformer.comparison.methods import adaptation_epochs
+from miaformer.comparison.methods import Question, adaptation_epochs
 from miaformer.comparison.results import Difficulty, Point, read_points, summarise
 from miaformer.model import MIAFormer
 from miaformer.training import RECIPES, Recipe, get_recipe
+from miaformer.training.progress import DURATIONS, Duration, core_seconds
 
 BUDGETS = (0.6,)
 ALL = [*RIVALS, "only-reinforce", "no-distillation", "coupled-mlp"]
@@ -81,11 +85,71 @@ def test_what_is_measured_is_not_measured_again(comparison: Comparison) -> None:
         assert not replace(comparison, budgets=(0.4,)).is_measured(run)
 
 
+def test_what_is_measured_is_kept_without_its_model(
+    comparison: Comparison, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(RECIPES, "tiny", recipe)
+    kept = replace(comparison, out=tmp_path)
+    shutil.copytree(comparison.backbone, kept.backbone)
+    shutil.copy(comparison.backbone.parent / "recipe.json", kept.backbone.parent)
+    run = Run(METHODS["dense"], 0)
+    kept.directory(run).mkdir(parents=True)
+    for name in ("recipe.json", "measured.json", "measured.npz"):
+        shutil.copy(comparison.directory(run) / name, kept.directory(run))
+    ask = [*command(tmp_path), "--budgets", "0.6", "--test-images", "128", "--processes", "1", "--device", "cpu"]
+    assert main([*ask, "--methods", "dense", "--no-times"]) == 0
+    assert "Training" not in capsys.readouterr().err
+    assert not (kept.directory(run) / "model").exists()
+    monkeypatch.setitem(RECIPES, "tiny", recipe.scaled(2))
+    assert main([*ask, "--methods", "dense", "--no-times"]) == 2
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_training_is_timed_over_stops(comparison: Comparison, tmp_path: Path) -> None:
+    found = comparison.core_seconds([Run(METHODS["dense"], 0), Run(METHODS["merging-free"], 0)])
+    assert found.keys() == {"backbone", "dense"}
+    assert min(found.values()) > 0
+    for rows in (1, 2):
+        duration = Duration(tmp_path / DURATIONS, "elastic", processes=3)
+        time.sleep(0.05)
+        duration.write(step=rows)
+        assert 0.15 * rows <= (core_seconds(tmp_path) or 0) < 0.15 * rows + 3
+    assert core_seconds(tmp_path / "nowhere") is None
+
+
+def test_shallow_models_are_the_first_blocks_of_the_backbone(comparison: Comparison) -> None:
+    backbone = comparison._static()
+    images = torch.rand(3, 3, *backbone.patch_embed.img_size)
+    untrained = comparison._untrained(Run(METHODS["shallow-0.5"], 0)).backbone
+    assert len(untrained.blocks) == 2
+    assert len(backbone.blocks) == 4
+    x = backbone._pos_embed(backbone.patch_embed(images))
+    expected = backbone.forward_head(backbone.norm(backbone.blocks[1](backbone.blocks[0](x))))
+    torch.testing.assert_close(untrained.eval()(images), expected)
+
+
+def test_an_ablation_for_one_budget_is_asked_for_no_other(recipe: Recipe) -> None:
+    made = METHODS["only-0.5"]
+    assert made.recipe is not None
+    assert made.recipe(recipe).budgets == pytest.approx((0.49, 0.51))
+    asked = Question((0.35, 0.7), list, 1, 0)
+    assert made.entries(tiny_model(), asked) == []
+
+
+def test_the_last_stage_that_an_ablation_leaves_comes_to_rest(recipe: Recipe) -> None:
+    stages = tuple(replace(stage, anneal=0.7 if stage.kind == "supervised" else 1.0) for stage in recipe.stages)
+    assert METHODS["no-reinforce"].recipe is not None
+    left = METHODS["no-reinforce"].recipe(replace(recipe, stages=stages)).stages
+    assert [stage.kind for stage in left] == ["elastic", "supervised"]
+    assert left[-1].anneal == 1.0
+
+
 def test_methods_meet_the_budgets_they_are_asked_for(comparison: Comparison) -> None:
     points, difficulty = read_points([comparison.directory(run) for run in runs(ALL, [0])])
     assert len(difficulty.loss) == len(difficulty.margin) == 128
     names = {point.name for point in points}
-    rivals = {"dense", "narrow", "cls-attention", "top-tokens", "merging", "merging-free", "exits"}
+    rivals = {"dense", "narrow", "shallow", "cls-attention", "top-tokens", "merging", "merging-free", "exits"}
     assert {"learned", "static", "random"} | rivals | (set(ALL) & set(ABLATIONS)) == names
     for point in points:
         assert point.correct.shape == point.macs_fraction.shape == (128,)
@@ -210,6 +274,12 @@ def test_macs_at_equal_accuracy_lie_between_points() -> None:
     )
     assert table.at_equal_accuracy["learned"] == pytest.approx(0.35 + 0.2 * 0.9)
     assert table.at_equal_accuracy["random"] == pytest.approx(0.5 + 0.5 * (0.895 - 0.7) / 0.2)
+
+
+def test_a_method_that_never_falls_so_low_takes_its_least() -> None:
+    dense, merging = np.arange(1000) < 900, np.arange(1000) < 898
+    table = summarise([point("dense", dense, 1.0, None), point("merging", merging, 0.5)], hard(np.arange(1000.0)))
+    assert table.at_equal_accuracy == {"merging": 0.5}
 
 
 def test_a_method_between_others_images_is_refused(comparison: Comparison, tmp_path: Path) -> None:

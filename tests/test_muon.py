@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor, multiprocessing, nn
 
 from miaformer.training.muon import MuonAdamW
 
@@ -92,3 +94,22 @@ def test_saved_and_loaded_goes_on_as_it_would_have(scheduled: bool) -> None:
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
         assert (a - c).abs().max() < (2e-2 if scheduled else 1)
+
+
+def train_as_one_of_two(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    model = layers()  # two matrices of one shape, which are shared, and one of another
+    train(model, optimiser(model), seed=1)
+    torch.save(model.state_dict(), f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_share_the_work_and_step_alike(tmp_path: Path) -> None:
+    model = layers()
+    train(model, optimiser(model), seed=1)
+    multiprocessing.spawn(train_as_one_of_two, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(found[name], value)

@@ -269,6 +269,15 @@ def test_elastic_decisions_cover_the_range_and_keep_early_tokens() -> None:
     assert everything.sum() >= 100
 
 
+def test_elastic_decisions_are_made_of_what_controllers_decide() -> None:
+    model = tiny_model(grains=("tokens",))
+    stage = Stage("elastic", epochs=1, lr=0, keep=(0.5, 0.25, 0.1))
+    decisions = elastic_decisions(draws(model, batch=200), model.cost(), stage, model.adapt_config)
+    assert decisions.depth.all()
+    assert decisions.heads.all()
+    assert not decisions.tokens.all()
+
+
 def test_elastic_images_leave_early_as_often_as_the_stage_asks() -> None:
     model = tiny_model({"depth": 6})
     drawn = draws(model, batch=600)

@@ -27,6 +27,7 @@ LOGIT_BOUND = 6.0  # what content can say; bounded, so that no gate saturates be
 DIFFICULTY_BOUND = 3.0  # standard deviations
 DIFFICULTY_GAIN = 0.5  # what a standard deviation of difficulty adds to every logit, to begin with
 STAY_GAIN = 1.5  # the same of nested depth
+HEAD_SLOPE = 0.4  # of nested depth: how much less than tokens and depth heads mind the price, to begin with
 PRICE_FEATURES = 8
 LOG_PRICE_RANGE = (-6.0, 12.0)  # where training sets prices, and features tell them apart
 LEAST_LOG_PRICE = -16.0  # below that range the straight path to each logit goes on, until everything is kept
@@ -63,7 +64,8 @@ class Controller(nn.Module):
         self.pooled = nn.Linear(2 * embed_dim, hidden)
         self.price = nn.Linear(PRICE_FEATURES, hidden, bias=False)
         self.gates = nn.Linear(hidden, 1 + num_heads)
-        self.slope = nn.Parameter(torch.full((3,), _inverse_softplus(1.0)))  # depth, heads, tokens
+        slopes = (1.0, HEAD_SLOPE if leaves else 1.0, 1.0)
+        self.slope = nn.Parameter(torch.tensor([_inverse_softplus(value) for value in slopes]))  # depth, heads, tokens
         self.difficulty = nn.Linear(hidden, 1)
         gains = [_inverse_softplus(value) for value in (gain, DIFFICULTY_GAIN, DIFFICULTY_GAIN)]
         self.gain = nn.Parameter(torch.tensor(gains))  # depth, heads, tokens

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from miaformer.comparison import Comparison, Table
     from miaformer.comparison.harness import Run
 
-BUDGETS = (0.35, 0.5, 0.7)
+BUDGETS = (0.25, 0.35, 0.5, 0.7)
 
 DESCRIPTION = """\
 Train and measure methods that adapt one backbone, and draw their curves in one plot: accuracy over MACs and over time.
@@ -35,13 +35,16 @@ methods:
   dense          the backbone, trained on for as long
   narrow-0.35 narrow-0.5 narrow-0.7
                  static ViTs of fewer channels, trained from scratch for as long as backbone and adaptation together
+  shallow-0.35 shallow-0.5 shallow-0.7
+                 static ViTs of fewer blocks, the first of the backbone's
   cls-attention  EViT: the tokens that the class token attends to
   top-tokens     DynamicViT: the tokens that trained scorers prefer
   merging merging-free
                  ToMe: similar tokens merged, fine-tuned and as it is
   exits          blocks until the classifier is confident
-  ablations      all of: only-depth only-heads only-tokens no-depth no-heads no-tokens no-elastic no-reinforce
-                 only-reinforce no-distillation subset-heads coupled-mlp full-mlp per-block-tokens
+  ablations      all of: only-depth only-heads only-tokens no-depth no-heads no-tokens all-grains no-elastic
+                 no-reinforce only-reinforce no-distillation only-0.35 only-0.5 only-0.7 (trained for one budget)
+                 subset-heads coupled-mlp full-mlp any-depth later-tokens per-block-tokens no-dither
 """
 
 EPILOG = """\
@@ -136,7 +139,10 @@ def _do_what_is_missing(
             return status
     for place, one in enumerate(wanted, start=1):
         what = f"{one.method.name}, seed {one.seed} ({place} of {len(wanted)})"
-        if not comparison.is_trained(one):
+        is_trained = comparison.is_trained(one)  # or another recipe was, and says so
+        if comparison.is_done(one, timed=not args.no_times):
+            continue
+        if not is_trained:
             say(f"Training {what}: {one.method.about} ...", markup=False)
             status = _in_processes(args, [one.method.name, str(one.seed)], comparison, processes, device)
             if status:
@@ -194,6 +200,10 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
             f"{at['loss']:+.3f}, with its margin {at['margin']:+.3f}.",
             soft_wrap=True,
         )
+    seconds = comparison.core_seconds(measured)
+    if "backbone" in seconds and "learned" in seconds:
+        share = seconds["learned"] / seconds["backbone"]
+        out.print(f"Adapting took {share:.2f} of the time that training the backbone took.")
     for one in missing:
         out.print(f"not measured: {one.method.name}, seed {one.seed}", markup=False)
     if args.json:
@@ -204,6 +214,7 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
             "data": Path(comparison.data).name,
             **asdict(table),
             "seeds": _seeds(measured),
+            "core_seconds": seconds,
             "environment": describe_environment(torch.device("cpu"), 0),
         }
         write_json(args.json, report)

@@ -4,6 +4,8 @@ OUT/backbone/model            the shared backbone, trained by the recipe's first
 OUT/METHOD/seedK/             a training run, as `miaformer train` leaves it
 OUT/METHOD/seedK/measured.*   what it did on each test image (.npz), and at what budgets (.json)
 OUT/METHOD/seedK/timed.json   how long it took beside the backbone: apart, for a machine that does nothing else
+
+What is measured is not trained again, so the last two and `recipe.json` are enough to keep a result.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from miaformer.evaluation import describe_environment, time_pairs
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
 from miaformer.model import MIAFormer, adapt
 from miaformer.training import Recipe, is_trained, new_backbone, train, train_recipe
+from miaformer.training.progress import core_seconds
 
 Array = NDArray[Any]
 
@@ -114,6 +117,7 @@ class Comparison:
             static = new_backbone(recipe, len(open_data(self.data, "train").classes), run.seed)
         else:
             static = self._static()
+        run.method.shrink(static)
         model = adapt(static, **recipe.adapt)
         run.method.prepare(model)
         return model
@@ -128,7 +132,23 @@ class Comparison:
             model.load_state_dict(load_file(saved / "model.safetensors"))
         return model.eval()
 
+    def core_seconds(self, among: Iterable[Run]) -> dict[str, float]:
+        """What training took, by method the mean over seeds, and `backbone`; only where it was recorded."""
+        found: dict[str, list[float]] = {}
+        own = core_seconds(self.backbone.parent)
+        if own is not None:
+            found["backbone"] = [own]
+        for run in among:
+            seconds = json.loads((self.directory(run) / "measured.json").read_text())["core_seconds"]
+            if seconds is not None:
+                found.setdefault(run.method.name, []).append(seconds)
+        return {name: float(np.mean(seconds)) for name, seconds in found.items()}
+
     # Measuring --------------------------------------------------------------------------------------------------------
+
+    def is_done(self, run: Run, timed: bool) -> bool:
+        """Whether there is nothing left to do: all is measured and, where that is wanted, timed."""
+        return self.is_measured(run) and (self.is_timed(run) or not timed)
 
     def is_measured(self, run: Run) -> bool:
         path = self.directory(run) / "measured.json"
@@ -174,6 +194,7 @@ class Comparison:
             "about": run.method.about,
             "seed": run.seed,
             "points": points,
+            "core_seconds": core_seconds(out),
             "asked": self._asked(),
             "environment": describe_environment(device, run.seed),
         }

@@ -1,8 +1,8 @@
 """What is compared: how each method is trained from the shared backbone, and how it is asked for a budget.
 
-All get the same epochs, teacher, data and augmentation; only the stages differ. `dense` and the narrow models are the
-controls without adaptation: the backbone trained on, and smaller ones trained from scratch for as long as backbone and
-adaptation together, with the backbone as their teacher.
+All get the same epochs, teacher, data and augmentation; only the stages differ. Three kinds of controls do not adapt:
+`dense`, the backbone trained on; shallow models, its first blocks trained on; narrow ones, of fewer channels, trained
+from scratch for as long as backbone and adaptation together, with the backbone as their teacher.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from miaformer.backbone import transformer_blocks
+from miaformer.config import Grain
 from miaformer.evaluation import cls_attention_policy, contenders
 from miaformer.evaluation.calibration import LabelledBatch
 from miaformer.evaluation.controls import top_tokens_policy
@@ -27,6 +30,7 @@ from miaformer.training.recipes import Kind, Recipe
 Classify = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> logits (B, classes), MACs fraction (B,)
 
 OURS: tuple[Kind, ...] = ("elastic", "supervised", "reinforce")
+FRACTIONS = (0.35, 0.5, 0.7)  # of the backbone's MACs, that smaller static models come near to
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,15 @@ class Method:
     """One way to spend less.
 
     recipe: the stages that train it, of the comparison's recipe; None where the backbone is used as it is. entries:
-    what is measured of the trained model. prepare: what is put in the place of our controllers before training.
-    from_scratch: whether it starts from new weights.
+    what is measured of the trained model. shrink: makes the backbone a smaller one, in place. prepare: what is put in the
+    place of our controllers before training. from_scratch: whether it starts from new weights.
     """
 
     name: str
     about: str
     recipe: Callable[[Recipe], Recipe] | None
     entries: Callable[[MIAFormer, Question], list[Entry]]
+    shrink: Callable[[nn.Module], None] = lambda backbone: None
     prepare: Callable[[MIAFormer], None] = lambda model: None
     from_scratch: bool = False
 
@@ -95,6 +100,16 @@ def _narrow(fraction: float) -> Callable[[Recipe], Recipe]:
         return replace(base, model_args={**args, "embed_dim": dim}, stages=stages)
 
     return recipe
+
+
+def _first_blocks(fraction: float) -> Callable[[nn.Module], None]:
+    """Leaves a backbone only so many of its blocks, from the first on."""
+
+    def shrink(backbone: nn.Module) -> None:
+        kept = max(round(fraction * len(transformer_blocks(backbone))), 1)
+        backbone.blocks = nn.Sequential(*transformer_blocks(backbone)[:kept])
+
+    return shrink
 
 
 # How a trained model is asked -----------------------------------------------------------------------------------------
@@ -191,25 +206,36 @@ def _put_scorers(model: MIAFormer) -> None:
 
 
 def _without(*kinds: Kind) -> Callable[[Recipe], Recipe]:
-    """Ours without some stages; their epochs go to the first that is left and decides."""
+    """Ours without some stages; their epochs go to the first that is left and decides, and the last one anneals."""
 
     def recipe(base: Recipe) -> Recipe:
         left = [stage for stage in base.stages if stage.kind in OURS and stage.kind not in kinds]
         heir = next(place for place, stage in enumerate(left) if stage.decides)
         missing = adaptation_epochs(base) - sum(stage.epochs for stage in left)
         left[heir] = replace(left[heir], epochs=left[heir].epochs + missing)
+        left[-1] = replace(left[-1], anneal=1.0)
         return replace(base, stages=tuple(left))
 
     return recipe
 
 
+def _for_budget(budget: float, base: Recipe) -> Recipe:
+    """Ours trained for this budget, give or take a hundredth, instead of for all of them."""
+    return replace(base.only(*OURS), budgets=(budget - 0.01, budget + 0.01))
+
+
 def _ablation(
-    name: str, about: str, recipe: Callable[[Recipe], Recipe] = lambda base: base.only(*OURS), **adapt: Any
+    name: str,
+    about: str,
+    recipe: Callable[[Recipe], Recipe] = lambda base: base.only(*OURS),
+    budgets: Sequence[float] | None = None,
+    **adapt: Any,
 ) -> Method:
-    """Ours with other stages, or with other fields of `AdaptConfig`."""
+    """Ours with other stages, or with other fields of `AdaptConfig`. budgets: to be asked for; None: all."""
 
     def entries(model: MIAFormer, question: Question) -> list[Entry]:
-        found, _ = contenders(model, question.budgets, ("learned",))
+        asked = [budget for budget in question.budgets if budgets is None or budget in budgets]
+        found = contenders(model, asked, ("learned",))[0] if asked else []
         return [Entry(name, one.budget, _by_policy(model, one.policy)) for one in found]
 
     return Method(name, about, lambda base: replace(recipe(base), adapt={**base.adapt, **adapt}), entries)
@@ -243,16 +269,29 @@ RIVALS: dict[str, Method] = {
         Method("exits", "blocks until confident, fine-tuned", _one_stage("exits"), _exits),
         *(
             Method(
+                f"shallow-{fraction:g}",
+                f"the first blocks, about {fraction:g} of them, trained on",
+                _one_stage("backbone"),
+                _as_backbone("shallow"),
+                shrink=_first_blocks(fraction),
+            )
+            for fraction in FRACTIONS
+        ),
+        *(
+            Method(
                 f"narrow-{fraction:g}",
                 f"a ViT of about {fraction:g} of the MACs, from scratch",
                 _narrow(fraction),
                 _as_backbone("narrow"),
                 from_scratch=True,
             )
-            for fraction in (0.35, 0.5, 0.7)
+            for fraction in FRACTIONS
         ),
     )
 }
+
+ALL_GRAINS: tuple[Grain, ...] = ("depth", "heads", "tokens")
+LATER_TOKENS: dict[str, Any] = {"first_token_block": None, "last_token_block": None}  # decided in all but the first blocks
 
 ABLATIONS: dict[str, Method] = {
     method.name: method
@@ -263,6 +302,7 @@ ABLATIONS: dict[str, Method] = {
         _ablation("no-depth", "two grains", grains=("heads", "tokens")),
         _ablation("no-heads", "two grains", grains=("depth", "tokens")),
         _ablation("no-tokens", "two grains", grains=("depth", "heads")),
+        _ablation("all-grains", "three grains", grains=ALL_GRAINS),
         _ablation("no-elastic", "its epochs supervised", _without("elastic")),
         _ablation("no-reinforce", "its epochs supervised", _without("reinforce")),
         _ablation("only-reinforce", "all epochs reinforce", _without("elastic", "supervised")),
@@ -271,10 +311,24 @@ ABLATIONS: dict[str, Method] = {
             "true labels alone",
             lambda base: replace(base.only(*OURS), distill_weight=0.0),
         ),
-        _ablation("subset-heads", "any subset, not the first k", head_choice="subset"),
-        _ablation("coupled-mlp", "the paper's MLP width", mlp_width="coupled"),
-        _ablation("full-mlp", "MLPs keep their width", mlp_width="full"),
-        _ablation("per-block-tokens", "tokens may come back", token_scope="per_block"),
+        *(
+            _ablation(
+                f"only-{budget:g}",
+                "trained for one budget",
+                partial(_for_budget, budget),
+                budgets=(budget,),
+            )
+            for budget in FRACTIONS
+        ),
+        # Beside all-grains: how heads are chosen, and what the MLP does where heads go.
+        _ablation("subset-heads", "any subset, not the first k", grains=ALL_GRAINS, head_choice="subset"),
+        _ablation("coupled-mlp", "the paper's MLP width", grains=ALL_GRAINS, mlp_width="coupled"),
+        _ablation("full-mlp", "MLPs keep their width", grains=ALL_GRAINS, mlp_width="full"),
+        _ablation("any-depth", "any block is skipped, not the last ones", depth_choice="any"),
+        _ablation("later-tokens", "tokens decided in all but the first blocks", **LATER_TOKENS),
+        # Beside later-tokens.
+        _ablation("per-block-tokens", "and they may come back", **LATER_TOKENS, token_scope="per_block"),
+        _ablation("no-dither", "tokens without thresholds of their own", dither=False),
     )
 }
 

@@ -165,7 +165,7 @@ def _differences(points: Sequence[Point], weights: Array, hardest: Array) -> lis
 def _at_equal_accuracy(points: Sequence[Point]) -> dict[str, float]:
     """The MACs fraction at which each method is `EQUAL_ACCURACY` below the dense control, between its points.
 
-    Methods that do not come so near, and those that no point is below it, have none.
+    Of methods that do not fall so low it is that of their cheapest point; those that do not come so near have none.
     """
     dense = [point for point in points if point.name == "dense"]
     if not dense:
@@ -176,6 +176,9 @@ def _at_equal_accuracy(points: Sequence[Point]) -> dict[str, float]:
     for name in dict.fromkeys(point.name for point in points if point.name != "dense"):
         own = sorted((float(p.macs_fraction.mean()), float(p.correct.mean())) for p in points if p.name == name)
         curve = [*own, end]
+        if own[0][1] >= wanted:
+            found[name] = own[0][0]
+            continue
         for (x0, y0), (x1, y1) in pairwise(curve):
             if y0 < wanted <= y1:
                 found[name] = x0 + (x1 - x0) * (wanted - y0) / (y1 - y0)

@@ -7,13 +7,13 @@ same training whatever the number of processes, and from wherever it is resumed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miaformer.config import AdaptConfig
+from miaformer.config import AdaptConfig, Grain
 from miaformer.controller import Controller
 from miaformer.cost import Cost
 from miaformer.decisions import Decisions, Gates
@@ -80,14 +80,15 @@ ELASTIC_NOISE = 0.5  # of token gates where thresholds spread them
 
 
 def elastic_decisions(draws: Draws, cost: Cost, stage: Stage, config: AdaptConfig) -> Decisions:
-    """Random decisions at every grain: each image draws its own keep rates, down to `stage.keep`.
+    """Random decisions at every grain that controllers decide: each image draws its keep rates, down to `stage.keep`.
 
     Tokens leave at one of the blocks that decide them, of half of the images at the first, as in a progressive scope;
     where they are dithered those that stay are spread nearly evenly. Blocks are skipped anywhere, or, of a share of the
     images (of all where `depth_choice` is nested), all that follow one: so weights learn to say early what they know,
     and an image that is easy can leave.
     """
-    lowest = torch.tensor(stage.keep, device=draws.rates.device)
+    least = [keep if grain in config.grains else 1.0 for grain, keep in zip(get_args(Grain), stage.keep, strict=True)]
+    lowest = torch.tensor(least, device=draws.rates.device)
     rates = lowest + (1 - lowest) * draws.rates[:, :3]
     block = torch.arange(cost.depth, device=rates.device)
     exit_share = 1.0 if config.depth_choice == "nested" else stage.exit_share

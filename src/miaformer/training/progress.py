@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+DURATIONS = "durations.jsonl"  # in a run's directory
 PLAIN_INTERVAL_S = 15.0  # between lines where no terminal can show a live one
 
 
@@ -111,3 +112,30 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Duration:
+    """How long training took, from one checkpoint to the next: a JSON object a line, appended to a file."""
+
+    def __init__(self, path: Path, stage: str, processes: int) -> None:
+        self.path, self.stage, self.processes = path, stage, processes
+        self._since = time.perf_counter()
+
+    def write(self, step: int) -> None:
+        now = time.perf_counter()
+        row = {"step": step, "stage": self.stage, "seconds": now - self._since, "processes": self.processes}
+        self._since = now
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def core_seconds(run: Path) -> float | None:
+    """What training took in all, processes added up, of a run's directory; None where it was not recorded.
+
+    Steps that were done twice, after a run was killed, count as often as they were done up to a checkpoint.
+    """
+    path = run / DURATIONS
+    if not path.exists():
+        return None
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return sum(row["seconds"] * row["processes"] for row in rows)

@@ -189,9 +189,9 @@ CIFAR10_SMALL = Recipe(
     },
     stages=(
         Stage("backbone", epochs=20, lr=8e-3, patch_drop=(0.3, 0.75), early_weight=0.4),
-        Stage("elastic", epochs=0.4, lr=1.5e-3, keep=(0.5, 1.0, 0.25), anneal=0.6),
-        Stage("supervised", epochs=1.2, lr=1e-3, controller_lr=5e-3, temperature=(1.0, 0.3), anneal=0.7),
-        Stage("reinforce", epochs=0.5, lr=5e-4, controller_lr=1e-3, temperature=(0.3, 0.3)),
+        Stage("elastic", epochs=0.3, lr=1.5e-3, keep=(0.5, 0.5, 0.25), anneal=0.6),
+        Stage("supervised", epochs=0.8, lr=1e-3, controller_lr=5e-3, temperature=(1.0, 0.3), anneal=0.7),
+        Stage("reinforce", epochs=0.3, lr=5e-4, controller_lr=1e-3, temperature=(0.3, 0.3)),
     ),
     optimizer="muon",
     batch_size=128,

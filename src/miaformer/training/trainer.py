@@ -32,7 +32,7 @@ from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_che
 from miaformer.training.gates import Draws, Relaxed
 from miaformer.training.objective import Objective, Outcome, Step
 from miaformer.training.optimizer import stage_optimizer
-from miaformer.training.progress import Display, Means, MetricsFile
+from miaformer.training.progress import DURATIONS, Display, Duration, Means, MetricsFile
 from miaformer.training.recipes import Recipe, Stage
 from miaformer.training.tariff import Tariff
 
@@ -144,6 +144,7 @@ class Trainer:
 
         running = Means()
         self.display.start_stage(stage.kind, length, step - span.first)
+        duration = Duration(self.out / DURATIONS, stage.kind, self.accelerator.num_processes)
         wrapped.train()
         for batch in self._batches_from(step, span.last):
             schedule.step_update(step - span.first)
@@ -159,6 +160,8 @@ class Trainer:
             stop = self._stop if self.accelerator.num_processes == 1 else self._agreed_to_stop
             if stop or step == span.last or step % self.recipe.checkpoint_every == 0:
                 saved = save_checkpoint(self.accelerator, self.checkpoint_dir, step, self.recipe.keep_checkpoints)
+                if metrics is not None:
+                    duration.write(step)
                 if stop:
                     raise Interrupted(saved, step)
         self.display.end_stage()
