@@ -116,7 +116,8 @@ def digits(report: Report, name: str) -> str:
     rows = []
     for budget in sorted({budget for _, budget in points}):
         learned, static, random = (points[policy, budget] for policy in ("learned", "static", "random"))
-        spent = f"{learned['macs_fraction']:.3f}, {learned['macs_fraction_p95']:.2f}, {learned['macs_fraction_max']:.2f}"
+        most = f"{learned['macs_fraction_p95']:.2f}, {learned['macs_fraction_max']:.2f}"
+        spent = f"{learned['macs_fraction']:.3f}, {most}"
         accuracies = (f"{100 * point['accuracy']:.1f} %" for point in (static, random))
         rows.append((f"{budget:g}", f"**{100 * learned['accuracy']:.1f} %**", *accuracies, spent))
     head = (
@@ -128,8 +129,8 @@ def digits(report: Report, name: str) -> str:
         f"Recipe `digits`, mean of {mean['seeds']} seeds, test split ({images} renderings); dense "
         f"{100 * mean['dense_accuracy']:.1f} %. MACs include the controllers\n"
         f"({100 * mean['controllers_macs_fraction']:.2f} % of the backbone's at most).\n\n{_table(head, rows)}\n\n"
-        f"Rank correlation of an image's MACs with the dense model's loss on it: {mean['spearman_difficulty_macs']:.2f}. "
-        f"All from `.venv/bin/python benchmarks/digits.py`\n([JSON](benchmarks/results/{name}), with machine, versions "
+        f"Rank correlation of an image's MACs with the dense model's loss on it: "
+        f"{mean['spearman_difficulty_macs']:.2f}. All from `.venv/bin/python benchmarks/digits.py`\n([JSON](benchmarks/results/{name}), with machine, versions "
         "and commit)."
     )
 

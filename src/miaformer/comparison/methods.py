@@ -57,8 +57,8 @@ class Method:
     """One way to spend less.
 
     recipe: the stages that train it, of the comparison's recipe; None where the backbone is used as it is. entries:
-    what is measured of the trained model. shrink: makes the backbone a smaller one, in place. prepare: what is put in the
-    place of our controllers before training. from_scratch: whether it starts from new weights.
+    what is measured of the trained model. shrink: makes the backbone a smaller one, in place. prepare: puts something
+    in the place of our controllers before training. from_scratch: whether it starts from new weights.
     """
 
     name: str
@@ -291,7 +291,7 @@ RIVALS: dict[str, Method] = {
 }
 
 ALL_GRAINS: tuple[Grain, ...] = ("depth", "heads", "tokens")
-LATER_TOKENS: dict[str, Any] = {"first_token_block": None, "last_token_block": None}  # decided in all but the first blocks
+LATER_TOKENS: dict[str, Any] = {"first_token_block": None, "last_token_block": None}  # in all but the first blocks
 
 ABLATIONS: dict[str, Method] = {
     method.name: method
