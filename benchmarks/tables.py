@@ -129,9 +129,9 @@ def digits(report: Report, name: str) -> str:
         f"Recipe `digits`, mean of {mean['seeds']} seeds, test split ({images} renderings); dense "
         f"{100 * mean['dense_accuracy']:.1f} %. MACs include the controllers\n"
         f"({100 * mean['controllers_macs_fraction']:.2f} % of the backbone's at most).\n\n{_table(head, rows)}\n\n"
-        f"Rank correlation of an image's MACs with the dense model's loss on it: "
-        f"{mean['spearman_difficulty_macs']:.2f}. All from `.venv/bin/python benchmarks/digits.py`\n([JSON](benchmarks/results/{name}), with machine, versions "
-        "and commit)."
+        "Rank correlation of an image's MACs with the dense model's loss on it: "
+        f"{mean['spearman_difficulty_macs']:.2f}. All from `.venv/bin/python benchmarks/digits.py`\n"
+        f"([JSON](benchmarks/results/{name}), with machine, versions and commit)."
     )
 
 
