@@ -109,6 +109,101 @@ def comparison(report: Report, name: str) -> str:
     return f"`{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
 
 
+METHODS = {
+    "learned": "**ours**",
+    "static": "static: our mean decisions for every image",
+    "random": "random decisions, kept as often as ours",
+    "dense": "dense, trained on for as long",
+    "narrow": "narrow ViTs, from scratch",
+    "shallow": "shallow ViTs: the first blocks, trained on",
+    "cls-attention": "EViT: tokens by class attention",
+    "top-tokens": "DynamicViT: tokens by trained scorers",
+    "merging": "ToMe, fine-tuned",
+    "merging-free": "ToMe, without training",
+    "exits": "early exits by confidence",
+}
+
+
+def rivals(report: Report, name: str) -> str:
+    """Accuracy by method and budget; models that know no budget stand where their MACs are nearest to it."""
+    budgets = sorted({row["budget"] for row in report["rows"] if row["budget"] is not None})
+    equal = report["at_equal_accuracy"]
+
+    def cell(method: str, budget: float) -> str:
+        for row in report["rows"]:
+            if row["name"] != method:
+                continue
+            if row["budget"] == budget:
+                return f"{100 * row['accuracy']:.1f}"
+            if row["budget"] is None and method != "dense" and abs(row["macs_fraction"] - budget) < 0.06:
+                return f"{100 * row['accuracy']:.1f} (at {row['macs_fraction']:.2f})"
+        return ""
+
+    dense = next(row for row in report["rows"] if row["name"] == "dense")
+    rows = [
+        (
+            METHODS.get(method, method),
+            *(cell(method, budget) for budget in budgets),
+            f"{100 * dense['accuracy']:.1f}" if method == "dense" else "",
+            f"{equal[method]:.2f}" if method in equal else "",
+        )
+        for method in dict.fromkeys(row["name"] for row in report["rows"])
+    ]
+    head = ("method", *(f"{budget:g}" for budget in budgets), "1", "MACs at half a point below dense")
+    return f"`{_command(report)}`, {report['num_images']:,} test images\n\n{_table(head, rows)}"
+
+
+def seeds(report: Report, name: str) -> str:
+    """Of our method: each seed, and how spending follows difficulty."""
+    follows = {at["budget"]: at for at in report["adaptivity"]}
+    rows = [
+        (
+            f"{row['budget']:g}",
+            f"{row['macs_fraction']:.3f} ± {row['macs_fraction_std']:.3f}",
+            ", ".join(f"{100 * one:.2f}" for one in row["accuracy_by_seed"]),
+            f"{follows[row['budget']]['loss']:+.2f}",
+            f"{follows[row['budget']]['margin']:+.2f}",
+        )
+        for row in sorted(report["rows"], key=lambda row: row["budget"] or 2.0)
+        if row["name"] == "learned"
+    ]
+    head = (
+        "budget",
+        "MACs (± between images)",
+        "accuracy of each seed, %",
+        "rank correlation with loss",
+        "with margin",
+    )
+    return _table(head, rows)
+
+
+def ablations(report: Report, name: str) -> str:
+    """What each part is worth, of one seed: accuracy, and at each budget by how much the whole is ahead."""
+    budgets = sorted({row["budget"] for row in report["rows"] if row["budget"] is not None})
+    gaps = {(gap["over"], gap["budget"]): gap for gap in report["differences"]}
+    found = {(row["name"], row["budget"]): row for row in report["rows"]}
+
+    def cell(method: str, budget: float) -> str:
+        if (method, budget) not in found:
+            return ""
+        accuracy = f"{100 * found[method, budget]['accuracy']:.1f}"
+        gap = gaps.get((method, budget))
+        if gap is None:
+            return f"**{accuracy}**"
+        low, high = (f"{100 * end:+.1f}" for end in gap["interval"])
+        return f"{accuracy} ({low}, {high})"
+
+    methods = [
+        name for name in dict.fromkeys(row["name"] for row in report["rows"]) if name not in ("static", "random")
+    ]
+    rows = [(method, *(cell(method, budget) for budget in budgets)) for method in methods]
+    head = ("", *(f"{budget:g}" for budget in budgets))
+    return (
+        f"`{_command(report)}` ([JSON](../benchmarks/results/{name})); in brackets the interval of what the whole "
+        f"is ahead, in points\n\n{_table(head, rows)}"
+    )
+
+
 def digits(report: Report, name: str) -> str:
     """Learned against static and random decisions on digits, means over seeds."""
     mean = report["mean"]
@@ -136,14 +231,15 @@ def digits(report: Report, name: str) -> str:
 
 
 TABLES: dict[str, Callable[[Report, str], str]] = {
-    made.__name__: made for made in (speed, speed_summary, onnx_agreement, comparison, digits)
+    made.__name__: made for made in (speed, speed_summary, onnx_agreement, comparison, rivals, seeds, ablations, digits)
 }
 
 
 def _command(report: Report) -> str:
     """What was called, without what it wrote and where pictures lay."""
     command = str(report["environment"]["command"]).split(" --json")[0]
-    return re.sub(r"--data \S*imagenet\S*", "--data PICTURES", command)
+    command = re.sub(r"--data \S*imagenet\S*", "--data PICTURES", command)
+    return re.sub(r"--data \S*cifar10\S*", "--data CIFAR10", command)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from miaformer import adapt
 from miaformer.training import Interrupted, Recipe, Stage, get_recipe, train
 from miaformer.training.checkpoint import checkpoints
 from miaformer.training.progress import Display
+from miaformer.training.recipes import with_defaults
 
 TOTAL = 4 * STEPS
 
@@ -129,6 +131,16 @@ def test_a_directory_holds_one_run(uninterrupted: Path) -> None:
         run(uninterrupted)
     with pytest.raises(ValueError, match=r"different in recipe\.weight_decay"):
         run(uninterrupted, replace(RECIPE, weight_decay=0.3), resume=True)
+
+
+def test_a_run_is_the_same_where_a_setting_came_later() -> None:
+    saved = json.loads(json.dumps(RECIPE.to_json()))
+    older = copy.deepcopy(saved)
+    del older["conv_stem"], older["adapt"], older["stages"][1]["exit_share"]
+    assert with_defaults(older) == saved
+    older["stages"][1]["lr"] = 0.5
+    assert with_defaults(older)["stages"][1]["lr"] == 0.5
+    assert with_defaults({**saved, "weight_decay": 0.3}) != saved
 
 
 def test_resume_of_nothing_starts_anew(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miaformer.cli.arguments import add_command, open_batches, open_device
+from miaformer.cli.demo_pictures import BUNDLED_MODEL, show_pictures
 from miaformer.cli.processes import (
     STOPPED,
     add_processes,
@@ -30,13 +31,15 @@ three budgets against policies of equal cost that do not look at the image, what
 percentile and the most, and the time that took, measured against the dense model in eager PyTorch.
 
 DIR gets model/ (ready for `miaformer eval` and `predict`), report.json, tradeoff.png and digits.png. Stopped by Ctrl-C,
-the same command goes on where it was.
+the same command goes on where it was. With --pictures nothing is trained: a model that comes with the package is shown.
 """
 
 EPILOG = """\
 examples:
   miaformer demo
   miaformer demo --out /tmp/demo --seed 1 --threads 2
+  miaformer demo --pictures photos/ cat.jpg
+      nothing is trained: what a model that comes with the package says of your pictures, and what it spends on each
 
 Small models are bounded by the overhead of each operation at batch 1: there, time falls less than MACs.
 """
@@ -55,12 +58,20 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
     add_processes(parser)
+    parser.add_argument(
+        "--pictures",
+        nargs="+",
+        metavar="PATH",
+        help=f"instead: show the bundled model {BUNDLED_MODEL} on pictures, and on folders of pictures",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     device = open_device(args.device, args.threads)
+    if args.pictures:
+        return show_pictures(args.pictures, out, device)
     processes = chosen_processes(args.processes, device.type == "cpu")
     if processes > 1 and not is_one_of_several() and not (out / "model" / "calibration.json").exists():
         status = run_in_processes([*args.argv, "--device", "cpu"], processes)  # each trains and comes back from here

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size)):
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
-    paths, missing = _find(args.paths)
+    paths, missing = find_pictures(args.paths)
     device = open_device(args.device, args.threads)
     model = open_model(args.model, device, args.dtype)
     if device.type == "cpu":
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _find(sources: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
+def find_pictures(sources: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     """Pictures, each once, and what was named but is not there, with the reason.
 
     Raises ImageError where there is no picture at all.

@@ -114,7 +114,7 @@ class _Shown:
     heads: Tensor  # (L, H)
     tokens: Tensor  # (L, N)
     predicted: int
-    label: int
+    label: int  # negative: unknown
 
 
 def plot_adaptivity(
@@ -131,7 +131,7 @@ def plot_adaptivity(
 
     Beside each image a copy whose tokens fade the earlier they are skipped, and its blocks and heads.
     batches: passed over once. data_config: timm's, for the `mean` and `std` that images were normalised with.
-    classes: names of the labels.
+    classes: names of the labels, of which negative ones are unknown.
 
     Raises ValueError where there are fewer than two images.
     """
@@ -219,10 +219,10 @@ def _draw_row(
     name = (lambda label: classes[label]) if classes is not None else str
     right = one.predicted == one.label
     cells[3].set_axis_off()
-    verdict = "right" if right else f"wrong: {_short(name(one.label))}"
+    verdict = "right" if right else f"wrong: {_short(name(one.label))}" if one.label >= 0 else ""
     lines = (
         (_short(name(one.predicted)), 11, _INK),
-        (verdict, 9, _RIGHT if right else _WRONG),
+        *([(verdict, 9, _RIGHT if right else _WRONG)] if one.label >= 0 else []),
         (f"{one.macs_fraction:.2f} of the MACs", 9, _INK),
         (f"{int(one.depth.sum())} of {len(one.depth)} blocks", 9, _FAINT),
     )

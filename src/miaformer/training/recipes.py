@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, Literal, cast, get_args
 
 from miaformer.budget import check_fraction
 
@@ -121,6 +122,19 @@ class Recipe:
         return replace(self, stages=tuple(replace(s, epochs=s.epochs * factor) for s in self.stages))
 
 
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as JSON, what it does not say as it is by default: it may be older than a setting."""
+
+    def filled(kind: type[Recipe] | type[Stage], given: dict[str, Any]) -> dict[str, Any]:
+        defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+        defaults |= {f.name: f.default_factory() for f in fields(kind) if f.default_factory is not MISSING}
+        return {**defaults, **given}
+
+    recipe = filled(Recipe, saved)
+    recipe["stages"] = [filled(Stage, stage) for stage in recipe["stages"]]
+    return cast(dict[str, Any], json.loads(json.dumps(recipe)))
+
+
 DIGITS = Recipe(
     name="digits",
     data="digits",
@@ -211,12 +225,14 @@ CIFAR10 = Recipe(  # for a GPU
         "num_heads": 6,
         "init_values": 0.1,
     },
+    conv_stem=(48, 96),
     sincos_pos_embed=True,
+    adapt=CIFAR10_SMALL.adapt,
     stages=(
-        Stage("backbone", epochs=120, lr=4e-3),
-        Stage("elastic", epochs=10, lr=2e-3),
-        Stage("supervised", epochs=20, lr=2e-3, controller_lr=5e-3, temperature=(1.0, 0.3), full_share=0.3),
-        Stage("reinforce", epochs=4, lr=5e-4, controller_lr=5e-4, temperature=(0.3, 0.3), full_share=0.3),
+        Stage("backbone", epochs=200, lr=4e-3, patch_drop=(0.0, 0.7), early_weight=0.4),
+        Stage("elastic", epochs=4, lr=1e-3, keep=(0.5, 0.5, 0.25), anneal=0.6),
+        Stage("supervised", epochs=16, lr=1e-3, controller_lr=5e-3, temperature=(1.0, 0.3), anneal=0.7),
+        Stage("reinforce", epochs=5, lr=5e-4, controller_lr=1e-3, temperature=(0.3, 0.3)),
     ),
     optimizer="muon",
     batch_size=512,

@@ -24,7 +24,7 @@ from miaformer.model import MIAFormer, adapt
 from miaformer.model_files import read_json
 from miaformer.stem import ConvPatchEmbed
 from miaformer.training.progress import Display
-from miaformer.training.recipes import Recipe, get_recipe
+from miaformer.training.recipes import Recipe, get_recipe, with_defaults
 from miaformer.training.trainer import Trainer, seed_everything
 
 
@@ -237,6 +237,7 @@ def _check_free(out: Path, description: dict[str, Any], resume: bool) -> None:
     if not resume:
         raise ValueError(f"{out} holds a run already: resume it (--resume), or choose another directory")
     before = read_json(path)
+    before["recipe"] = with_defaults(before.get("recipe", {}))
     if before != description:
         changed = _differences(before, description)
         raise ValueError(
