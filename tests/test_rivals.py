@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_training import tiny_model
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from miaformer.cost import count_macs
 from miaformer.engine.masked import Masked
 from miaformer.evaluation.controls import top_tokens_policy
 from miaformer.model import MIAFormer
+from miaformer.rivals.exits import EarlyExit, exit_table
 from miaformer.rivals.merging import _merged, merged_logits, merged_macs, merges_drawn, merges_for
-from miaformer.rivals.policies import EarlyExit, TopTokens, token_scorers
+from miaformer.rivals.policies import TopTokens, token_scorers
 from miaformer.training.gates import Draws
-from miaformer.training.rivals import RelaxedTopTokens, drawn_keep, random_exits
+from miaformer.training.objective import Objective, Step
+from miaformer.training.recipes import Stage, get_recipe
+from miaformer.training.rivals import LEAST_KEEP, RelaxedTopTokens, drawn_keep
 
 
 @pytest.fixture
@@ -79,6 +86,14 @@ def test_the_class_token_is_kept_apart() -> None:
     assert joined.shape == (3, 6, 8)
     torch.testing.assert_close(sizes.sum(dim=1), size.sum(dim=1))
     torch.testing.assert_close((joined * sizes[..., None]).sum(dim=1), (x * size[..., None]).sum(dim=1))
+
+
+def test_as_many_are_merged_in_every_block_as_far_as_there_are(model: MIAFormer) -> None:
+    cost = replace(model.cost(), depth=6, grid=(8, 8), trims_last_block=True)
+    assert merges_drawn(cost, 0.0) == [0] * 6
+    assert merges_drawn(cost, 0.25) == [8, 8, 8, 8, 8, 0]
+    assert merges_drawn(cost, 1.0) == [32, 16, 8, 4, 2, 0]
+    assert sorted(merges_drawn(cost, 0.33), reverse=True) == merges_drawn(cost, 0.33)
 
 
 def test_merges_meet_a_budget_or_say_what_is_the_least(model: MIAFormer) -> None:
@@ -153,7 +168,7 @@ def test_images_that_execute_everything_keep_all_tokens(model: MIAFormer) -> Non
     draws = draws_of(model, 8, full_share=0.5)
     keep = drawn_keep(draws)
     assert (keep[draws.full] == 1).all()
-    assert ((keep[~draws.full] >= 0.3) & (keep[~draws.full] <= 1)).all()
+    assert ((keep[~draws.full] >= LEAST_KEEP) & (keep[~draws.full] <= 1)).all()
 
 
 # early exits
@@ -178,11 +193,37 @@ def test_exits_are_final_and_follow_confidence(model: MIAFormer, images: Tensor)
     assert (depth[:, 1:] <= depth[:, :-1]).all(), "who has left does not come back"
 
 
-def test_random_exits_are_prefixes_of_every_length(model: MIAFormer) -> None:
-    cost = model.cost()
-    draws = draws_of(model, 200, full_share=0.25)
-    taken = random_exits(draws, cost.depth, cost.num_heads, cost.num_patches)
-    assert (taken.depth[:, 1:] <= taken.depth[:, :-1]).all()
-    assert taken.depth[:, 0].all()
-    assert (taken.depth[draws.full]).all()
-    assert set(taken.depth.sum(dim=1).tolist()) == set(range(1, cost.depth + 1))
+def test_a_share_of_the_tokens_enters_evenly_and_stays(model: MIAFormer, images: Tensor) -> None:
+    with torch.inference_mode():
+        tokens = model.run(images, policy=EarlyExit(model.backbone, 2.0, keep=0.5)).trace.tokens
+    assert (tokens.sum(dim=2) == model.cost().num_patches // 2).all()
+    assert torch.equal(tokens, tokens[:1, :1].expand_as(tokens))
+
+
+def test_a_table_of_exits_foretells_what_they_do(model: MIAFormer, images: Tensor) -> None:
+    labels = model.backbone(images).argmax(dim=1)
+    table = exit_table(model, [SimpleNamespace(images=images, labels=labels)], 0.5)
+    macs = float(table.macs[1:3].mean())
+    accuracy, threshold = table.at(macs)
+    with torch.inference_mode():
+        output = model.run(images, policy=EarlyExit(model.backbone, threshold, 0.5))
+    depth = output.trace.depth.sum(dim=1)
+    assert torch.equal(output.trace.macs, torch.from_numpy(table.macs)[depth - 1])
+    assert output.trace.macs.double().mean() <= macs
+    assert float((output.logits.argmax(dim=1) == labels).double().mean()) == pytest.approx(accuracy)
+    assert table.at(0.0)[1] == pytest.approx(0.0, abs=1e-6)
+    assert table.at(float(table.macs[-1]))[0] == pytest.approx(float(table.correct[:, -1].mean()))
+
+
+def test_exits_are_trained_on_the_answers_after_every_block(model: MIAFormer, images: Tensor) -> None:
+    labels = torch.eye(model.num_classes)[torch.arange(len(images)) % model.num_classes]
+    drawn = draws_of(model, len(images))
+    step = Step(drawn, drawn, torch.zeros(len(images)), torch.zeros(len(images)), (0.0, 1.0), 1.0)
+    stage = Stage("exits", epochs=1, lr=0)
+    found = Objective(model, stage, get_recipe("digits"), None)(images, labels, step).task_loss
+    x, losses = model.embed(images), []
+    for block in model.backbone.blocks:
+        x = block(x)
+        logits = model.backbone.forward_head(model.backbone.norm(x))
+        losses.append(cross_entropy(logits, labels, reduction="none"))
+    torch.testing.assert_close(found, torch.stack(losses).mean(dim=0).detach(), atol=1e-5, rtol=1e-4)

@@ -20,12 +20,25 @@ def dither(rows: int, columns: int) -> NDArray[np.float32]:
 
     A token is kept where logit + dither > 0: its probability is above its threshold.
     """
-    matrix = np.zeros((1, 1))
-    while len(matrix) < max(rows, columns):
-        matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])
-    order = matrix[:rows, :columns].ravel()
-    rank = order.argsort().argsort()
+    rank = _ranks(rows, columns)
     threshold = (rank + 0.5) / len(rank)
     found: NDArray[np.float32] = (np.log1p(-threshold) - np.log(threshold)).astype(np.float32)
     found.flags.writeable = False
     return found
+
+
+def evenly(rows: int, columns: int, share: float) -> NDArray[np.bool_]:
+    """The tokens (rows * columns,) of which a share is kept, the lowest thresholds first."""
+    rank = _ranks(rows, columns)
+    kept: NDArray[np.bool_] = rank < round(share * len(rank))
+    return kept
+
+
+@cache
+def _ranks(rows: int, columns: int) -> NDArray[np.int64]:
+    """The place of each token in the order of thresholds, by Bayer's matrix."""
+    matrix = np.zeros((1, 1))
+    while len(matrix) < max(rows, columns):
+        matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])
+    order = matrix[:rows, :columns].ravel()
+    return order.argsort().argsort()

@@ -31,6 +31,7 @@ from miaformer.evaluation.calibration import LabelledBatch, OnProgress
 from miaformer.model import MIAFormer, adapt
 from miaformer.training import Recipe, is_trained, new_backbone, train, train_recipe
 from miaformer.training.progress import core_seconds
+from miaformer.training.trainer import seed_everything
 
 Array = NDArray[Any]
 
@@ -118,6 +119,7 @@ class Comparison:
         else:
             static = self._static()
         run.method.shrink(static)
+        seed_everything(run.seed, 0, 0)  # of what is put on it: controllers, or a rival's
         model = adapt(static, **recipe.adapt)
         run.method.prepare(model)
         return model

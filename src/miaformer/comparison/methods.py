@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,10 @@ from miaformer.evaluation import cls_attention_policy, contenders
 from miaformer.evaluation.calibration import LabelledBatch
 from miaformer.evaluation.controls import top_tokens_policy
 from miaformer.model import MIAFormer
-from miaformer.policy import Policy
+from miaformer.policy import Full, Policy
+from miaformer.rivals.exits import EarlyExit, exit_table
 from miaformer.rivals.merging import merged_logits, merged_macs, merges_for
-from miaformer.rivals.policies import EarlyExit, token_scorers
+from miaformer.rivals.policies import token_scorers
 from miaformer.training.recipes import Kind, Recipe
 
 Classify = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> logits (B, classes), MACs fraction (B,)
@@ -80,23 +81,31 @@ def adaptation_epochs(recipe: Recipe) -> float:
 
 
 def _one_stage(kind: Kind) -> Callable[[Recipe], Recipe]:
-    """Adaptation as a single stage of this kind, with the learning rates of the recipe's supervised stage."""
+    """Adaptation as a single stage of this kind, with the learning rates of the recipe's supervised stage.
+
+    Images are not mixed, as they are not where ours is adapted.
+    """
 
     def recipe(base: Recipe) -> Recipe:
         supervised = next(stage for stage in base.stages if stage.kind == "supervised")
-        return replace(base, stages=(replace(supervised, kind=kind, epochs=adaptation_epochs(base)),))
+        stage = replace(supervised, kind=kind, epochs=adaptation_epochs(base), anneal=1.0)
+        return replace(base, stages=(stage,), mixup=0.0, cutmix=0.0)
 
     return recipe
 
 
 def _narrow(fraction: float) -> Callable[[Recipe], Recipe]:
-    """A backbone of about this fraction of the MACs by fewer channels, heads of even size, trained from scratch."""
+    """A backbone of about this fraction of the MACs by fewer channels, heads of even size, trained from scratch.
+
+    Without what makes a backbone do with less, which a model that never does can do without.
+    """
 
     def recipe(base: Recipe) -> Recipe:
         args = base.model_args
         heads = args["num_heads"]
         dim = 2 * heads * round(math.sqrt(fraction) * args["embed_dim"] / (2 * heads))
-        stages = *base.only("backbone").stages, *_one_stage("backbone")(base).stages
+        plain = (replace(s, patch_drop=(0.0, 0.0), early_weight=0.0) for s in base.only("backbone").stages)
+        stages = *plain, *_one_stage("backbone")(base).stages
         return replace(base, model_args={**args, "embed_dim": dim}, stages=stages)
 
     return recipe
@@ -116,13 +125,15 @@ def _first_blocks(fraction: float) -> Callable[[nn.Module], None]:
 
 
 def _as_backbone(name: str) -> Callable[[MIAFormer, Question], list[Entry]]:
-    """The static model as it is; its MACs as a fraction of the comparison's backbone's."""
+    """The static model on our engine, so that its last block computes what is read alone, as everybody's does.
+
+    Its MACs are a fraction of the comparison's backbone's.
+    """
 
     def entries(model: MIAFormer, question: Question) -> list[Entry]:
-        fraction = model.cost().backbone / question.backbone_macs
-
         def classify(images: Tensor) -> tuple[Tensor, Tensor]:
-            return cast(Tensor, model.backbone(images)), torch.full((len(images),), fraction)
+            output = model.run(images, policy=Full())
+            return output.logits, output.trace.macs / question.backbone_macs
 
         return [Entry(name, None, classify)]
 
@@ -177,42 +188,49 @@ def _merging(model: MIAFormer, budget: float) -> Classify:
     return classify
 
 
-def _exits(model: MIAFormer, question: Question) -> list[Entry]:
-    """Thresholds found by bisection on the calibration images."""
-    parameter = next(model.parameters())
-    images = [batch.images.to(parameter) for batch in question.calibration()]
+EVEN_SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3)  # of the tokens
 
-    def spent(threshold: float) -> float:
-        policy = EarlyExit(model.backbone, threshold)
-        parts = [model.run(part, policy=policy).trace.macs_fraction.double() for part in images]
-        return float(torch.cat(parts).mean())
 
-    entries = []
-    for budget in question.budgets:
-        low, high = 0.0, 1.0  # of the threshold: leave at once, never leave
-        if spent(low) > budget + 0.01:
-            continue
-        for _ in range(12):
-            middle = (low + high) / 2
-            low, high = (middle, high) if spent(middle) <= budget else (low, middle)
-        entries.append(Entry("exits", budget, _by_policy(model, EarlyExit(model.backbone, low))))
+def _exits(name: str, shares: Sequence[float]) -> Callable[[MIAFormer, Question], list[Entry]]:
+    """Leaving when confident, with the share of tokens and the threshold that are best on the calibration images."""
+
+    def entries(model: MIAFormer, question: Question) -> list[Entry]:
+        tables = [exit_table(model, question.calibration(), share) for share in shares]
+        found = []
+        for budget in question.budgets:
+            macs = budget * model.cost().backbone
+            reached = [(*table.at(macs), table.keep) for table in tables if table.macs[0] <= macs]
+            if reached:
+                _, threshold, keep = max(reached)
+                found.append(Entry(name, budget, _by_policy(model, EarlyExit(model.backbone, threshold, keep))))
+        return found
+
     return entries
 
 
+def _elastic_for_all_epochs(base: Recipe) -> Recipe:
+    """Random decisions and no controllers, for as long as everybody adapts."""
+    supervised, elastic = (next(s for s in base.stages if s.kind == kind) for kind in ("supervised", "elastic"))
+    stage = replace(elastic, epochs=adaptation_epochs(base), lr=supervised.lr, anneal=1.0)
+    return replace(base, stages=(stage,))
+
+
 def _put_scorers(model: MIAFormer) -> None:
-    torch.manual_seed(0)
     scorers = token_scorers(len(model.controllers), model.embed_dim)
     model.controllers = scorers  # type: ignore[assignment]  # in their place, for this method alone
 
 
 def _without(*kinds: Kind) -> Callable[[Recipe], Recipe]:
-    """Ours without some stages; their epochs go to the first that is left and decides, and the last one anneals."""
+    """Ours without some stages. The first that is left and decides gets their epochs, and the rates and temperatures of
+    the supervised stage; the last one anneals.
+    """
 
     def recipe(base: Recipe) -> Recipe:
         left = [stage for stage in base.stages if stage.kind in OURS and stage.kind not in kinds]
         heir = next(place for place, stage in enumerate(left) if stage.decides)
         missing = adaptation_epochs(base) - sum(stage.epochs for stage in left)
-        left[heir] = replace(left[heir], epochs=left[heir].epochs + missing)
+        first = next(stage for stage in base.stages if stage.decides)
+        left[heir] = replace(first, kind=left[heir].kind, epochs=left[heir].epochs + missing)
         left[-1] = replace(left[-1], anneal=1.0)
         return replace(base, stages=tuple(left))
 
@@ -248,7 +266,7 @@ RIVALS: dict[str, Method] = {
         Method("dense", "the backbone, trained on for as long", _one_stage("backbone"), _as_backbone("dense")),
         Method(
             "cls-attention",
-            "EViT: tokens by class attention, fine-tuned",
+            "EViT's criterion: tokens by class attention, fine-tuned",
             _one_stage("cls-attention"),
             _within_reach("cls-attention", lambda model, b: _by_policy(model, cls_attention_policy(model, b))),
         ),
@@ -266,7 +284,13 @@ RIVALS: dict[str, Method] = {
             _within_reach("merging", _merging),
         ),
         Method("merging-free", "ToMe without training", None, _within_reach("merging-free", _merging)),
-        Method("exits", "blocks until confident, fine-tuned", _one_stage("exits"), _exits),
+        Method("exits", "blocks until confident, fine-tuned", _one_stage("exits"), _exits("exits", (1.0,))),
+        Method(
+            "even-exits",
+            "a share of the tokens, spread evenly, and blocks until confident: ours without controllers",
+            _elastic_for_all_epochs,
+            _exits("even-exits", EVEN_SHARES),
+        ),
         *(
             Method(
                 f"shallow-{fraction:g}",
@@ -305,6 +329,7 @@ ABLATIONS: dict[str, Method] = {
         _ablation("all-grains", "three grains", grains=ALL_GRAINS),
         _ablation("no-elastic", "its epochs supervised", _without("elastic")),
         _ablation("no-reinforce", "its epochs supervised", _without("reinforce")),
+        _ablation("no-supervised", "its epochs reinforce", _without("supervised")),
         _ablation("only-reinforce", "all epochs reinforce", _without("elastic", "supervised")),
         _ablation(
             "no-distillation",

@@ -24,6 +24,7 @@ Array = NDArray[Any]
 RESAMPLES = 2000
 HARDEST = 0.1  # share of the images with the greatest loss under the backbone
 EQUAL_ACCURACY = 0.005  # below the dense control's
+EQUAL_MACS = 0.005  # fractions so near count as equal
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,15 @@ class Point:
     name: str
     budget: float | None
     correct: Array  # (n,), mean over seeds
-    macs_fraction: Array  # (n,), mean over seeds
+    macs_by_seed: Array  # (seeds, n), fractions
     by_seed: list[float]  # accuracy
     time_fraction: float | None
+
+    @property
+    def macs_fraction(self) -> Array:
+        """(n,), mean over seeds."""
+        mean: Array = self.macs_by_seed.mean(axis=0)
+        return mean
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,10 @@ def read_points(directories: Sequence[Path]) -> tuple[list[Point], Difficulty]:
     points = []
     for (name, budget, _), seeds in gathered.items():
         correct = np.mean([seed[0] for seed in seeds], axis=0)
-        fraction = np.mean([seed[1] for seed in seeds], axis=0)
+        fractions = np.stack([seed[1] for seed in seeds])
         known = [seed[2] for seed in seeds if seed[2] is not None]
         accuracies = [float(seed[0].mean()) for seed in seeds]
-        points.append(Point(name, budget, correct, fraction, accuracies, float(np.mean(known)) if known else None))
+        points.append(Point(name, budget, correct, fractions, accuracies, float(np.mean(known)) if known else None))
     return points, found
 
 
@@ -121,7 +128,7 @@ def _row(point: Point, weights: Array, hardest: Array) -> dict[str, Any]:
         "accuracy_by_seed": point.by_seed,
         "accuracy_hardest": float(point.correct[hardest].mean()),
         "macs_fraction": float(point.macs_fraction.mean()),
-        "macs_fraction_std": float(point.macs_fraction.std()),
+        "macs_fraction_std": float(point.macs_by_seed.std(axis=1).mean()),
         "time_fraction": point.time_fraction,
     }
 
@@ -140,11 +147,19 @@ def _interval(means: Array) -> list[float]:
 
 
 def _differences(points: Sequence[Point], weights: Array, hardest: Array) -> list[dict[str, Any]]:
-    """Ours less each other method at the same budget, over all images and the hardest of them."""
-    ours = {point.budget: point for point in points if point.name == "learned"}
+    """Ours less each other method at the same budget, over all images and the hardest of them.
+
+    A method that knows no budget stands against ours at the largest one where ours takes no more MACs, give or take
+    `EQUAL_MACS`.
+    """
+    ours = sorted((p for p in points if p.name == "learned"), key=lambda p: float(p.macs_fraction.mean()))
     found = []
     for other in points:
-        mine = ours.get(other.budget)
+        if other.budget is None:
+            most = float(other.macs_fraction.mean()) + EQUAL_MACS
+            mine = next((p for p in reversed(ours) if p.macs_fraction.mean() <= most), None)
+        else:
+            mine = next((p for p in ours if p.budget == other.budget), None)
         if mine is None or other.name == "learned":
             continue
         gap = mine.correct - other.correct
@@ -152,6 +167,7 @@ def _differences(points: Sequence[Point], weights: Array, hardest: Array) -> lis
             {
                 "over": other.name,
                 "budget": other.budget,
+                "our_budget": mine.budget,
                 "difference": float(gap.mean()),
                 "interval": _interval(_means(gap, weights)),
                 "hardest": float(gap[hardest].mean()),
@@ -187,13 +203,15 @@ def _at_equal_accuracy(points: Sequence[Point]) -> dict[str, float]:
 
 
 def _adaptivity(points: Sequence[Point], difficulty: Difficulty) -> list[dict[str, float]]:
-    """Spearman's rank correlations: 1 where the harder image always gets more."""
+    """Spearman's rank correlations, means over seeds: 1 where the harder image always gets more."""
     harder = {"loss": difficulty.loss, "margin": -difficulty.margin}
     return [
         {
             "budget": float(point.budget or 1.0),
             **{
-                name: spearman(torch.from_numpy(values), torch.from_numpy(point.macs_fraction))
+                name: float(
+                    np.mean([spearman(torch.from_numpy(values), torch.from_numpy(one)) for one in point.macs_by_seed])
+                )
                 for name, values in harder.items()
             },
         }

@@ -98,31 +98,30 @@ def merged_macs(cost: Cost, merges: Sequence[int]) -> int:
 
 
 def merges_drawn(cost: Cost, rate: float) -> list[int]:
-    """Merges of a training step: a share of the tokens from none (rate 0) to all that may be merged (rate 1)."""
+    """Merges of each block at a rate from 0, none, to 1, as many as a block may: half of its tokens.
+
+    As in ToMe the same number in every block, as far as there are so many; what is left over goes to the first ones.
+    """
     blocks = cost.depth - cost.trims_last_block
-    return [*_spread(cost.num_patches, blocks, round(rate * (cost.num_patches - 1))), 0][: cost.depth]
+    total = round(rate * blocks * (cost.num_patches // 2))
+    merges, rows = [], 1 + cost.num_patches
+    for index in range(blocks):
+        merge = min(total // blocks + (index < total % blocks), (rows - 1) // 2)
+        merges.append(merge)
+        rows -= merge
+    return [*merges, 0][: cost.depth]
 
 
 def merges_for(cost: Cost, budget: float) -> list[int]:
-    """How many tokens to merge in each block, as evenly as can be, for MACs nearest to `budget` of the backbone's.
+    """How many tokens to merge in each block for MACs nearest to `budget` of the backbone's.
 
     Raises ValueError where merging all it may still costs more.
     """
     check_one_prefix_token(cost)
-    candidates = [merges_drawn(cost, total / (cost.num_patches - 1)) for total in range(cost.num_patches)]
+    most = cost.depth * (cost.num_patches // 2)
+    candidates = [merges_drawn(cost, total / most) for total in range(most + 1)]
     merges = min(candidates, key=lambda merges: abs(merged_macs(cost, merges) - budget * cost.backbone))
     fraction = merged_macs(cost, merges) / cost.backbone
     if fraction > budget + 0.01:
         raise ValueError(f"budget={budget:.4g} is below {fraction:.3f}, the least that token merging can spend")
-    return merges
-
-
-def _spread(num_patches: int, blocks: int, total: int) -> list[int]:
-    """`total` merges over blocks, as even as can be; a block merges at most half of what it has."""
-    merges, rows = [], 1 + num_patches
-    for index in range(blocks):
-        left = blocks - index
-        merge = min(-(-total // left), (rows - 1) // 2)
-        merges.append(merge)
-        total, rows = total - merge, rows - merge
     return merges

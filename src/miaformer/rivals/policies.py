@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from miaformer.cost import Cost
-from miaformer.decisions import Gates
 from miaformer.engine.walk import State
 from miaformer.policy import BestTokens, three_of
 
@@ -69,38 +67,3 @@ def score_macs(scorers: nn.ModuleList, index: int) -> int:
     """MACs of scoring a token before block `index`."""
     scorer = scorers[index]
     return scorer.token_macs if isinstance(scorer, TokenScorer) else 0
-
-
-@dataclass
-class EarlyExit:
-    """Executes blocks until the classifier is confident, then none: depth only.
-
-    The backbone's own norm and classifier read the class token (or the pooled tokens) before each block but the first;
-    an image whose likeliest class has a probability of `threshold` or more skips what is left. Confidence as in
-    BranchyNet (Teerapittayanon et al. 2016) and MSDNet (Huang et al. 2018), with one classifier for all depths.
-    """
-
-    backbone: VisionTransformer
-    threshold: float
-    _gone: Tensor = field(init=False, repr=False)  # (B,) bool
-
-    @torch.no_grad()
-    def decide(self, state: State) -> Gates:
-        full = Gates.full(len(state.x), state.num_heads, state.num_patches, state.x.device)
-        if state.index == 0:
-            self._gone = torch.zeros_like(full.depth)
-            return full
-        staying = (~self._gone).nonzero().flatten()
-        read = state.x[staying]
-        if self.backbone.global_pool == "token":
-            read = read[:, : state.num_prefix_tokens]
-        logits = self.backbone.forward_head(self.backbone.norm(read))
-        confidence = logits.float().softmax(dim=1).amax(dim=1)
-        self._gone[staying] = confidence >= self.threshold
-        return Gates(~self._gone, full.heads, full.tokens)
-
-    def context_macs(self, cost: Cost, index: int) -> int:
-        return cost.head_macs if index else 0
-
-    def token_score_macs(self, cost: Cost, index: int) -> int:
-        return 0

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from miaformer.config import AdaptConfig, Grain
 from miaformer.controller import Controller
 from miaformer.cost import Cost
-from miaformer.decisions import Decisions, Gates
+from miaformer.decisions import Decisions, Gates, HostGates
 from miaformer.dither import dither
-from miaformer.engine.walk import State
+from miaformer.engine.walk import State, Steps
 from miaformer.training.recipes import Stage
 
 
@@ -131,6 +131,13 @@ class Leaving:
         survival = survival * (survival.detach() > SURVIVAL)
         ones, zeros = torch.ones_like(survival[:, :1]), torch.zeros_like(survival[:, :1])
         return torch.cat([ones, survival], dim=1) - torch.cat([survival, zeros], dim=1)
+
+    def expected_macs(self, steps: Steps, cost: Cost) -> Tensor:
+        """MACs (B,) as expected over leaving, of a walk that executed all that is not too unlikely."""
+        device = self.survival[0].device
+        gates = [one.to(device) if isinstance(one, HostGates) else one for one in steps.gates]
+        blocks = torch.stack([cost.block(index, one) for index, one in enumerate(gates)], dim=1)
+        return steps.macs - ((1 - torch.stack(self.survival, dim=1)) * blocks).sum(dim=1)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from miaformer.policy import ClsAttention, Fixed
 from miaformer.rivals.merging import merged_logits, merged_macs, merges_drawn
 from miaformer.training.gates import Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.training.recipes import Recipe, Stage
-from miaformer.training.rivals import RelaxedTopTokens, drawn_keep, random_exits
+from miaformer.training.rivals import RelaxedTopTokens, drawn_keep
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class Objective(nn.Module):
         soft = self._soft_labels(images)
         if self.stage.kind in ("backbone", "merging"):
             return self._without_policy(images, labels, soft, step, cost)
+        if self.stage.kind == "exits":
+            return self._exits(images, labels, soft, cost)
         if self.stage.kind == "reinforce":
             return self._reinforce(images, labels, soft, step, cost)
         policy = self._policy(step, cost)
@@ -107,8 +109,6 @@ class Objective(nn.Module):
         match self.stage.kind:
             case "elastic":
                 return Fixed(elastic_decisions(draws, cost, self.stage, model.adapt_config))
-            case "exits":
-                return Fixed(random_exits(draws, cost.depth, cost.num_heads, cost.num_patches))
             case "cls-attention":
                 return ClsAttention(model.backbone.blocks, drawn_keep(draws))
             case "top-tokens":
@@ -131,6 +131,23 @@ class Objective(nn.Module):
             task = task + self.stage.early_weight * self._task(early, labels, soft)
         spent = torch.full_like(task, fraction)
         return self._outcome(task.mean(), logits, labels, spent, everything, task, task)
+
+    def _exits(self, images: Tensor, labels: Tensor, soft: Tensor | None, cost: Cost) -> Outcome:
+        """The mean loss of the answers after every block, as BranchyNet and MSDNet train theirs."""
+        after = [self.model.embed(images)]  # each block
+        for block in transformer_blocks(self.model.backbone):
+            after.append(block(after[-1]))
+        answers, tasks = self._answers(after[1:], labels, soft, cost)
+        task = tasks.mean(dim=1)
+        everything = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        return self._outcome(task.mean(), answers[-1], labels, torch.ones_like(task), everything, task, task)
+
+    def _answers(self, after: list[Tensor], labels: Tensor, soft: Tensor | None, cost: Cost) -> tuple[Tensor, Tensor]:
+        """Logits (E, B, classes) and task losses (B, E) of what comes out of E blocks, (B, P+N, C) each."""
+        if cost.trims_last_block:  # nothing else is read
+            after = [one[:, : cost.num_prefix_tokens] for one in after]
+        answers = self._answer(torch.cat(after)).unflatten(0, (len(after), -1))
+        return answers, torch.stack([self._task(logits, labels, soft) for logits in answers], dim=1)
 
     def _backbone(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
         """Logits of the static model and, where the stage wants it, early ones: after a block drawn for each image.
@@ -205,16 +222,10 @@ class Objective(nn.Module):
 
         _, steps = self.model.walk(x, policy, remembering, cost)
         probability = leaving.probabilities()  # (B, L + 1)
-        if cost.trims_last_block:  # nothing else is read
-            after = [one[:, : cost.num_prefix_tokens] for one in after]
-        answers = self._answer(torch.cat(after)).unflatten(0, (len(after), len(x)))
-        tasks = torch.stack([self._task(logits, labels, soft) for logits in answers], dim=1)
+        answers, tasks = self._answers(after, labels, soft, cost)
         chosen = probability.argmax(dim=1)
         logits = answers[chosen, torch.arange(len(x), device=x.device)]
-        blocks = [cost.block(index, _as_gates(gates, x)) for index, gates in enumerate(steps.gates)]
-        left = 1 - torch.stack(leaving.survival, dim=1)
-        macs = steps.macs - (left * torch.stack(blocks, dim=1)).sum(dim=1)
-        return Executed(logits, (probability * tasks).sum(dim=1), macs, tasks.detach())
+        return Executed(logits, (probability * tasks).sum(dim=1), leaving.expected_macs(steps, cost), tasks.detach())
 
     def _execution(self, cost: Cost, images: Tensor) -> Execution:
         """What carries out real decisions: training does not pay for what it skips either.
@@ -248,10 +259,6 @@ class Objective(nn.Module):
         return Outcome(loss, correct, spent.detach().float(), full, task.detach(), hardness.detach())
 
 
-def _as_gates(gates: Gates | HostGates, like: Tensor) -> Gates:
-    return gates.to(like.device) if isinstance(gates, HostGates) else gates
-
-
 def _drops(backbone: nn.Module) -> bool:
     """Whether some part of the blocks is left out at random in training."""
     blocks: nn.Module = backbone.blocks  # type: ignore[assignment]
@@ -270,12 +277,14 @@ def _hardness(task: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
 def _told(policy: Relaxed | Sampled, hardness: Tensor, step: Step, done: Executed) -> Tensor:
     """How far off (B,) the controllers' predictions of difficulty are, squared, summed over blocks.
 
-    Where images may leave, difficulty is the loss of leaving now, else that of the teacher.
+    Difficulty is the teacher's loss; where images may leave, from half of the depth on, the loss of leaving now.
+    Earlier there is hardly an answer yet, and before the first block it is the same for all images.
     """
     mean, std = step.hardness
     logs = [hardness] * len(policy.difficulties)
     if done.exits is not None:
-        logs = list(done.exits[:, :-1].clamp(min=1e-4).log().unbind(dim=1))
+        half = len(logs) // 2
+        logs[half:] = done.exits[:, half:-1].clamp(min=1e-4).log().unbind(dim=1)
     targets = [((log - mean) / max(std, 1e-3)).clamp(-3, 3) for log in logs]
     errors = [(p - target).square() for p, target in zip(policy.difficulties, targets, strict=True)]
     return 0.1 * torch.stack(errors).sum(dim=0)

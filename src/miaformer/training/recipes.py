@@ -205,8 +205,8 @@ CIFAR10_SMALL = Recipe(
     stages=(
         Stage("backbone", epochs=20, lr=8e-3, patch_drop=(0.3, 0.75), early_weight=0.4),
         Stage("elastic", epochs=0.2, lr=1.5e-3, keep=(0.5, 0.5, 0.25), anneal=0.6),
-        Stage("supervised", epochs=0.7, lr=1e-3, controller_lr=5e-3, temperature=(1.0, 0.3), anneal=0.7),
-        Stage("reinforce", epochs=0.3, lr=5e-4, controller_lr=1e-3, temperature=(0.3, 0.3)),
+        Stage("supervised", epochs=0.7, lr=1e-3, controller_lr=5e-3, temperature=(0.5, 0.25), anneal=0.7),
+        Stage("reinforce", epochs=0.3, lr=5e-4, controller_lr=1e-3, temperature=(0.25, 0.25)),
     ),
     optimizer="muon",
     batch_size=128,
@@ -232,8 +232,8 @@ CIFAR10 = Recipe(  # for a GPU
     stages=(
         Stage("backbone", epochs=200, lr=4e-3, patch_drop=(0.0, 0.7), early_weight=0.4),
         Stage("elastic", epochs=4, lr=1e-3, keep=(0.5, 0.5, 0.25), anneal=0.6),
-        Stage("supervised", epochs=16, lr=1e-3, controller_lr=5e-3, temperature=(1.0, 0.3), anneal=0.7),
-        Stage("reinforce", epochs=5, lr=5e-4, controller_lr=1e-3, temperature=(0.3, 0.3)),
+        Stage("supervised", epochs=16, lr=1e-3, controller_lr=5e-3, temperature=(0.5, 0.25), anneal=0.7),
+        Stage("reinforce", epochs=5, lr=5e-4, controller_lr=1e-3, temperature=(0.25, 0.25)),
     ),
     optimizer="muon",
     batch_size=512,

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from miaformer.cost import Cost
-from miaformer.decisions import Decisions, Gates
+from miaformer.decisions import Gates
 from miaformer.engine.walk import State
 from miaformer.policy import three_of
 from miaformer.rivals.policies import score_macs
 from miaformer.training.gates import Draws
 
-LEAST_KEEP = 0.3  # of the active tokens, at each of three blocks: a third of the MACs
+LEAST_KEEP = 0.05  # of the active tokens, at each of three blocks: a quarter of the MACs
 
 
 def drawn_keep(draws: Draws) -> Tensor:
@@ -58,16 +58,3 @@ class RelaxedTopTokens:
 
     def token_score_macs(self, cost: Cost, index: int) -> int:
         return score_macs(self.scorers, index)
-
-
-def random_exits(draws: Draws, depth: int, num_heads: int, num_patches: int) -> Decisions:
-    """Each image leaves after a block of its own drawing; those of `draws.full` after the last."""
-    stays = 1 + (draws.rates[:, 0] * depth).long().clamp(max=depth - 1)
-    stays = torch.where(draws.full, depth, stays)
-    executed = torch.arange(depth, device=stays.device) < stays[:, None]
-    batch = len(stays)
-    return Decisions(
-        executed,
-        executed.new_ones(batch, depth, num_heads),
-        executed.new_ones(batch, depth, num_patches),
-    )

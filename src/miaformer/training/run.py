@@ -156,6 +156,7 @@ def train_recipe(
     static: nn.Module
     if backbone is not None:
         static = MIAFormer.from_pretrained(backbone).to_timm()
+        seed_everything(seed, 0, 0)  # of its controllers
     else:
         static = new_backbone(recipe, len(open_data(source, "train").classes), seed)
     model = adapt(static, **recipe.adapt)

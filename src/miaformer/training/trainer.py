@@ -29,7 +29,7 @@ from miaformer.data import Batch, Batches, DeviceBatches
 from miaformer.engine.masked import Masked
 from miaformer.model import MIAFormer
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
-from miaformer.training.gates import Draws, Relaxed
+from miaformer.training.gates import Draws, Leaving, Relaxed
 from miaformer.training.objective import Objective, Outcome, Step
 from miaformer.training.optimizer import stage_optimizer
 from miaformer.training.progress import DURATIONS, Display, Duration, Means, MetricsFile
@@ -284,9 +284,11 @@ class Trainer:
 
         def mean_fraction(log_price: float) -> float:
             prices = torch.full((len(images),), log_price, device=device)
-            policy = Relaxed(self.model.controllers, prices, draws.to(device), stage.temperature[0])
+            leaving = Leaving() if self.model.adapt_config.depth_choice == "nested" else None
+            policy = Relaxed(self.model.controllers, prices, draws.to(device), stage.temperature[0], leaving)
             _, steps = self.model.walk(x, policy, Masked(cost), cost)
-            mean = (steps.macs / cost.backbone).mean()
+            macs = steps.macs if leaving is None else leaving.expected_macs(steps, cost)
+            mean = (macs / cost.backbone).mean()
             return float(self.accelerator.reduce(mean, reduction="mean"))
 
         self.tariff.start(mean_fraction)
