@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_training import RECIPE, STEPS, Quadrants, run, tiny_model
 
 from miaformer import adapt
+from miaformer.data import open_data
 from miaformer.training import Interrupted, Recipe, Stage, get_recipe, train
 from miaformer.training.checkpoint import checkpoints
 from miaformer.training.progress import Display
 from miaformer.training.recipes import with_defaults
+from miaformer.training.run import _description
 
 TOTAL = 4 * STEPS
 
@@ -141,6 +144,20 @@ def test_a_run_is_the_same_where_a_setting_came_later() -> None:
     older["stages"][1]["lr"] = 0.5
     assert with_defaults(older)["stages"][1]["lr"] == 0.5
     assert with_defaults({**saved, "weight_decay": 0.3}) != saved
+
+
+def test_a_run_is_the_same_wherever_its_folder_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "train" / "dog").mkdir()
+    for number, name in enumerate(("cat/1", "cat/2", "dog/1", "dog/2")):
+        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(tmp_path / "photos" / "train" / f"{name}.png")
+    monkeypatch.chdir(tmp_path)
+    described = {
+        str(_description(RECIPE, open_data(data, "train"), data, 0))
+        for data in ("photos", "./photos/", tmp_path / "photos")
+    }
+    assert len(described) == 1
+    assert str(tmp_path) not in described.pop()
 
 
 def test_resume_of_nothing_starts_anew(tmp_path: Path) -> None:

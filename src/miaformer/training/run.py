@@ -78,7 +78,7 @@ def train(
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     main = accelerator.is_main_process
-    description = _description(recipe, train_data, seed)
+    description = _description(recipe, train_data, data, seed)
     _check_free(out, description, resume)
     accelerator.wait_for_everyone()  # all have looked before one writes
     if main:
@@ -103,7 +103,7 @@ def train(
         size = max(recipe.batch_size, 256)  # nothing learns from them: the larger the faster
         held_out_batches = Batches(held_out, plain, size, seed=seed, shuffle=False, drop_last=False)
         display.say(f"Calibrating on {len(held_out)} images of {held_out.name} ...")
-        calibrate(model, held_out_batches.epoch(0), held_out.name)
+        calibrate(model, held_out_batches.epoch(0), _name(held_out, data))
     if main:
         model.save_pretrained(out / "model")
     display.say(f"Saved {out / 'model'}")
@@ -207,7 +207,8 @@ def is_trained(recipe: Recipe, out: str | Path, *, data: str | Path | None = Non
     last_written = "calibration.json" if any(stage.decides for stage in recipe.stages) else "model.safetensors"
     if not (out / "recipe.json").exists():
         return False
-    _check_free(out, _description(recipe, open_data(data or recipe.data, "train"), seed), resume=True)
+    source = data or recipe.data
+    _check_free(out, _description(recipe, open_data(source, "train"), source, seed), resume=True)
     return (out / "model" / last_written).exists()
 
 
@@ -224,10 +225,18 @@ def _start_from_sincos(backbone: VisionTransformer) -> None:
         backbone.pos_embed[0, prefix:] = 0.3 * table
 
 
-def _description(recipe: Recipe, data: ImageData, seed: int) -> dict[str, Any]:
-    """What a run is, as JSON."""
-    description = {"recipe": recipe.to_json(), "data": data.name, "num_images": len(data), "seed": seed}
+def _description(recipe: Recipe, images: ImageData, data: str | Path | ImageData, seed: int) -> dict[str, Any]:
+    """What a run is, as JSON, of images opened as `data`."""
+    known = {"data": _name(images, data), "num_images": len(images)}
+    description = {"recipe": recipe.to_json(), **known, "seed": seed}
     return cast(dict[str, Any], json.loads(json.dumps(description)))
+
+
+def _name(images: ImageData, data: str | Path | ImageData) -> str:
+    """What images opened as `data` are called, wherever their folder lies: a run is the same on another machine."""
+    if isinstance(data, ImageData) or not Path(data).exists():
+        return images.name
+    return images.name.replace(str(Path(data)), Path(data).resolve().name, 1)
 
 
 def _check_free(out: Path, description: dict[str, Any], resume: bool) -> None:
