@@ -116,11 +116,12 @@ METHODS = {
     "dense": "dense, trained on for as long",
     "narrow": "narrow ViTs, from scratch",
     "shallow": "shallow ViTs: the first blocks, trained on",
-    "cls-attention": "EViT: tokens by class attention",
+    "cls-attention": "EViT's criterion: tokens by class attention",
     "top-tokens": "DynamicViT: tokens by trained scorers",
     "merging": "ToMe, fine-tuned",
     "merging-free": "ToMe, without training",
     "exits": "early exits by confidence",
+    "even-exits": "the same, of an even share of the tokens: ours without controllers",
 }
 
 

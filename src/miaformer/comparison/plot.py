@@ -18,7 +18,9 @@ _LOOKS = {  # colour, marker
     "merging": ("#c0392b", "P"),
     "merging-free": ("#d98880", "P"),
     "exits": ("#6d4c41", "X"),
+    "even-exits": ("#5aa02c", "p"),
     "narrow": ("#22262b", "h"),
+    "shallow": ("#9a8c5a", "H"),
 }
 
 
