@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import softplus
-from vits import enliven, pictures, vit
+from vits import enliven, lively, pictures, vit
 
 import miaformer
 from miaformer import MIAFormer
@@ -233,3 +235,21 @@ def test_mistaken_grains_are_named() -> None:
     for grains in ((), ("depth", "depth"), ("layers",)):
         with pytest.raises(ValueError, match="grains"):
             miaformer.adapt(vit(), grains=grains)
+
+
+def test_even_tokens_are_told_apart_by_their_place_alone() -> None:
+    """How many are kept is decided image by image, in training as in inference; which is the same for as many."""
+    model = lively(token_choice="even", first_token_block=0, grains=("tokens",)).float()
+    images = pictures(model.backbone, 24)
+    with torch.inference_mode():
+        tokens = model.run(images, price=20.0).trace.tokens[:, 0]
+    counts = tokens.sum(dim=1)
+    assert len(set(counts.tolist())) > 2
+    order = counts.argsort()
+    for fewer, more in pairwise(tokens[order]):
+        assert not (fewer & ~more).any(), "who keeps more keeps what others keep, too"
+    controller = model.controllers[0]
+    rows, query, shared = torch.randn(3, 5, model.embed_dim), torch.randn(3, 1, controller.rank), torch.randn(3, 5)
+    torch.testing.assert_close(controller.token_logits(rows, query, shared), shared)
+    with pytest.raises(ValueError, match="needs dither"):
+        miaformer.adapt(vit(), token_choice="even", dither=False)

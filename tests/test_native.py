@@ -26,7 +26,13 @@ def decided(model: MIAFormer, images: torch.Tensor, **arguments: Any) -> Any:
 @pytest.mark.parametrize("structure", ["plain", "registers", "no_class_token_avg", "uneven_groups"])
 @pytest.mark.parametrize(
     "config",
-    [{}, {"head_choice": "subset", "token_scope": "per_block"}, {"token_multiple": 4}, {"depth_choice": "nested"}],
+    [
+        {},
+        {"head_choice": "subset", "token_scope": "per_block"},
+        {"token_multiple": 4},
+        {"depth_choice": "nested"},
+        {"token_choice": "even"},
+    ],
 )
 def test_the_loop_decides_as_operations_do(
     monkeypatch: pytest.MonkeyPatch, structure: str, config: dict[str, Any], dtype: torch.dtype

@@ -119,6 +119,8 @@ def enliven(model: MIAFormer, seed: int = 0) -> MIAFormer:
             if controller.rank:
                 controller.query.bias.normal_(std=1.0, generator=generator)
                 controller.query.bias[-1].sub_(KEEP_LOGIT)
+                if controller.even:
+                    controller.key.weight.zero_()
     return model
 
 

@@ -9,6 +9,7 @@ from miaformer.budget import check_fraction
 from miaformer.decisions import DepthChoice, HeadChoice, MlpWidth, Rules, TokenScope
 
 Grain = Literal["depth", "heads", "tokens"]
+TokenChoice = Literal["content", "even"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class AdaptConfig:
     first_token_block: int | None = None  # tokens are decided from this block on; None: 2, or 1 of up to 4 blocks
     last_token_block: int | None = None  # and up to this one; None: to the end
     dither: bool = True  # tokens are kept by thresholds that lie evenly over the image (`miaformer.dither`)
+    token_choice: TokenChoice = "content"  # even: controllers say how many tokens an image keeps, thresholds which
     token_multiple: int | None = None  # rows kept are rounded up to this; None: 16 from 128 patch tokens on, else 1
     default_budget: float | None = None  # used where a call names none; None: everything is executed
 
@@ -64,9 +66,12 @@ class AdaptConfig:
             ("token_scope", TokenScope),
             ("head_choice", HeadChoice),
             ("depth_choice", DepthChoice),
+            ("token_choice", TokenChoice),
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
+        if self.token_choice == "even" and not self.dither:
+            raise ValueError("token_choice='even' needs dither: all tokens of an image would go at once")
         for name, least in (
             ("controller_hidden", 1),
             ("controller_rank", 1),

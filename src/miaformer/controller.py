@@ -47,12 +47,13 @@ class Controller(nn.Module):
     embed_dim: C; num_heads: H; hidden: width of the context; rank: of the token product, 0 where tokens are not
     decided. With `nested`, head j is kept only if head j-1 is: head logits are those of going on. depth, heads: whether
     these are decided; else they are always kept. dithers: whether tokens have thresholds of their own. leaves: whether
-    an image that skips the block skips all that follow.
+    an image that skips the block skips all that follow. even: whether these thresholds alone tell tokens of an image
+    apart, not what is in them.
     """
 
     def __init__(
         self, embed_dim: int, num_heads: int, hidden: int, rank: int, nested: bool, depth: bool = True,
-        heads: bool = True, dithers: bool = True, leaves: bool = False,
+        heads: bool = True, dithers: bool = True, leaves: bool = False, even: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         stay, gain = (STAY_LOGIT, STAY_GAIN) if leaves else (KEEP_LOGIT, DIFFICULTY_GAIN)
@@ -61,6 +62,7 @@ class Controller(nn.Module):
         self.rank = rank
         self.nested = nested
         self.dithers = dithers
+        self.even = even
         self.pooled = nn.Linear(2 * embed_dim, hidden)
         self.price = nn.Linear(PRICE_FEATURES, hidden, bias=False)
         self.gates = nn.Linear(hidden, 1 + num_heads)
@@ -85,6 +87,8 @@ class Controller(nn.Module):
             nn.init.normal_(self.query.bias, std=0.02)
             nn.init.zeros_(self.query.bias[-1:])
             nn.init.normal_(self.key.weight, std=self.key.in_features**-0.5)
+            if self.even:  # and no gradient reaches it
+                nn.init.zeros_(self.key.weight)
 
     @cached_property
     def context_macs(self) -> int:
@@ -152,6 +156,8 @@ class Controller(nn.Module):
 
         Without `thresholds`: these belong to the shared part.
         """
+        if self.even:
+            return shared.expand(tokens.shape[:-1])
         return _bounded((self.key(_normalise(tokens)) * query).sum(dim=-1)) + shared
 
 

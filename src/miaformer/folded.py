@@ -163,6 +163,7 @@ class Controllers(nn.ModuleList):
                 heads="heads" in config.grains,
                 dithers=config.dither,
                 leaves=leaves,
+                even=config.token_choice == "even",
             )
             for index in range(depth)
         )

@@ -353,7 +353,8 @@ ABLATIONS: dict[str, Method] = {
         _ablation("later-tokens", "tokens decided in all but the first blocks", **LATER_TOKENS),
         # Beside later-tokens.
         _ablation("per-block-tokens", "and they may come back", **LATER_TOKENS, token_scope="per_block"),
-        _ablation("no-dither", "tokens without thresholds of their own", dither=False),
+        _ablation("no-dither", "tokens without thresholds of their own", token_choice="content", dither=False),
+        _ablation("content-tokens", "what is in tokens tells them apart too", token_choice="content"),
     )
 }
 

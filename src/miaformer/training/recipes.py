@@ -200,6 +200,7 @@ CIFAR10_SMALL = Recipe(
         "depth_choice": "nested",
         "first_token_block": 0,
         "last_token_block": 0,
+        "token_choice": "even",
         "controller_hidden": 96,
     },
     stages=(
