@@ -19,7 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/speed.md", "docs/results.md")
+CARD = "src/miaformer/models/cifar10-small/README.md"
+PAGES = ("README.md", "docs/speed.md", "docs/results.md", CARD)
 
 Report = dict[str, Any]
 
@@ -151,7 +152,27 @@ def rivals(report: Report, name: str) -> str:
         for method in dict.fromkeys(row["name"] for row in report["rows"])
     ]
     head = ("method", *(f"{budget:g}" for budget in budgets), "1", "MACs at half a point below dense")
-    return f"`{_command(report)}`, {report['num_images']:,} test images\n\n{_table(head, rows)}"
+    made = _table(head, rows)
+    return f"Accuracy in per cent by budget, {report['num_images']:,} test images; `{_command(report)}`\n\n{made}"
+
+
+def card(report: Report, name: str) -> str:
+    """Of the bundled model, which is seed 0 of ours."""
+    rows = [
+        (f"{row['budget']:g}", f"{row['macs_fraction']:.3f}", f"{100 * row['accuracy_by_seed'][0]:.1f} %")
+        for row in sorted(report["rows"], key=lambda row: row["budget"] or 2.0)
+        if row["name"] == "learned"
+    ]
+    dense = next(row for row in report["rows"] if row["name"] == "dense")
+    rows.append(
+        ("static backbone, trained on for as long", f"{dense['macs_fraction']:.3f}", _percent(dense["accuracy"]))
+    )
+    images = f"{report['num_images']:,} test images of CIFAR-10 stored as JPEG"
+    return f"{images}, MACs as a fraction of the backbone's:\n\n{_table(('budget', 'MACs', 'accuracy'), rows)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def seeds(report: Report, name: str) -> str:
@@ -232,7 +253,8 @@ def digits(report: Report, name: str) -> str:
 
 
 TABLES: dict[str, Callable[[Report, str], str]] = {
-    made.__name__: made for made in (speed, speed_summary, onnx_agreement, comparison, rivals, seeds, ablations, digits)
+    made.__name__: made
+    for made in (speed, speed_summary, onnx_agreement, comparison, rivals, card, seeds, ablations, digits)
 }
 
 
