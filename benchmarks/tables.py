@@ -122,7 +122,7 @@ METHODS = {
     "merging": "ToMe, fine-tuned",
     "merging-free": "ToMe, without training",
     "exits": "early exits by confidence",
-    "even-exits": "the same, of an even share of the tokens: ours without controllers",
+    "even-exits": "ours without controllers: an even share of tokens, leaving when confident",
 }
 
 
