@@ -207,7 +207,7 @@ def test_who_hardly_goes_on_is_not_executed() -> None:
     torch.testing.assert_close(probability[0], torch.stack([1 - p, p * (1 - p), p * p]))
 
 
-@pytest.mark.parametrize("kind", ["elastic", "exits", "cls-attention", "reinforce"])
+@pytest.mark.parametrize("kind", ["elastic", "cls-attention", "reinforce"])
 def test_real_decisions_are_carried_out_sparse_where_nothing_else_drops(kind: Kind, images: Tensor) -> None:
     """And the objective is the masked one's."""
     stage = Stage(kind, epochs=1, lr=0, temperature=(0.5, 0.5))
