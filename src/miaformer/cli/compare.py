@@ -42,6 +42,7 @@ methods:
   merging merging-free
                  ToMe: similar tokens merged, fine-tuned and as it is
   exits          blocks until the classifier is confident
+  even-exits     the same, of an even share of the tokens: ours without controllers
   ablations      all of: only-depth only-heads only-tokens no-depth no-heads no-tokens all-grains no-elastic
                  no-reinforce only-reinforce no-distillation only-0.35 only-0.5 only-0.7 (trained for one budget)
                  subset-heads coupled-mlp full-mlp any-depth later-tokens per-block-tokens no-dither
