@@ -24,7 +24,7 @@ setup: ## make .venv with everything in it (the other targets call this)
 	@sh tools/setup.sh
 
 demo: setup ## train, calibrate and run a small model on digits; writes demo/
-	$(PY) -m miaformer.cli demo --out demo
+	$(PY) -m miaformer demo --out demo
 
 test: lint types ## lint, check types, run the tests
 	$(PYTEST)

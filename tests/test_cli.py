@@ -114,7 +114,7 @@ def test_help_and_wrong_usage_wait_for_no_heavy_import() -> None:
 
 def test_the_package_runs_as_a_module() -> None:
     found = subprocess.run(
-        [sys.executable, "-m", "miaformer.cli", "--version"],
+        [sys.executable, "-m", "miaformer", "--version"],
         capture_output=True,
         text=True,
         env={"PYTHONPATH": os.pathsep.join(sys.path)},

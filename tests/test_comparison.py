@@ -16,7 +16,7 @@ from tiny_training import tiny_model
 from miaformer.cli import main
 from miaformer.comparison import ABLATIONS, METHODS, RIVALS, Comparison
 from miaformer.comparison.harness import Run, _margin, runs
-from miaformer.comparison.methods import Question, adaptation_epochs
+from miaformer.comparison.method import Question, adaptation_epochs
 from miaformer.comparison.results import Difficulty, Point, read_points, summarise
 from miaformer.model import MIAFormer
 from miaformer.training import RECIPES, Recipe, get_recipe

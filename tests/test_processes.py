@@ -28,7 +28,7 @@ def all_steps() -> list[int]:
 
 
 def start(out: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "miaformer.cli", "train", "--recipe", "digits", "--epochs-scale", str(SCALE)]
+    command = [sys.executable, "-m", "miaformer", "train", "--recipe", "digits", "--epochs-scale", str(SCALE)]
     return subprocess.Popen(
         [*command, "--out", str(out), "--processes", "2", *options],
         stdout=subprocess.PIPE,

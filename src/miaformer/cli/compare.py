@@ -132,9 +132,11 @@ def _do_what_is_missing(
 ) -> int:
     """Train and measure, one run after the other; the exit status of the first training to fail, else 0."""
     from miaformer.cli.output import LiveProgress, console
+    from miaformer.data import open_data
 
     say = console(stderr=True).print
     if not comparison.backbone_is_trained():
+        open_data(comparison.data, "train")  # or say what is wrong with it, before anything is begun
         say("Training the shared backbone ..." if comparison.trains_backbone else "Fetching the shared backbone ...")
         status = _in_processes(args, ["backbone", "0"], comparison, processes, device)
         if status:

@@ -112,7 +112,7 @@ def _start(arguments: Sequence[str], rank: int, count: int, port: int, others: I
     if loopback:  # a host name that resolves to an address out of reach is no hindrance then
         environment["GLOO_SOCKET_IFNAME"] = loopback[0]
     return subprocess.Popen(
-        [sys.executable, "-m", "miaformer.cli", *arguments],
+        [sys.executable, "-m", "miaformer", *arguments],
         env={**os.environ, **environment},
         stdout=None if rank == 0 else subprocess.DEVNULL,
         stderr=None if rank == 0 else others,

@@ -25,7 +25,7 @@ examples:
       adapt a pretrained DeiT-S to class folders (photos/train/CLASS/*.jpg)
   miaformer train --recipe finetune --data photos/ --out runs/photos --resume
       go on after Ctrl-C, a crash or a lost machine
-  accelerate launch --num_processes 4 -m miaformer.cli train --recipe finetune --data photos/ --out runs/photos
+  accelerate launch --num_processes 4 -m miaformer train --recipe finetune --data photos/ --out runs/photos
       on four GPUs
 """
 

@@ -1,11 +1,14 @@
 """Methods that adapt one backbone, trained and measured alike: `miaformer compare`.
 
-`methods`: what is compared, how each is trained from the shared backbone and asked for a budget. `harness`: trains
-and measures what is not there yet, one file a method and seed. `results`: tables, intervals and differences of these.
+`method`: what one is: how it is trained from the shared backbone, and how asked for a budget. `methods`: all that are
+compared; `ablations`: ours without one of its parts. `harness`: trains and measures what is not there yet, one file a
+method and seed. `results`: tables, intervals and differences of these.
 """
 
+from miaformer.comparison.ablations import ABLATIONS
 from miaformer.comparison.harness import Comparison
-from miaformer.comparison.methods import ABLATIONS, METHODS, RIVALS, Method
+from miaformer.comparison.method import Method
+from miaformer.comparison.methods import METHODS, RIVALS
 from miaformer.comparison.results import Table, summarise
 
 __all__ = ["ABLATIONS", "METHODS", "RIVALS", "Comparison", "Method", "Table", "summarise"]

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from miaformer.comparison.methods import METHODS, Classify, Entry, Method, Question
+from miaformer.comparison.method import Classify, Entry, Method, Question
+from miaformer.comparison.methods import METHODS
 from miaformer.data import Batches, Split, build_transform, open_data
 from miaformer.evaluation import describe_environment, time_pairs
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress

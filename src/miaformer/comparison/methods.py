@@ -8,76 +8,23 @@ from scratch for as long as backbone and adaptation together, with the backbone 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from miaformer.backbone import transformer_blocks
-from miaformer.config import Grain
+from miaformer.comparison.ablations import ABLATIONS
+from miaformer.comparison.method import FRACTIONS, OURS, Classify, Entry, Method, Question, adaptation_epochs, by_policy
 from miaformer.evaluation import cls_attention_policy, contenders
-from miaformer.evaluation.calibration import LabelledBatch
 from miaformer.evaluation.controls import top_tokens_policy
 from miaformer.model import MIAFormer
-from miaformer.policy import Full, Policy
+from miaformer.policy import Full
 from miaformer.rivals.exits import EarlyExit, exit_table
 from miaformer.rivals.merging import merged_logits, merged_macs, merges_for
 from miaformer.rivals.policies import token_scorers
 from miaformer.training.recipes import Kind, Recipe
-
-Classify = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> logits (B, classes), MACs fraction (B,)
-
-OURS: tuple[Kind, ...] = ("elastic", "supervised", "reinforce")
-FRACTIONS = (0.35, 0.5, 0.7)  # of the backbone's MACs, that smaller static models come near to
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method at a budget, ready to classify. budget: None where the method knows none."""
-
-    name: str
-    budget: float | None
-    classify: Classify
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a trained method is asked: budgets (fractions of the backbone's MACs), images to meet them on, a seed."""
-
-    budgets: Sequence[float]
-    calibration: Callable[[], Iterable[LabelledBatch]]
-    backbone_macs: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to spend less.
-
-    recipe: the stages that train it, of the comparison's recipe; None where the backbone is used as it is. entries:
-    what is measured of the trained model. shrink: makes the backbone a smaller one, in place. prepare: puts something
-    in the place of our controllers before training. from_scratch: whether it starts from new weights.
-    """
-
-    name: str
-    about: str
-    recipe: Callable[[Recipe], Recipe] | None
-    entries: Callable[[MIAFormer, Question], list[Entry]]
-    shrink: Callable[[nn.Module], None] = lambda backbone: None
-    prepare: Callable[[MIAFormer], None] = lambda model: None
-    from_scratch: bool = False
-
-    def is_calibrated(self, base: Recipe) -> bool:
-        """Whether training it ends with a table of budgets: then it is one of ours, a model like any other."""
-        return self.recipe is not None and any(stage.decides for stage in self.recipe(base).stages)
-
-
-def adaptation_epochs(recipe: Recipe) -> float:
-    """Epochs of adapting; every method gets as many."""
-    return sum(stage.epochs for stage in recipe.stages if stage.kind in OURS)
 
 
 def _one_stage(kind: Kind) -> Callable[[Recipe], Recipe]:
@@ -140,14 +87,6 @@ def _as_backbone(name: str) -> Callable[[MIAFormer, Question], list[Entry]]:
     return entries
 
 
-def _by_policy(model: MIAFormer, policy: Policy) -> Classify:
-    def classify(images: Tensor) -> tuple[Tensor, Tensor]:
-        output = model.run(images, policy=policy)
-        return output.logits, output.trace.macs_fraction
-
-    return classify
-
-
 def _learned(model: MIAFormer, question: Question) -> list[Entry]:
     """Our policy, and its controls on the same weights."""
     found, _ = contenders(
@@ -157,7 +96,7 @@ def _learned(model: MIAFormer, question: Question) -> list[Entry]:
         calibration=question.calibration(),
         seed=question.seed,
     )
-    return [Entry(one.name, one.budget, _by_policy(model, one.policy)) for one in found]
+    return [Entry(one.name, one.budget, by_policy(model, one.policy)) for one in found]
 
 
 def _within_reach(
@@ -202,7 +141,7 @@ def _exits(name: str, shares: Sequence[float]) -> Callable[[MIAFormer, Question]
             reached = [(*table.at(macs), table.keep) for table in tables if table.macs[0] <= macs]
             if reached:
                 _, threshold, keep = max(reached)
-                found.append(Entry(name, budget, _by_policy(model, EarlyExit(model.backbone, threshold, keep))))
+                found.append(Entry(name, budget, by_policy(model, EarlyExit(model.backbone, threshold, keep))))
         return found
 
     return entries
@@ -220,45 +159,6 @@ def _put_scorers(model: MIAFormer) -> None:
     model.controllers = scorers  # type: ignore[assignment]  # in their place, for this method alone
 
 
-def _without(*kinds: Kind) -> Callable[[Recipe], Recipe]:
-    """Ours without some stages. The first that is left and decides gets their epochs, and the rates and temperatures of
-    the supervised stage; the last one anneals.
-    """
-
-    def recipe(base: Recipe) -> Recipe:
-        left = [stage for stage in base.stages if stage.kind in OURS and stage.kind not in kinds]
-        heir = next(place for place, stage in enumerate(left) if stage.decides)
-        missing = adaptation_epochs(base) - sum(stage.epochs for stage in left)
-        first = next(stage for stage in base.stages if stage.decides)
-        left[heir] = replace(first, kind=left[heir].kind, epochs=left[heir].epochs + missing)
-        left[-1] = replace(left[-1], anneal=1.0)
-        return replace(base, stages=tuple(left))
-
-    return recipe
-
-
-def _for_budget(budget: float, base: Recipe) -> Recipe:
-    """Ours trained for this budget, give or take a hundredth, instead of for all of them."""
-    return replace(base.only(*OURS), budgets=(budget - 0.01, budget + 0.01))
-
-
-def _ablation(
-    name: str,
-    about: str,
-    recipe: Callable[[Recipe], Recipe] = lambda base: base.only(*OURS),
-    budgets: Sequence[float] | None = None,
-    **adapt: Any,
-) -> Method:
-    """Ours with other stages, or with other fields of `AdaptConfig`. budgets: to be asked for; None: all."""
-
-    def entries(model: MIAFormer, question: Question) -> list[Entry]:
-        asked = [budget for budget in question.budgets if budgets is None or budget in budgets]
-        found = contenders(model, asked, ("learned",))[0] if asked else []
-        return [Entry(name, one.budget, _by_policy(model, one.policy)) for one in found]
-
-    return Method(name, about, lambda base: replace(recipe(base), adapt={**base.adapt, **adapt}), entries)
-
-
 RIVALS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -268,13 +168,13 @@ RIVALS: dict[str, Method] = {
             "cls-attention",
             "EViT's criterion: tokens by class attention, fine-tuned",
             _one_stage("cls-attention"),
-            _within_reach("cls-attention", lambda model, b: _by_policy(model, cls_attention_policy(model, b))),
+            _within_reach("cls-attention", lambda model, b: by_policy(model, cls_attention_policy(model, b))),
         ),
         Method(
             "top-tokens",
             "DynamicViT: tokens by trained scorers",
             _one_stage("top-tokens"),
-            _within_reach("top-tokens", lambda model, b: _by_policy(model, top_tokens_policy(model, b))),
+            _within_reach("top-tokens", lambda model, b: by_policy(model, top_tokens_policy(model, b))),
             prepare=_put_scorers,
         ),
         Method(
@@ -311,50 +211,6 @@ RIVALS: dict[str, Method] = {
             )
             for fraction in FRACTIONS
         ),
-    )
-}
-
-ALL_GRAINS: tuple[Grain, ...] = ("depth", "heads", "tokens")
-LATER_TOKENS: dict[str, Any] = {"first_token_block": None, "last_token_block": None}  # in all but the first blocks
-
-ABLATIONS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        _ablation("only-depth", "one grain", grains=("depth",)),
-        _ablation("only-heads", "one grain", grains=("heads",)),
-        _ablation("only-tokens", "one grain", grains=("tokens",)),
-        _ablation("no-depth", "two grains", grains=("heads", "tokens")),
-        _ablation("no-heads", "two grains", grains=("depth", "tokens")),
-        _ablation("no-tokens", "two grains", grains=("depth", "heads")),
-        _ablation("all-grains", "three grains", grains=ALL_GRAINS),
-        _ablation("no-elastic", "its epochs supervised", _without("elastic")),
-        _ablation("no-reinforce", "its epochs supervised", _without("reinforce")),
-        _ablation("no-supervised", "its epochs reinforce", _without("supervised")),
-        _ablation("only-reinforce", "all epochs reinforce", _without("elastic", "supervised")),
-        _ablation(
-            "no-distillation",
-            "true labels alone",
-            lambda base: replace(base.only(*OURS), distill_weight=0.0),
-        ),
-        *(
-            _ablation(
-                f"only-{budget:g}",
-                "trained for one budget",
-                partial(_for_budget, budget),
-                budgets=(budget,),
-            )
-            for budget in FRACTIONS
-        ),
-        # Beside all-grains: how heads are chosen, and what the MLP does where heads go.
-        _ablation("subset-heads", "any subset, not the first k", grains=ALL_GRAINS, head_choice="subset"),
-        _ablation("coupled-mlp", "the paper's MLP width", grains=ALL_GRAINS, mlp_width="coupled"),
-        _ablation("full-mlp", "MLPs keep their width", grains=ALL_GRAINS, mlp_width="full"),
-        _ablation("any-depth", "any block is skipped, not the last ones", depth_choice="any"),
-        _ablation("later-tokens", "tokens decided in all but the first blocks", **LATER_TOKENS),
-        # Beside later-tokens.
-        _ablation("per-block-tokens", "and they may come back", **LATER_TOKENS, token_scope="per_block"),
-        _ablation("no-dither", "tokens without thresholds of their own", token_choice="content", dither=False),
-        _ablation("content-tokens", "what is in tokens tells them apart too", token_choice="content"),
     )
 }
 

@@ -1,4 +1,4 @@
-"""`python -m miaformer.cli`, the same as `miaformer`."""
+"""`python -m miaformer`, the same as `miaformer`."""
 
 import sys
 
