@@ -15,7 +15,7 @@ from miaformer import Decisions, MIAFormer
 from miaformer.decisions import Gates
 from miaformer.dither import dither
 from miaformer.engine.walk import State
-from miaformer.policy import ClsAttention, Fixed, Full, Random, Static
+from miaformer.policy import ClsAttention, Fixed, Full, Random, Sampling, Static
 
 
 def state(index: int = 0, batch: int = 1000, active: Tensor | None = None) -> State:
@@ -195,3 +195,77 @@ def test_learned_decisions_are_the_signs_of_the_controllers_logits() -> None:
     logits = logits + torch.tensor(dither(5, 5))
     executed = torch.from_numpy(gates.depth)[:, None]
     assert torch.equal(torch.from_numpy(gates.tokens) & executed, (logits > 0) & executed)
+
+
+# Drawn decisions ------------------------------------------------------------------------------------------------------
+
+
+def sampled(model: MIAFormer, images: Tensor, seed: int, temperature: float = 1.0, **asked: Any) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return model.run(images, price=1.0, sample=Sampling(temperature, generator), **asked)
+
+
+@pytest.mark.parametrize("config", [{}, {"depth_choice": "nested"}, {"head_choice": "subset"}, {"grains": ("depth",)}])
+def test_drawn_decisions_repeat_by_their_seed_and_are_executed_as_drawn(config: dict[str, Any]) -> None:
+    model = lively(1, **config)
+    images = pictures(model.backbone, 16)
+    one, same, other = (sampled(model, images, seed) for seed in (0, 0, 1))
+    masked = sampled(model, images, 0, execution="masked")
+    for name in ("depth", "heads", "tokens", "macs"):
+        assert torch.equal(getattr(one.trace, name), getattr(same.trace, name))
+        assert torch.equal(getattr(one.trace, name), getattr(masked.trace, name))
+    assert relative(one.logits, masked.logits) < 1e-9
+    assert not torch.equal(one.trace.macs, other.trace.macs)
+    assert (sampled(model, images, 2, cap=0.5).trace.macs_fraction <= 0.5).all()
+
+
+def test_cold_draws_are_the_likelier_decisions_and_warm_ones_differ_by_chance() -> None:
+    model = lively(1)
+    images = pictures(model.backbone, 32)
+    greedy = model.run(images, price=1.0).trace
+    cold = sampled(model, images, 0, temperature=1e-6).trace
+    assert torch.equal(cold.depth, greedy.depth)
+    assert torch.equal(cold.tokens, greedy.tokens)
+    changed = [
+        (sampled(model, images, 0, temperature).trace.depth != greedy.depth).double().mean().item()
+        for temperature in (0.1, 1.0, 10.0)
+    ]
+    assert changed == sorted(changed)
+    assert changed[0] < changed[-1] - 0.1
+
+
+def test_a_gate_is_drawn_as_often_as_its_logit_says() -> None:
+    """Of one image 4,000 times: the first block's depth gate alone draws, at temperature 1."""
+    model = lively(3, grains=("depth",))
+    images = pictures(model.backbone, 1).expand(4000, -1, -1, -1)
+    controller = model.controllers[0]
+    x = model.embed(images[:1])
+    log_price = torch.zeros(1, dtype=torch.float64)
+    context = controller.context(x, torch.ones(1, x.shape[1] - 1), 1, log_price)
+    logit, _ = controller.depth_and_heads(
+        context, controller.shift(controller.predicted_difficulty(context), log_price)
+    )
+    kept = sampled(model, images, 0).trace.depth[:, 0].double().mean().item()
+    assert 0.02 < torch.sigmoid(logit).item() < 0.98
+    assert kept == pytest.approx(torch.sigmoid(logit).item(), abs=0.03)
+
+
+def test_sample_true_draws_from_the_global_generator() -> None:
+    model = lively(1)
+    images = pictures(model.backbone, 16)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(model(images, price=1.0, sample=True))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_who_does_not_ask_controllers_cannot_draw() -> None:
+    model = lively(0)
+    images = pictures(model.backbone, 2)
+    for asked in ({}, {"policy": Full()}):
+        with pytest.raises(ValueError, match="sample= draws the decisions of controllers"):
+            model.run(images, sample=True, **asked)
+    with pytest.raises(ValueError, match="must be positive"):
+        Sampling(0.0)

@@ -30,7 +30,7 @@ from miaformer.engine.walk import Execution, Steps, walk
 from miaformer.folded import Controllers
 from miaformer.importance import identity_orders, importance_orders
 from miaformer.model_files import SavedModel
-from miaformer.policy import Full, Learned, Policy
+from miaformer.policy import Full, Learned, Policy, Sampling
 
 Budget = float | Sequence[float] | Tensor
 
@@ -158,6 +158,7 @@ class MIAFormer(
         budget: Budget | None = None,
         price: Budget | None = None,
         cap: float | None = None,
+        sample: bool | Sampling = False,
     ) -> Tensor:
         """Logits (B, classes) of images (B, 3, H, W), spending what `budget` (or `price`) says; see `run`.
 
@@ -165,7 +166,7 @@ class MIAFormer(
         """
         if self.training and budget is None and price is None and cap is None:
             return self._head(self.backbone.forward_features(static.check_images(images, self.backbone)))
-        return self.run(images, budget=budget, price=price, cap=cap).logits
+        return self.run(images, budget=budget, price=price, cap=cap, sample=sample).logits
 
     def run(
         self,
@@ -175,6 +176,7 @@ class MIAFormer(
         price: Budget | None = None,
         cap: float | None = None,
         execution: Literal["sparse", "masked"] = "sparse",
+        sample: bool | Sampling = False,
     ) -> Output:
         """Classify, and say what was executed.
 
@@ -183,15 +185,21 @@ class MIAFormer(
         calibration set, as a fraction of the backbone's; one for all images or one each. price: what a dense
         forward costs, in units of loss, instead of a budget. cap: the most MACs any one image takes, as a fraction:
         hard. execution: "sparse" computes nothing that is skipped; "masked" computes all and is the reference.
+        sample: draw the controllers' decisions instead of taking the likelier one, as `Sampling` says how; spends
+        what the budget says only nearly, which was measured without.
 
         Raises ValueError or TypeError, naming what was wrong, for images of wrong shape, type or with NaN, for a
-        budget without calibration, and for a cap below what embedding, controllers and classifier take.
+        budget without calibration, for a cap below what embedding, controllers and classifier take, and for sample
+        where no controllers decide.
         """
         images = static.check_images(images, self.backbone)
         if execution not in ("sparse", "masked"):
             raise ValueError(f"execution={execution!r} must be 'sparse' or 'masked'")
         cost = self.cost((images.shape[-2], images.shape[-1]))
-        x, steps = self._walk(images, cost, self._policy(policy, budget, price, len(images)), cap, execution)
+        chosen = self._policy(policy, budget, price, len(images))
+        if sample:
+            chosen = _drawing(chosen, Sampling() if sample is True else sample)
+        x, steps = self._walk(images, cost, chosen, cap, execution)
         if cost.trims_last_block:  # nothing else is read
             x = x[:, : cost.num_prefix_tokens]
         logits = self._head(self.backbone.norm(x))
@@ -387,6 +395,16 @@ def adapt(backbone: nn.Module, calibration_images: Tensor | None = None, **confi
         orders["channels"] = identity_orders(vit)["channels"]
     static.apply_orders(vit, orders)
     return MIAFormer(vit, settings, orders)
+
+
+def _drawing(policy: Policy, sampling: Sampling) -> Learned:
+    """The learned policy, drawing its decisions."""
+    if not isinstance(policy, Learned):
+        raise ValueError(
+            "sample= draws the decisions of controllers, and here none decide: calibrate the model and give a budget, "
+            "or give a price"
+        )
+    return replace(policy, sampling=sampling)
 
 
 def _per_image(name: str, value: Budget, batch: int | None = None) -> Tensor:

@@ -6,6 +6,7 @@ image, or the tokens that the class token attends to most.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from miaformer.decisions import Booleans, Decisions, Gates, HostGates
 from miaformer.engine.walk import Policy, State
 from miaformer.folded import Controllers, Folded
 
-__all__ = ["ClsAttention", "Fixed", "Full", "Learned", "Policy", "Random", "Static"]
+__all__ = ["ClsAttention", "Fixed", "Full", "Learned", "Policy", "Random", "Sampling", "Static"]
 
 
 class _Free:
@@ -201,18 +202,40 @@ def _class_attention(block: Any, x: Tensor, active: Tensor, num_prefix_tokens: i
     return logits.softmax(dim=1).mean(dim=2).nan_to_num(0.0)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the learned policy draws its decisions instead of taking the likelier one.
+
+    temperature: of the draws; a gate of logit z is kept with probability sigmoid(z / temperature). By default what
+    training ends at. generator: where they come from; by default PyTorch's global one, seeded by `torch.manual_seed`.
+    """
+
+    temperature: float = 0.25
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"Sampling(temperature={self.temperature!r}): it must be positive")
+
+    def noise(self, *shape: int) -> NDArray[np.float32]:
+        """What to add to logits, so that cutting them at 0 is drawing: logistic, on the host."""
+        uniform = torch.rand(shape, generator=self.generator).clamp_(1e-6, 1 - 1e-6)
+        return (self.temperature * torch.logit(uniform)).numpy()
+
+
 @dataclass
 class Learned:
-    """Asks the controllers, and executes what is more likely kept than not.
+    """Asks the controllers, and executes what is more likely kept than not, or draws.
 
     log_price: (B,) or (1,), what the controllers are conditioned on. token_multiple: the rows that an image keeps,
     prefix tokens too, are rounded up to a multiple of this with the likeliest of the other tokens, as far as there
-    are any (see `AdaptConfig`).
+    are any (see `AdaptConfig`). sampling: how decisions are drawn; None: they are not.
     """
 
     controllers: nn.ModuleList
     log_price: Tensor
     token_multiple: int = 1
+    sampling: Sampling | None = None
     _folded: list[Folded] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def decide(self, state: State) -> HostGates:
@@ -227,7 +250,7 @@ class Learned:
         folded, active = self._folded[state.index], state.active.numpy()
         affordable = None if state.affordable is None else state.affordable.numpy()
         effective = bool(prefix) and affordable is None  # otherwise an image may have no row left, or not pay
-        if native.can_decide(x):
+        if self.sampling is None and native.can_decide(x):
             return HostGates(
                 *native.decide(x, active, affordable, prefix, state.num_heads, self.token_multiple, folded, state.grid),
                 effective,
@@ -248,6 +271,8 @@ class Learned:
             pooled = x[:, prefix:].mean(dim=1) if everything else _mean_of_active(x, active, prefix)
         means = pooled if not prefix else x[:, 0] if prefix == 1 else x[:, :prefix].mean(dim=1)
         logits, direction = folded.logits(pooled, means)
+        if self.sampling is not None:  # not of what tokens share: they are drawn one by one
+            logits[:, : 1 + state.num_heads] += self.sampling.noise(len(logits), 1 + state.num_heads)
         depth = logits[:, 0] > 0
         if affordable is not None:
             depth &= affordable
@@ -261,6 +286,8 @@ class Learned:
             rows = _rows(x, active, prefix)
             direction = direction[torch.from_numpy(image).to(x.device)]
         shared = logits[image, -1] + folded.thresholds(state.grid)[token]
+        if self.sampling is not None:
+            shared = shared + self.sampling.noise(*active.shape)[image, token]
         scores = np.full(active.shape, -np.inf, dtype=logits.dtype)
         scores[active] = folded.token_logits(rows, direction, shared)
         kept = scores > 0

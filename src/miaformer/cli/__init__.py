@@ -15,7 +15,7 @@ from typing import NoReturn
 import miaformer
 
 # Modules of this package, in the order that help lists them.
-COMMANDS = ("train", "eval", "compare", "predict", "bench", "profile", "export", "demo")
+COMMANDS = ("train", "eval", "compare", "attack", "predict", "bench", "profile", "export", "demo")
 
 DESCRIPTION = """\
 Vision Transformers that skip blocks, heads and tokens image by image, and do not pay for what they skip.
@@ -55,6 +55,8 @@ _EXTRAS = {
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
+    "pyautoattack": "attack",
+    "imagecorruptions": "corruptions",
 }
 
 

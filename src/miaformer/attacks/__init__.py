@@ -1,0 +1,42 @@
+"""Attacks on accuracy and on compute, and what of both holds: `miaformer attack`.
+
+`target`: what is attacked, as deployed and as differentiated. `through`: gradients that see through decisions.
+`gradient`: FGSM and PGD; `autoattack`: AutoAttack by its library; `compute`: inputs made to burn compute, by image and
+by patch. `methods`: all of these by name. `evaluate`: accuracy and MACs under them, and the worst. `masking`: whether
+gradients can be trusted.
+"""
+
+from miaformer.attacks.autoattack import auto_attack
+from miaformer.attacks.compute import Patch, raise_macs, universal_patch
+from miaformer.attacks.evaluate import Siege, Verdict, frozen, judge, seeded
+from miaformer.attacks.gradient import FGSM, Ball, Climb, climb, cross_entropy, margin
+from miaformer.attacks.masking import signs_of_masking
+from miaformer.attacks.methods import ATTACKS
+from miaformer.attacks.target import Answer, Pixels, Target, adaptive_target, static_target
+from miaformer.attacks.through import Through
+
+__all__ = [
+    "ATTACKS",
+    "FGSM",
+    "Answer",
+    "Ball",
+    "Climb",
+    "Patch",
+    "Pixels",
+    "Siege",
+    "Target",
+    "Through",
+    "Verdict",
+    "adaptive_target",
+    "auto_attack",
+    "climb",
+    "cross_entropy",
+    "frozen",
+    "judge",
+    "margin",
+    "raise_macs",
+    "seeded",
+    "signs_of_masking",
+    "static_target",
+    "universal_patch",
+]  # fmt: skip

@@ -1,0 +1,259 @@
+"""Accuracy and MACs of targets under attacks, image by image, and the worst over all attacks.
+
+What is judged is the deployed target, whatever an attack differentiated. A target that draws its decisions is asked
+several times, and an image counts by the share of right answers.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from miaformer.attacks.compute import Patch, best_patch
+from miaformer.attacks.gradient import Ball, Climb
+from miaformer.attacks.methods import ATTACKS, Given
+from miaformer.attacks.target import Target
+
+Array = NDArray[Any]
+OnProgress = Callable[[str, int], None]  # what is under way, and images done
+
+ASKED = 8  # times, of a target that draws
+BATCH = 250
+RESAMPLES = 2000
+WORST = "worst"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a target made of images: the share of right answers, and the mean MACs fraction, (n,) each."""
+
+    right: Array
+    macs_fraction: Array
+
+    @staticmethod
+    def joined(parts: Sequence[Verdict]) -> Verdict:
+        return Verdict(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("right", "macs_fraction")))
+
+
+@torch.no_grad()
+def judge(target: Target, images: Tensor, labels: Tensor) -> Verdict:
+    """images: pixels (B, 3, H, W) from 0 to 1; labels: (B,)."""
+    rounds = ASKED if target.is_random else 1
+    answers = [target.deployed(images) for _ in range(rounds)]
+    right = torch.stack([(answer.logits.argmax(dim=1) == labels).double() for answer in answers]).mean(dim=0)
+    macs = torch.stack([answer.macs_fraction.double() for answer in answers]).mean(dim=0)
+    return Verdict(right.cpu().numpy(), macs.cpu().numpy())
+
+
+@dataclass(frozen=True)
+class Siege:
+    """What is attacked, on which images, how hard.
+
+    images: pixels (n, 3, H, W) from 0 to 1; labels: (n,). static: the backbone, to transfer from; spender: the learned
+    policy, to transfer attacks on compute from to targets whose decisions have no gradient. out: where verdicts
+    are kept, so that the same siege goes on where it was stopped; fingerprint: what must be the same for that.
+    cascade: each attack on errors sees only the images that withstood those before it, at this radius and at smaller
+    ones (what fools within 1/255 fools within 2/255): the worst is the same in less time, other rows are cumulative.
+    """
+
+    images: Tensor
+    labels: Tensor
+    static: Target
+    num_classes: int
+    climb: Climb
+    seed: int = 0
+    spender: Target | None = None
+    cascade: bool = False
+    out: Path | None = None
+    fingerprint: Mapping[str, Any] | None = None
+
+    def run(
+        self, targets: Sequence[Target], attacks: Sequence[str], balls: Sequence[Ball], on_progress: OnProgress
+    ) -> list[dict[str, Any]]:
+        """A row for each target, radius and attack, and the worst of each radius where there are several attacks."""
+        self._check_out()
+        rows = []
+        for target in targets:
+            clean = self._verdict(target, None, None, self._everyone(), on_progress)
+            standing = self._everyone()  # whom no attack on errors has fooled yet: of a cascade
+            for ball in sorted(balls, key=lambda ball: ball.eps):
+                worst = clean.right
+                tried = []
+                for name in attacks:
+                    attack = ATTACKS[name]
+                    if not self._can(target, name):
+                        continue
+                    among = standing if self.cascade and not attack.on_compute else self._everyone()
+                    found = self._verdict(target, name, ball, among, on_progress)
+                    if self.cascade and not attack.on_compute:
+                        found = _elsewhere(found, clean, among)
+                        standing = standing & (found.right > 0)
+                    rows.append(_row(name, ball, target, clean, found))
+                    if not attack.on_compute:
+                        worst = np.minimum(worst, found.right)
+                        tried.append(name)
+                if len(tried) > 1:
+                    rows.append(_row(WORST, ball, target, clean, Verdict(worst, clean.macs_fraction), tried))
+        return rows
+
+    def _can(self, target: Target, attack: str) -> bool:
+        """Whether an attack has something to aim at."""
+        if target is self.static and not ATTACKS[attack].of_static:
+            return False
+        return not ATTACKS[attack].on_compute or "through" in target.views or self.spender is not None
+
+    def run_patches(
+        self,
+        targets: Sequence[Target],
+        attacks: Sequence[str],
+        learned_on: Tensor,
+        share: float,
+        steps: int,
+        on_progress: OnProgress,
+    ) -> list[dict[str, Any]]:
+        """A row for each target and kind of patch of this share of the area: `patch`, or `patch-kept` predictions.
+
+        learned_on: pixels (n, 3, H, W) of other images. A row has no radius: `patch_area` says how large it is.
+        """
+        rows = []
+        for attack in attacks:
+            patches: dict[str, Patch] = {}  # by the target that they were learned on
+            for target in targets:
+                aim = target if "through" in target.views else self.spender
+                if target is self.static or aim is None:
+                    continue
+                what = f"{attack}, {aim.name}"
+                if aim.name not in patches:
+                    report = partial(on_progress, what)
+                    with seeded(self.seed, what):
+                        patches[aim.name] = best_patch(
+                            aim, learned_on, share, steps, attack == "patch-kept", self.seed, report
+                        )
+                with seeded(self.seed, f"{attack} on {target.name}"):
+                    rows.append(self._under(target, patches[aim.name], attack))
+        return rows
+
+    def _under(self, target: Target, patch: Patch, attack: str) -> dict[str, Any]:
+        parts = [
+            (judge(target, images, labels), judge(target, patch.on(images), labels))
+            for images, labels in zip(self.images.split(BATCH), self.labels.split(BATCH), strict=True)
+        ]
+        clean, found = (Verdict.joined(side) for side in zip(*parts, strict=True))
+        area = patch.area / (self.images.shape[2] * self.images.shape[3])
+        return {**_row(attack, None, target, clean, found), "patch_area": area}
+
+    def _everyone(self) -> Array:
+        return np.ones(len(self.labels), dtype=bool)
+
+    def _verdict(
+        self, target: Target, attack: str | None, ball: Ball | None, among: Array, on_progress: OnProgress
+    ) -> Verdict:
+        """Of the images `among` (n,), attacked or, without attack and ball, as they are; 0 of all others."""
+        path = None
+        if self.out is not None:
+            radius = "" if ball is None else f"-{ball.norm}-{ball.eps:.5f}"
+            path = self.out / f"{target.name}-{attack or 'clean'}{radius}.npz"
+            if path.exists():
+                with np.load(path) as kept:
+                    return Verdict(kept["right"], kept["macs_fraction"])
+        what = f"{attack or 'clean'}, {target.name}" + ("" if ball is None else f", eps {ball.eps * 255:.3g}/255")
+        right, macs = np.zeros(len(among)), np.zeros(len(among))
+        places = np.flatnonzero(among)
+        with seeded(self.seed, what):  # the same whatever was done before
+            for start in range(0, len(places), BATCH):
+                some = places[start : start + BATCH]
+                which = torch.from_numpy(some)
+                images, labels = self.images[which], self.labels[which]
+                if attack is not None and ball is not None:
+                    given = Given(self.static, self.spender, ball, self.climb, self.num_classes, self.seed + start)
+                    images = ATTACKS[attack].run(target, images, labels, given)
+                found = judge(target, images, labels)
+                right[some], macs[some] = found.right, found.macs_fraction
+                on_progress(what, start + len(some))
+        if path is not None:
+            unfinished = path.with_name(f"partial-{path.name}")
+            np.savez_compressed(unfinished, right=right, macs_fraction=macs)
+            unfinished.replace(path)
+        return Verdict(right, macs)
+
+    def _check_out(self) -> None:
+        """Raises ValueError where `out` holds another siege."""
+        if self.out is None:
+            return
+        asked = json.loads(
+            json.dumps({**(self.fingerprint or {}), "seed": self.seed, "cascade": self.cascade, **vars(self.climb)})
+        )
+        path = self.out / "asked.json"
+        if path.exists():
+            before = json.loads(path.read_text())
+            if before != asked:
+                other = sorted(k for k in before.keys() | asked.keys() if before.get(k) != asked.get(k))
+                raise ValueError(f"{self.out} holds attacks with another {', '.join(other)}: choose another directory")
+        else:
+            self.out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(asked, indent=1) + "\n")
+
+
+def _elsewhere(found: Verdict, clean: Verdict, among: Array) -> Verdict:
+    """Who was not attacked any more is fooled, at the cost of the image as it is."""
+    return Verdict(np.where(among, found.right, 0.0), np.where(among, found.macs_fraction, clean.macs_fraction))
+
+
+def _row(
+    attack: str, ball: Ball | None, target: Target, clean: Verdict, found: Verdict, over: Sequence[str] = ()
+) -> dict[str, Any]:
+    return {
+        "attack": attack,
+        "eps": None if ball is None else ball.eps,
+        "norm": None if ball is None else ball.norm,
+        "target": target.name,
+        "clean": float(clean.right.mean()),
+        "robust": float(found.right.mean()),
+        "robust_interval": interval(found.right),
+        "macs_fraction_clean": float(clean.macs_fraction.mean()),
+        "macs_fraction_attacked": None if attack == WORST else float(found.macs_fraction.mean()),
+        "macs_fraction_max": float(found.macs_fraction.max()),
+        "num_images": len(found.right),
+        **({"over": list(over)} if over else {}),
+    }
+
+
+def interval(values: Array, seed: int = 0) -> list[float]:
+    """95 % bootstrap interval of the mean of values (n,)."""
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
+    low, high = np.quantile(counts @ values / len(values), (0.025, 0.975))
+    return [float(low), float(high)]
+
+
+@contextmanager
+def seeded(seed: int, what: str) -> Iterator[None]:
+    """Draws from PyTorch's global generator (CPU) depend on these alone, and leave it as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed((seed << 32) + zlib.crc32(what.encode()))
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Attacks want gradients of images, not of weights: a third less to compute."""
+    wanted = [p.requires_grad for p in model.parameters()]
+    training = model.training
+    model.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        for parameter, wants in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(wants)
+        model.train(training)

@@ -1,0 +1,124 @@
+"""What is attacked: images in pixels from 0 to 1 in, logits and MACs out, as deployed and as differentiated.
+
+Attacks live in pixels, so that a radius of 4/255 means the same for every model; normalising is part of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from miaformer.attacks.through import Through
+from miaformer.engine.masked import Masked
+from miaformer.engine.walk import Policy
+from miaformer.model import MIAFormer
+from miaformer.policy import Fixed, Learned, Random
+
+THROUGH_TEMPERATURE = 0.5  # of the sigmoids that gradients pass: 2 and 6 raise MACs less (docs/log.md)
+
+
+class Answer(NamedTuple):
+    """What a target says of B images."""
+
+    logits: Tensor  # (B, classes)
+    macs_fraction: Tensor  # (B,)
+
+
+Classifier = Callable[[Tensor], Answer]  # pixels (B, 3, H, W), from 0 to 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """A classifier under attack.
+
+    deployed: what is used, and judged; needs no gradient. views: the same output with gradients, by what they see:
+    `fixed` takes the decisions as given, `through` differentiates through them. is_random: whether two calls differ.
+    """
+
+    name: str
+    deployed: Classifier
+    views: Mapping[str, Classifier]
+    is_random: bool = False
+
+    @property
+    def sharpest(self) -> str:
+        """The view that sees most."""
+        return "through" if "through" in self.views else "fixed"
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Between pixels, from 0 to 1, and what a model reads."""
+
+    mean: Tensor  # (3, 1, 1)
+    std: Tensor
+
+    @staticmethod
+    def of(model: MIAFormer) -> Pixels:
+        config, parameter = model.data_config(), next(model.parameters())
+        mean, std = (torch.tensor(config[name]).view(-1, 1, 1).to(parameter) for name in ("mean", "std"))
+        return Pixels(mean, std)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.mean) / self.std
+
+    def restored(self, images: Tensor) -> Tensor:
+        """Pixels of normalised images, exactly within 0 and 1."""
+        return (images * self.std + self.mean).clamp(0, 1)
+
+
+def static_target(model: MIAFormer, name: str = "backbone") -> Target:
+    """The static backbone of a model."""
+    pixels = Pixels.of(model)
+
+    def classify(images: Tensor) -> Answer:
+        logits = model.backbone(pixels.normalised(images))
+        return Answer(logits, torch.ones(len(images), device=images.device))
+
+    return Target(name, classify, {"fixed": classify})
+
+
+def adaptive_target(
+    model: MIAFormer,
+    policy: Policy,
+    name: str = "adaptive",
+    cap: float | None = None,
+    temperature: float = THROUGH_TEMPERATURE,
+) -> Target:
+    """A model under a policy. The learned one has the view `through` too, also where it draws, or has a cap."""
+    pixels = Pixels.of(model)
+    cost = model.cost()
+
+    def drawn() -> Policy:
+        """The policy; one at random draws by PyTorch's global generator, so that calls differ and can be repeated."""
+        return replace(policy, seed=int(torch.randint(2**31, ()))) if isinstance(policy, Random) else policy
+
+    def deployed(images: Tensor) -> Answer:
+        output = model.run(pixels.normalised(images), policy=drawn(), cap=cap)
+        return Answer(output.logits, output.trace.macs_fraction)
+
+    def view(make: Callable[[Fixed], Policy]) -> Classifier:
+        def classify(images: Tensor) -> Answer:
+            normalised = pixels.normalised(images)
+            with torch.no_grad():
+                trace = model.run(normalised.detach(), policy=drawn(), cap=cap).trace
+            x, steps = model.walk(model.embed(normalised), make(Fixed(trace)), Masked(cost), cost)
+            logits = model.backbone.forward_head(model.backbone.norm(x))
+            return Answer(logits, steps.macs / cost.backbone)
+
+        return classify
+
+    views = {"fixed": view(lambda given: given)}
+    if isinstance(policy, Learned):
+        leaves = model.adapt_config.depth_choice == "nested"
+
+        def through(given: Fixed) -> Policy:
+            return Through(given.decisions, policy.controllers, policy.log_price, temperature, leaves)
+
+        views["through"] = view(through)
+    is_random = isinstance(policy, Random) or getattr(policy, "sampling", None) is not None
+    return Target(name, deployed, views, is_random)

@@ -1,0 +1,308 @@
+"""`miaformer attack`: accuracy and compute of a model under attack, against its static backbone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from miaformer.attacks import Siege, Target
+    from miaformer.data import Batches
+    from miaformer.model import MIAFormer
+
+TARGETS = ("backbone", "adaptive", "sampled", "static", "random", "cls-attention")
+DEFAULT_ATTACKS = ("fgsm", "pgd", "adaptive", "transfer")
+MASKING_IMAGES = 100
+PATCH_IMAGES = 2000  # of the calibration split, that patches are learned on
+
+DESCRIPTION = """\
+Attack MODEL on images of DATA, and say what of its accuracy and of its savings is left.
+
+attacks on accuracy:
+  fgsm         one step along the sign of the gradient
+  pgd          --steps projected gradient steps from --restarts random starts, decisions taken as given
+  adaptive     the same through the decisions, on cross-entropy and on the margin; means over draws where they are drawn
+  transfer     made on the static backbone
+  autoattack   standard AutoAttack: APGD-CE, APGD-T, FAB-T and Square (Croce and Hein 2020); slow. Of targets that draw
+               its version for these. Also apgd-ce and square alone
+attacks on compute:
+  macs         gradient steps that raise what an image costs; macs-kept: its predicted class stays
+  patch        one patch for all images, learned on the calibration split; patch-kept: classes stay
+
+targets:
+  backbone     the static model
+  adaptive     the learned policy at --budget
+  sampled      the same, its decisions drawn at random
+  static, random, cls-attention
+               other policies on the same weights, at the same cost
+
+A row `worst` counts an image as right only where it is right under all attacks on accuracy. Radii are in pixels from 0
+to 1. A check for gradient masking follows: where its signs fail, do not believe the attacks by gradients.
+"""
+
+EPILOG = """\
+examples:
+  miaformer attack runs/photos/model --data photos/ --eps 1/255 4/255 --images 500
+  miaformer attack cifar10-small --data cifar10/ --attacks macs macs-kept patch --targets adaptive static --budget 0.5
+      can inputs be made that cost more? with --cap 0.6 none can cost more than that
+  miaformer attack cifar10-small --data cifar10/ --attacks fgsm pgd adaptive transfer autoattack --cascade \\
+      --eps 1/255 2/255 4/255 8/255 --out runs/attack --json attack.json --plot attack.png
+      hours on a processor; what is done is kept in --out, and the same command goes on
+
+JSON:
+  {"rows": [{"attack", "eps", "norm", "target", "clean", "robust", "robust_interval", "macs_fraction_clean",
+             "macs_fraction_attacked", "macs_fraction_max", "num_images"}],
+   "masking": [{"target", "check", "value", "wanted", "passed"}], "environment": {...}, ...}
+  clean and robust: accuracy before and under attack; macs_fraction_max: of the dearest image under attack.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_command(subparsers, "attack", "accuracy and compute under attack", DESCRIPTION, EPILOG)
+    parser.add_argument("model", metavar="MODEL", help="directory, hub id, or a bundled model's name")
+    parser.add_argument("--data", required=True, metavar="DATA", help="digits, a folder, or a name timm knows")
+    parser.add_argument("--attacks", nargs="+", default=list(DEFAULT_ATTACKS), metavar="A",
+                        help=f"of those above (default: {' '.join(DEFAULT_ATTACKS)})")  # fmt: skip
+    parser.add_argument("--eps", nargs="+", default=["4/255"], metavar="E", help="radii (default: 4/255)")
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the radii (default: linf)")
+    parser.add_argument("--targets", nargs="+", metavar="T",
+                        help="of those above (default: backbone adaptive)")  # fmt: skip
+    parser.add_argument("--budget", type=float, metavar="B", help="of the targets but backbone (default: 0.5)")
+    parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one image may take, a fraction: hard")
+    parser.add_argument("--images", type=int, default=1000, metavar="N", help="the first N of test (default: 1000)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of gradient attacks (default: 50)")
+    parser.add_argument("--restarts", type=int, default=1, metavar="N", help="of gradient attacks (default: 1)")
+    parser.add_argument("--cascade", action="store_true",
+                        help="attack only what withstood the attacks before: `worst` is the same in less time, other "
+                        "rows are cumulative")  # fmt: skip
+    parser.add_argument("--patch-area", type=float, default=0.02, metavar="A", help="of the image (default: 0.02)")
+    parser.add_argument("--patch-steps", type=int, default=200, metavar="N", help="of learning it (default: 200)")
+    parser.add_argument("--no-masking-check", action="store_true", help="leave the check for gradient masking out")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--out", metavar="DIR", help="keep what is done here, and go on from there")
+    parser.add_argument("--json", metavar="FILE", help="write the report here")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy over the radius here")
+    add_compute(parser, batch_size=250)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from miaformer.attacks import Ball, Climb, Pixels, Siege, frozen
+    from miaformer.cli.output import LiveProgress, console, write_json
+    from miaformer.data import open_data
+    from miaformer.evaluation.environment import describe_environment
+
+    attacks = _known_attacks(args.attacks)
+    balls = [Ball(radius(text), args.norm) for text in dict.fromkeys(args.eps)]
+    how = Climb(steps=args.steps, restarts=args.restarts)
+    if args.images < 1:
+        raise ValueError(f"--images {args.images} must be at least 1")
+    device = open_device(args.device, args.threads)
+    torch.manual_seed(args.seed)
+    data = open_data(args.data, "test")
+    model = open_model(args.model, device, args.dtype, num_classes=len(data.classes))
+    batches = open_batches(model, data, args.batch_size)
+    out = console()
+    with frozen(model), LiveProgress({}) as on_progress:
+        targets = _targets(model, args, on_progress)
+        static = next((t for t in targets if t.name == "backbone"), None) or _backbone(model)
+        images, labels = _pixels(batches, Pixels.of(model), args.images, device)
+        siege = Siege(
+            images, labels, static, model.num_classes, how, args.seed,
+            _learned(model, args, "adaptive") if model.calibration else None, args.cascade,
+            Path(args.out) if args.out else None,
+            {"model": args.model, "data": data.name, "images": len(labels), "budget": args.budget, "cap": args.cap},
+        )  # fmt: skip
+        rows = siege.run(targets, [name for name in attacks if not name.startswith("patch")], balls, on_progress)
+        rows += _patch_rows(siege, model, targets, [n for n in attacks if n.startswith("patch")], args, on_progress)
+        signs = [] if args.no_masking_check else _masking(siege, targets, balls, on_progress)
+    report = {
+        "model": args.model,
+        "data": data.name,
+        "budget": args.budget,
+        "cap": args.cap,
+        "steps": args.steps,
+        "restarts": args.restarts,
+        "cascade": args.cascade,
+        "rows": rows,
+        "masking": signs,
+        "environment": describe_environment(device, args.seed),
+    }
+    out.print(f"{args.model} on the first {len(labels):,} images of {data.name}", markup=False, soft_wrap=True)
+    out.print(_table(rows))
+    for sign in signs:
+        if not sign["passed"]:
+            out.print(
+                f"Gradient masking? {sign['target']}: {sign['check']}: {sign['value']:.3f}, should be {sign['wanted']}",
+                soft_wrap=True,
+            )
+    if signs and all(sign["passed"] for sign in signs):
+        out.print(f"No sign of gradient masking, in {len(signs)} checks.")
+    if args.json:
+        write_json(args.json, report)
+        out.print(f"wrote {args.json}", soft_wrap=True, markup=False)
+    if args.plot:
+        from miaformer.attacks.plot import plot_robustness
+
+        plot_robustness(rows, args.plot)
+        out.print(f"wrote {args.plot}", soft_wrap=True, markup=False)
+    return 0
+
+
+def radius(text: str) -> float:
+    """Of "4/255", or "0.0157"."""
+    above, _, below = text.partition("/")
+    try:
+        value = float(above) / (float(below) if below else 1.0)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"--eps {text}: give a radius such as 4/255 or 0.016") from error
+    if not 0 < value <= 1000:
+        raise ValueError(f"--eps {text} must be positive, in pixels from 0 to 1: 4/255, say")
+    return value
+
+
+def _known_attacks(names: Sequence[str]) -> list[str]:
+    from miaformer.attacks import ATTACKS
+
+    known = [*ATTACKS, "patch", "patch-kept"]
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(f"unknown attack {', '.join(unknown)}: use some of {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def _backbone(model: MIAFormer) -> Target:
+    from miaformer.attacks import static_target
+
+    return static_target(model)
+
+
+def _targets(model: MIAFormer, args: argparse.Namespace, on_progress: Any) -> list[Target]:
+    """What is attacked. Sets the budget where none was asked for."""
+    from miaformer.attacks import adaptive_target
+    from miaformer.data import open_data
+    from miaformer.evaluation import contenders
+
+    names = list(dict.fromkeys(args.targets or (TARGETS[:2] if model.calibration else TARGETS[:1])))
+    unknown = sorted(set(names) - set(TARGETS))
+    if unknown:
+        raise ValueError(f"unknown target {', '.join(unknown)}: use some of {', '.join(TARGETS)}")
+    if args.budget is None and model.calibration is not None:
+        least, most = model.calibration.range
+        args.budget = model.adapt_config.default_budget or min(max(0.5, least), most)
+    if args.budget is None and set(names) != {"backbone"}:
+        raise ValueError(f"{args.model} is not calibrated, so it knows no budget: attack its backbone alone")
+    controls = [name for name in names if name in ("static", "random", "cls-attention")]
+    policies = {}
+    if controls:
+        held_out = open_batches(model, open_data(args.data, "calibration"), args.batch_size)
+        found, left_out = contenders(
+            model, [args.budget], controls, args.cap, held_out.epoch(0), args.seed, on_progress
+        )  # fmt: skip
+        if left_out:
+            raise ValueError(f"{left_out[0].name} at {args.budget:g}: {left_out[0].reason}")
+        policies = {one.name: one.policy for one in found}
+    targets = []
+    for name in names:
+        if name == "backbone":
+            targets.append(_backbone(model))
+        elif name in policies:
+            targets.append(adaptive_target(model, policies[name], name, args.cap))
+        else:
+            targets.append(_learned(model, args, name))
+    return targets
+
+
+def _learned(model: MIAFormer, args: argparse.Namespace, name: str) -> Target:
+    """The learned policy at the budget, drawing where it is `sampled`."""
+    from miaformer.attacks import adaptive_target
+    from miaformer.policy import Sampling
+
+    price = model.price_of(args.budget)
+    assert isinstance(price, float)
+    policy = replace(model.learned(price), sampling=Sampling() if name == "sampled" else None)
+    return adaptive_target(model, policy, name, args.cap)
+
+
+def _pixels(batches: Batches, pixels: Any, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first images, from 0 to 1, and their labels."""
+    import torch
+
+    images, labels, found = [], [], 0
+    for batch in batches.epoch(0):
+        images.append(pixels.restored(batch.images.to(pixels.mean)))
+        labels.append(batch.labels.to(device))
+        found += len(batch)
+        if found >= most:
+            break
+    return torch.cat(images)[:most], torch.cat(labels)[:most]
+
+
+def _patch_rows(
+    siege: Siege, model: MIAFormer, targets: list[Target], attacks: list[str], args: argparse.Namespace, progress: Any
+) -> list[dict[str, Any]]:
+    from miaformer.attacks import Pixels
+    from miaformer.data import open_data
+
+    if not attacks:
+        return []
+    held_out = open_batches(model, open_data(args.data, "calibration"), args.batch_size)
+    learned_on, _ = _pixels(held_out, Pixels.of(model), PATCH_IMAGES, siege.labels.device)
+    return siege.run_patches(targets, attacks, learned_on, args.patch_area, args.patch_steps, progress)
+
+
+def _masking(siege: Siege, targets: list[Target], balls: Any, on_progress: Any) -> list[dict[str, Any]]:
+    """Signs at the largest radius, on the first images: do they keep the class that they have?"""
+    import torch
+
+    from miaformer.attacks import seeded, signs_of_masking
+
+    found = []
+    largest = max(balls, key=lambda ball: ball.eps)
+    images = siege.images[:MASKING_IMAGES]
+    for place, target in enumerate(targets):
+        with seeded(siege.seed, f"masking, {target.name}"):
+            with torch.no_grad():
+                labels = target.deployed(images).logits.argmax(dim=1)
+            signs = signs_of_masking(target, images, labels, largest, siege.climb, siege.num_classes, siege.seed)
+        found += [{"target": target.name, **vars(sign)} for sign in signs]
+        on_progress("gradient masking", place + 1)
+    return found
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    shown = Table(caption="Accuracy with its interval of 95 % over images. MACs: of the backbone's, mean over images.")
+    shown.add_column("target", no_wrap=True)
+    shown.add_column("attack", no_wrap=True)
+    for name in ("eps", "clean, %", "under attack, %", "MACs clean", "attacked", "dearest"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        low, high = (f"{100 * end:.1f}" for end in row["robust_interval"])
+        eps = "patch" if row["eps"] is None else f"{row['eps'] * 255:.3g}/255"
+        spent = row["macs_fraction_attacked"]
+        is_adaptive = row["target"] != "backbone"
+        shown.add_row(
+            row["target"],
+            row["attack"],
+            eps,
+            f"{100 * row['clean']:.1f}",
+            f"{100 * row['robust']:.1f} ({low}, {high})",
+            f"{row['macs_fraction_clean']:.3f}" if is_adaptive else "",
+            f"{spent:.3f}" if is_adaptive and spent is not None else "",
+            f"{row['macs_fraction_max']:.3f}" if is_adaptive and spent is not None else "",
+            style="bold" if row["attack"] == "worst" else None,
+            end_section=following is None or (following["target"], following["eps"]) != (row["target"], row["eps"]),
+        )
+    return shown

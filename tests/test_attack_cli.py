@@ -1,0 +1,107 @@
+"""`miaformer attack` says what was lost, keeps what it did, and names what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import calibrated, data, run, uncalibrated  # noqa: F401 - fixtures
+
+from miaformer.cli.attack import radius
+
+CONTRACT = {"attack", "eps", "target", "clean", "robust", "macs_fraction_clean", "macs_fraction_attacked"}
+QUICK = ("--steps", 2, "--patch-steps", 2, "--images", 8, "--no-masking-check")
+
+
+def test_a_report_of_every_target_and_kind_of_attack(
+    capsys: pytest.CaptureFixture[str],
+    calibrated: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    targets = ("backbone", "adaptive", "sampled", "static", "random", "cls-attention")
+    command = (
+        "attack", calibrated, "--data", data, "--targets", *targets, "--attacks", "fgsm", "transfer", "macs", "patch",
+        "--eps", "2/255", "0.03", "--cap", 0.7, *QUICK, "--out", tmp_path / "kept", "--json", tmp_path / "a.json",
+        "--plot", tmp_path / "a.png",
+    )  # fmt: skip
+    status, out, err = run(capsys, *command)
+    assert (status, err) == (0, "")
+    assert "cls-attention" in out
+    report = json.loads((tmp_path / "a.json").read_text())
+    rows = report["rows"]
+    assert all(row.keys() >= CONTRACT for row in rows)
+    assert {row["target"] for row in rows} == set(targets)
+    assert {row["eps"] for row in rows} == {2 / 255, 0.03, None}
+    adaptive = [row for row in rows if row["target"] != "backbone"]
+    assert max(row["macs_fraction_max"] for row in adaptive) <= 0.7
+    assert {row["attack"] for row in adaptive} == {"fgsm", "transfer", "macs", "worst", "patch"}
+    assert {row["attack"] for row in rows if row["target"] == "backbone"} == {"fgsm"}  # the one that it can suffer
+    assert report["budget"] is not None
+    assert (tmp_path / "a.png").exists()
+    assert run(capsys, *command)[1] == out  # found, not done again
+
+    status, _, err = run(capsys, *command, "--seed", 1)
+    assert status == 2
+    assert "holds attacks with another seed" in err
+
+
+def test_signs_of_masking_are_reported(
+    capsys: pytest.CaptureFixture[str],
+    calibrated: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    command = ("attack", calibrated, "--data", data, "--attacks", "fgsm", "--targets", "backbone", "--steps", 3)
+    status, out, _ = run(capsys, *command, "--images", 4, "--eps", "16/255", "--json", tmp_path / "a.json")
+    assert status == 0
+    signs = json.loads((tmp_path / "a.json").read_text())["masking"]
+    assert len(signs) == 5
+    assert all(sign.keys() == {"target", "check", "value", "wanted", "passed"} for sign in signs)
+    failed = [sign for sign in signs if not sign["passed"]]
+    assert ("Gradient masking? backbone" in out) == bool(failed)
+    assert ("No sign of gradient masking" in out) == (not failed)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--attacks", "ddos"), "unknown attack ddos: use some of fgsm"),
+        (("--targets", "moon"), "unknown target moon: use some of backbone"),
+        (("--eps", "4/0"), "--eps 4/0: give a radius such as 4/255"),
+        (("--eps", "-1"), "must be positive"),
+        (("--images", "0"), "--images 0 must be at least 1"),
+        (("--steps", "0"), "steps=0 must be at least 1"),
+        (("--budget", "7"), "budget=7.0 must be a fraction"),
+        (("--attacks", "patch", "--patch-area", "0"), "patch area 0.0 must be a share"),
+    ],
+)
+def test_mistakes_are_named(
+    capsys: pytest.CaptureFixture[str],
+    calibrated: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    wrong: tuple[str, ...],
+    message: str,
+) -> None:
+    status, _, err = run(capsys, "attack", calibrated, "--data", data, *QUICK, *wrong)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_uncalibrated_model_has_a_backbone_to_attack_and_no_budget(
+    capsys: pytest.CaptureFixture[str],
+    uncalibrated: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+) -> None:
+    command = ("attack", uncalibrated, "--data", data, "--attacks", "fgsm", *QUICK)
+    assert run(capsys, *command)[0] == 0
+    status, _, err = run(capsys, *command, "--targets", "adaptive")
+    assert status == 2
+    assert "is not calibrated, so it knows no budget: attack its backbone alone" in err
+
+
+@pytest.mark.parametrize(("text", "value"), [("4/255", 4 / 255), ("0.5", 0.5), ("1/4", 0.25)])
+def test_radii_are_read_as_people_write_them(text: str, value: float) -> None:
+    assert radius(text) == value
