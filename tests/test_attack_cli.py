@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_cli import calibrated, data, run, uncalibrated  # noqa: F401 - fixtures
 
-from miaformer.cli.attack import radius
+from miaformer.cli.arguments import radius
 
 CONTRACT = {"attack", "eps", "target", "clean", "robust", "macs_fraction_clean", "macs_fraction_attacked"}
 QUICK = ("--steps", 2, "--patch-steps", 2, "--images", 8, "--no-masking-check")
@@ -104,4 +104,4 @@ def test_an_uncalibrated_model_has_a_backbone_to_attack_and_no_budget(
 
 @pytest.mark.parametrize(("text", "value"), [("4/255", 4 / 255), ("0.5", 0.5), ("1/4", 0.25)])
 def test_radii_are_read_as_people_write_them(text: str, value: float) -> None:
-    assert radius(text) == value
+    assert radius("--eps", text) == value

@@ -97,3 +97,15 @@ def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
         raise ValueError(f"the model has {model.num_classes} classes, {data.name} has {len(data.classes)}")
     transform = build_transform(model.data_config())
     return Batches(data, transform, batch_size, seed=0, shuffle=False, drop_last=False)
+
+
+def radius(option: str, text: str) -> float:
+    """Of "4/255", or "0.0157", in pixels from 0 to 1."""
+    above, _, below = text.partition("/")
+    try:
+        value = float(above) / (float(below) if below else 1.0)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{option} {text}: give a radius such as 4/255 or 0.016") from error
+    if not 0 < value <= 1000:
+        raise ValueError(f"{option} {text} must be positive, in pixels from 0 to 1: 4/255, say")
+    return value

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model
+from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model, radius
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     from miaformer.evaluation.environment import describe_environment
 
     attacks = _known_attacks(args.attacks)
-    balls = [Ball(radius(text), args.norm) for text in dict.fromkeys(args.eps)]
+    balls = [Ball(radius("--eps", text), args.norm) for text in dict.fromkeys(args.eps)]
     how = Climb(steps=args.steps, restarts=args.restarts)
     if args.images < 1:
         raise ValueError(f"--images {args.images} must be at least 1")
@@ -157,18 +157,6 @@ def run(args: argparse.Namespace) -> int:
         plot_robustness(rows, args.plot)
         out.print(f"wrote {args.plot}", soft_wrap=True, markup=False)
     return 0
-
-
-def radius(text: str) -> float:
-    """Of "4/255", or "0.0157"."""
-    above, _, below = text.partition("/")
-    try:
-        value = float(above) / (float(below) if below else 1.0)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"--eps {text}: give a radius such as 4/255 or 0.016") from error
-    if not 0 < value <= 1000:
-        raise ValueError(f"--eps {text} must be positive, in pixels from 0 to 1: 4/255, say")
-    return value
 
 
 def _known_attacks(names: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import add_command
+from miaformer.cli.arguments import add_command, radius
 from miaformer.cli.processes import STOPPED, check_processes, is_one_of_several, run_in_processes, say_stopped
 
 DESCRIPTION = """\
@@ -57,6 +57,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME=VALUE",
         help="change one of the recipe's settings, e.g. --set batch_size=64; may be given again",
     )
+    parser.add_argument(
+        "--adversarial",
+        metavar="EPS",
+        help="adversarial training: every stage learns on images moved by so much against its loss, 4/255 say; twice "
+        "the time (--set adversarial_steps=3: four times)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu leaves an accelerator alone")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
     parser.add_argument(
@@ -83,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     if args.stages:
         recipe = recipe.only(*args.stages)
     recipe = recipe.with_changes(**dict(_setting(text) for text in args.set))
+    if args.adversarial is not None:
+        recipe = recipe.with_changes(adversarial_eps=radius("--adversarial", args.adversarial))
     try:
         train_recipe(
             recipe,

@@ -37,6 +37,7 @@ class Step:
     values: Tensor  # (B,), lambda: the weight of the cost, loss per dense forward
     hardness: tuple[float, float]  # mean and standard deviation of the log of the teacher's loss, so far
     temperature: float
+    clean: Tensor | None = None  # images as they were, where an adversary has moved them: what the teacher sees
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Objective(nn.Module):
 
     def _of_stage(self, images: Tensor, labels: Tensor, step: Step) -> Outcome:
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
-        soft = self._soft_labels(images)
+        soft = self._soft_labels(images if step.clean is None else step.clean)
         if self.stage.kind in ("backbone", "merging"):
             return self._without_policy(images, labels, soft, step, cost)
         if self.stage.kind == "exits":

@@ -84,6 +84,8 @@ class Recipe:
     mixup: float = 0.0
     cutmix: float = 0.0
     augmentation: dict[str, Any] = field(default_factory=dict)  # fields of miaformer.data.Augmentation
+    adversarial_eps: float = 0.0  # images are moved so far against the loss, pixels from 0 to 1, L-inf; 0: not
+    adversarial_steps: int = 1
     data_on_device: bool = False  # all images decoded at once, and augmented on the device: for small ones
     ema_decay: float | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -95,6 +97,11 @@ class Recipe:
         low, high = (check_fraction("budgets", value) for value in self.budgets)
         if low >= high:
             raise ValueError(f"budgets={self.budgets} must rise")
+        if not 0 <= self.adversarial_eps < 1 or self.adversarial_steps < 1:
+            raise ValueError(
+                f"adversarial_eps={self.adversarial_eps} must lie in 0 to 1, 1 excluded (4/255, say), and "
+                f"adversarial_steps={self.adversarial_steps} be at least 1"
+            )
         if self.batch_size < 2:
             raise ValueError(f"batch_size={self.batch_size} must be at least 2")
 

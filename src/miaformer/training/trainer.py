@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from miaformer.data import Batch, Batches, DeviceBatches
 from miaformer.engine.masked import Masked
 from miaformer.model import MIAFormer
+from miaformer.training.adversarial import Adversary
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
 from miaformer.training.gates import Draws, Leaving, Relaxed
 from miaformer.training.objective import Objective, Outcome, Step
@@ -86,6 +87,7 @@ class Trainer:
                 label_smoothing=recipe.label_smoothing,
                 num_classes=model.num_classes,
             )
+        self.adversary = self._adversary()
         self._stop = False  # asked of this process
         self._agreed_to_stop = False  # by all processes, in the step before
 
@@ -196,6 +198,13 @@ class Trainer:
             self.tariff.hardness(),
             first + (last - first) * progress,
         )
+        if self.adversary is not None:
+            given = replace(given, clean=images)
+            objective = self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=True)
+            start = torch.rand((self.recipe.batch_size, *images.shape[1:]), generator=self._generator(step, 2))
+            images = self.adversary.moved(
+                images, lambda moved: objective(moved, labels, given).loss, start[self.part].to(device)
+            )
         outcome: Outcome = wrapped(images, labels, given)
         self.accelerator.backward(outcome.loss)
         if self.recipe.clip_grad is not None:
@@ -256,6 +265,13 @@ class Trainer:
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
         generator = self._generator(step, 0)
         return Draws.of_step(generator, self.recipe.batch_size, cost, stage.full_share, self.recipe.budgets, self.part)
+
+    def _adversary(self) -> Adversary | None:
+        if not self.recipe.adversarial_eps:
+            return None
+        config, device = self.model.data_config(), self.accelerator.device
+        mean, std = (torch.tensor(config[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
+        return Adversary(self.recipe.adversarial_eps, self.recipe.adversarial_steps, mean, std)
 
     def _loss_scale(self) -> float:
         scaler = self.accelerator.scaler

@@ -1,0 +1,123 @@
+"""Adversarial training moves images against the loss of its own step, no farther than it may, and hardens models."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_training
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny_training import RECIPE, Quadrants, run, tiny_model
+from torch import Tensor
+
+from miaformer import MIAFormer, cli
+from miaformer.attacks import Ball, Climb, Pixels, climb, cross_entropy, frozen, judge, static_target
+from miaformer.data import Batches, build_transform
+from miaformer.training.adversarial import Adversary
+from miaformer.training.objective import Objective
+
+EPS = 24 / 255
+ADVERSARIAL = replace(RECIPE, adversarial_eps=EPS)
+
+
+@given(st.integers(1, 4), st.floats(1e-3, 0.5), st.integers(0, 100))
+def test_images_stay_within_the_radius_and_the_range_and_climb(steps: int, eps: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mean, std = torch.full((3, 1, 1), 0.5).double(), torch.tensor([0.2, 0.3, 0.5]).double().view(3, 1, 1)
+    pixels, start, slope = (torch.rand(4, 3, 6, 6, generator=generator).double() for _ in range(3))
+    images = (pixels - mean) / std
+
+    def loss(x: Tensor) -> Tensor:
+        return (x * (slope - 0.5)).sum()
+
+    moved = Adversary(eps, steps, mean, std).moved(images, loss, start)
+    found = moved * std + mean
+    assert (found - pixels).abs().max() <= eps + 1e-9
+    assert found.min() >= -1e-9
+    assert found.max() <= 1 + 1e-9
+    assert loss(moved) > loss(images)
+    if steps > 1:  # far enough to end at the border, or at the end of the range
+        wanted = (pixels + eps * (slope - 0.5).sign()).clamp(0, 1)
+        assert (found - wanted).abs().max() < 1e-9 or steps < 3
+
+
+def accuracies(model: MIAFormer, eps: float) -> tuple[float, float]:
+    """Clean, and under PGD, of the backbone on images that it was not trained on."""
+    transform = build_transform(model.data_config())
+    batches = Batches(Quadrants("test"), transform, 96, seed=0, shuffle=False, drop_last=False)
+    batch = next(iter(batches.epoch(0)))
+    target, images = static_target(model), Pixels.of(model).restored(batch.images)
+    with frozen(model):
+        attacked = climb(cross_entropy(target.views["fixed"], batch.labels), images, Ball(eps), Climb(steps=10))
+    clean, robust = (float(judge(target, x, batch.labels).right.mean()) for x in (images, attacked))
+    return clean, robust
+
+
+def test_a_backbone_trained_on_withstands_more_where_it_is_attacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one that is trained: from scratch images this small are not learned under attack. Measured 0.44 and 0.99."""
+    monkeypatch.setattr(tiny_training, "IMAGES", 800)
+    first = replace(RECIPE, stages=(replace(RECIPE.stages[0], epochs=6, lr=2e-3),))
+    trained = run(tmp_path / "first", first)
+    further = replace(first, stages=(replace(first.stages[0], epochs=4),))
+    plain = run(tmp_path / "plain", further, copy.deepcopy(trained))
+    robust = run(tmp_path / "robust", replace(further, adversarial_eps=10 / 255), copy.deepcopy(trained))
+    clean, attacked = accuracies(plain, 18 / 255)
+    robust_clean, robust_attacked = accuracies(robust, 18 / 255)
+    assert min(clean, robust_clean) > 0.9
+    assert robust_attacked > attacked + 0.25
+
+
+def test_the_teacher_sees_images_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    original = Objective._soft_labels
+    trained_on: list[Tensor] = []
+
+    def watch(self: Objective, images: Tensor) -> Tensor | None:
+        seen.append((trained_on[-1], images))
+        return original(self, images)
+
+    forward = Objective.forward
+
+    def watch_forward(self: Objective, images: Tensor, *rest: object) -> object:
+        trained_on.append(images.detach())
+        return forward(self, images, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Objective, "_soft_labels", watch)
+    monkeypatch.setattr(Objective, "forward", watch_forward)
+    run(tmp_path / "run", replace(ADVERSARIAL, stages=ADVERSARIAL.stages[:2]))
+    moved = [(a - b).abs().max().item() for a, b in seen]
+    assert len(seen) == 16  # twice a step, of two stages of four
+    assert min(moved) > 0.01
+    std = min(tiny_model().data_config()["std"])
+    assert max(moved) <= EPS / std + 1e-5
+
+
+def test_every_stage_trains_so_and_resumes_exactly(tmp_path: Path) -> None:
+    whole, other = tmp_path / "whole", tmp_path / "plain"
+    run(whole, ADVERSARIAL)
+    again = tmp_path / "again"
+    run(again, ADVERSARIAL)
+    run(other)
+    weights = [load_file(out / "model" / "model.safetensors") for out in (whole, again, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    stages = [json.loads(line)["stage"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert set(stages) == {"backbone", "elastic", "supervised", "reinforce"}
+
+
+def test_wrong_radii_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adversarial_eps=-1"):
+        replace(RECIPE, adversarial_eps=-1)
+    with pytest.raises(ValueError, match="adversarial_steps=0"):
+        replace(RECIPE, adversarial_steps=0)
+    command = ["train", "--recipe", "digits", "--out", str(tmp_path / "run"), "--adversarial", "much"]
+    assert cli.main(command) == 2
+    assert "--adversarial much: give a radius such as 4/255" in capsys.readouterr().err
