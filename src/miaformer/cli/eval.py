@@ -32,6 +32,7 @@ EPILOG = """\
 examples:
   miaformer eval runs/digits/model --data digits
   miaformer eval runs/photos/model --data photos/ --budgets 0.4 0.6 --cap 0.9 --json report.json --plot report.png
+  miaformer eval runs/photos/model --data photos/ --budgets 0.5 --corruptions --severities 1 3 5
   miaformer eval timm:deit_small_patch16_224 --pretrained --data imagenet/ --policy random cls-attention full
 
 JSON:
@@ -41,6 +42,8 @@ JSON:
    "adaptivity": {"spearman_difficulty_macs", "by_budget": [...]}, "left_out": [...], "controllers": {...},
    "environment": {...}, ...}
   with --budget-ms also "latency": [{"budget_ms", "price", "budget", "predicted_ms"}]
+  with --corruptions also "corruptions": [{"corruption", "severity", "policy", "budget", "accuracy", "macs_fraction",
+               "macs_fraction_max"}], the dense model among the policies
   macs_fraction is the mean over images, p95 their 95th percentile. spearman_difficulty_macs is the rank correlation,
   over images, of the dense model's loss with the MACs that the learned policy spends: the mean over budgets.
 """
@@ -72,6 +75,16 @@ def add_parser(subparsers: Any) -> None:
         metavar="P",
         help="of those above (default: learned static random; for timm:NAME random full)",
     )
+    parser.add_argument(
+        "--corruptions",
+        nargs="*",
+        metavar="C",
+        help="evaluate under the 15 common corruptions of ImageNet-C too, or only under these",
+    )
+    parser.add_argument("--severities", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="S",
+                        help="of corruptions (default: 1 2 3 4 5)")  # fmt: skip
+    parser.add_argument("--corrupted-images", type=int, default=1000, metavar="N",
+                        help="corrupt the first N images (default: 1000)")  # fmt: skip
     add_budget_ms(parser, several=True)
     parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one image may take, a fraction: hard")
     parser.add_argument(
@@ -116,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
     held_out = None
     if args.calibrate or model.calibration is not None:
         held_out = open_batches(model, open_data(args.data, "calibration"), args.batch_size)
+    if args.corruptions is not None and in_ms:
+        raise ValueError("--corruptions goes with --budgets, not with --budget-ms")
     totals = {"evaluate": len(images), "controls": len(held_out.data) if held_out is not None else 0}
     with LiveProgress(totals) as on_progress:
         if args.calibrate:
@@ -134,6 +149,8 @@ def run(args: argparse.Namespace) -> int:
                 args.seed,
                 on_progress,
             )
+        if args.corruptions is not None:
+            report["corruptions"] = _under_corruptions(model, images, held_out, policies, args, on_progress)
     report = {"model": args.model, "data": images.name, "calibration": _calibration(model), **report}
     out = console()
     out.print(f"{args.model} on {images.name}")
@@ -151,6 +168,8 @@ def run(args: argparse.Namespace) -> int:
         out.print("The model is not calibrated: it has no learned policy at a budget.", soft_wrap=True)
     elif args.calibrate and model.calibration is not None:
         out.print(f"Calibrated for this evaluation on {model.calibration.data}.", soft_wrap=True, markup=False)
+    if "corruptions" in report:
+        out.print(_corruption_table(report["corruptions"]))
     if args.json:
         write_json(args.json, report)
         out.print(f"wrote {args.json}", soft_wrap=True, markup=False)
@@ -191,6 +210,52 @@ def _evaluate_in_ms(
         for one, total in zip(in_ms, predicted, strict=True)
     ]
     return report
+
+
+def _under_corruptions(
+    model: MIAFormer, images: Any, held_out: Batches | None, policies: Any, args: argparse.Namespace, on_progress: Any
+) -> list[dict[str, Any]]:
+    from miaformer.evaluation import contenders
+    from miaformer.evaluation.corruptions import CORRUPTIONS, evaluate_corruptions
+
+    if args.corrupted_images < 1:
+        raise ValueError(f"--corrupted-images {args.corrupted_images} must be at least 1")
+    calibration = None if held_out is None else held_out.epoch(0)
+    found, _ = contenders(model, args.budgets, policies, args.cap, calibration, args.seed)
+    return evaluate_corruptions(
+        model,
+        images,
+        found,
+        args.corruptions or CORRUPTIONS,
+        args.severities,
+        args.cap,
+        args.corrupted_images,
+        args.batch_size,
+        args.seed,
+        on_progress,
+    )
+
+
+def _corruption_table(rows: list[dict[str, Any]]) -> Any:
+    """Accuracy, and MACs where they differ between images, mean over severities: a row a corruption."""
+    from rich.table import Table
+
+    from miaformer.evaluation.corruptions import mean_rows
+
+    means = mean_rows(rows)
+    columns = list(dict.fromkeys((row["policy"], row["budget"]) for row in means))
+    shown = Table(caption="Accuracy, % (MACs), under corruptions: means over severities.")
+    shown.add_column("corruption", no_wrap=True)
+    for policy, budget in columns:
+        shown.add_column(policy if budget is None else f"{policy} {budget:g}", justify="right", no_wrap=True)
+    for corruption in dict.fromkeys(row["corruption"] for row in means):
+        own = {(row["policy"], row["budget"]): row for row in means if row["corruption"] == corruption}
+        cells = [
+            f"{100 * row['accuracy']:.1f}" + ("" if row["policy"] == "dense" else f" ({row['macs_fraction']:.3f})")
+            for row in (own[column] for column in columns)
+        ]
+        shown.add_row(corruption, *cells, style="bold" if corruption == "mean" else None)
+    return shown
 
 
 def _calibration(model: Any) -> dict[str, Any] | None:
