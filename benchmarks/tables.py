@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CARD = "src/miaformer/models/cifar10-small/README.md"
-PAGES = ("README.md", "docs/speed.md", "docs/results.md", CARD)
+PAGES = ("README.md", "docs/speed.md", "docs/results.md", "docs/robustness.md", CARD)
 
 Report = dict[str, Any]
 
@@ -82,6 +82,16 @@ def onnx_agreement(report: Report, name: str) -> str:
     head = ("budget", "MACs (± between images)", "pictures with any other decision", "logits of the others, relative")
     command = f"`{report['command']}` ([JSON](../benchmarks/results/{name})), {report['pictures']} pictures"
     return f"{command}\n\n{_table(head, rows)}"
+
+
+def monitor(report: Report, name: str) -> str:
+    found = [key for key in report["rows"][0] if key.startswith("found_")]
+    rows = [
+        (f"{row['budget']:g}", f"{row['mean']:.3f} ± {row['std']:.3f}", *(row[k] for k in found))
+        for row in report["rows"]
+    ]
+    head = ("budget", "MACs (± between images)", *(f"{k.split('_')[1]} more" for k in found))
+    return f"`{report['command']}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
 
 
 def comparison(report: Report, name: str) -> str:
@@ -254,7 +264,7 @@ def digits(report: Report, name: str) -> str:
 
 TABLES: dict[str, Callable[[Report, str], str]] = {
     made.__name__: made
-    for made in (speed, speed_summary, onnx_agreement, comparison, rivals, card, seeds, ablations, digits)
+    for made in (speed, speed_summary, onnx_agreement, monitor, comparison, rivals, card, seeds, ablations, digits)
 }
 
 
