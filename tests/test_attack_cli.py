@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,17 @@ def test_an_uncalibrated_model_has_a_backbone_to_attack_and_no_budget(
 @pytest.mark.parametrize(("text", "value"), [("4/255", 4 / 255), ("0.5", 0.5), ("1/4", 0.25)])
 def test_radii_are_read_as_people_write_them(text: str, value: float) -> None:
     assert radius("--eps", text) == value
+
+
+def test_a_missing_library_is_named_before_anything_is_attacked(
+    capsys: pytest.CaptureFixture[str],
+    calibrated: Path,  # noqa: F811
+    data: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    command = ("attack", calibrated, "--data", data, "--targets", "backbone", "--images", 4, "--steps", 1)
+    status, out, err = run(capsys, *command)
+    assert (status, out) == (2, "")
+    assert "pip install 'miaformer[attack]'" in err
+    assert run(capsys, *command, "--no-masking-check")[0] == 0

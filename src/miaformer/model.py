@@ -6,21 +6,18 @@ per image which blocks, heads and tokens to execute, executes only those, and sa
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, cast
 
 import numpy as np
-import torch
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from miaformer import backbone as static
-from miaformer.budget import Calibration, check_fraction
+from miaformer.budget import check_fraction
 from miaformer.config import AdaptConfig
-from miaformer.controller import LEAST_LOG_PRICE, LOG_PRICE_RANGE, Controller
+from miaformer.controller import Controller
 from miaformer.cost import Cost, Counts, cost_of
 from miaformer.decisions import Decisions
 from miaformer.engine.masked import Masked
@@ -31,8 +28,7 @@ from miaformer.folded import Controllers
 from miaformer.importance import identity_orders, importance_orders
 from miaformer.model_files import SavedModel
 from miaformer.policy import Full, Learned, Policy, Sampling
-
-Budget = float | Sequence[float] | Tensor
+from miaformer.prices import Budget, PricedModel, per_image
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,7 @@ class Output:
 class MIAFormer(
     nn.Module,
     SavedModel,
+    PricedModel,
     library_name="miaformer",
     tags=["image-classification", "dynamic-inference", "vision-transformer"],
     license="apache-2.0",
@@ -59,13 +56,10 @@ class MIAFormer(
 ):
     """A ViT that adapts its depth, heads and tokens to each image. Make one with `miaformer.adapt`."""
 
-    price_scale: Tensor  # (2,): controllers see price_scale[0] * log(price) + price_scale[1]
-
     def __init__(self, backbone: VisionTransformer, config: AdaptConfig, orders: dict[str, Tensor]) -> None:
         super().__init__()
         self.backbone = backbone
         self.adapt_config = config
-        self.calibration: Calibration | None = None
         self._packed: Packed | None = None
         self._describes_itself()
         if config.head_choice == "nested":
@@ -75,7 +69,7 @@ class MIAFormer(
         self.order_channels: Tensor
         for name, order in orders.items():
             self.register_buffer(f"order_{name}", order)
-        self.register_buffer("price_scale", torch.tensor([1.0, 0.0]))
+        self._starts_unpriced()
 
     # What it is ------------------------------------------------------------------------------------------------
 
@@ -282,57 +276,8 @@ class MIAFormer(
                 budget = self.adapt_config.default_budget
                 if budget is None or self.calibration is None:
                     return Full()
-            price = self.price_of(_per_image("budget", budget, batch))
+            price = self.price_of(per_image("budget", budget, batch))
         return self.learned(price, batch)
-
-    def learned(self, price: Budget, batch: int = 1) -> Learned:
-        """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each."""
-        prices = torch.atleast_1d(_per_image("price", price, batch)).float()
-        if not bool((prices >= 0).all()):
-            raise ValueError(f"price={price!r} must be at least 0: a number, or one for each of {batch} images")
-        multiple = self.adapt_config.rows_multiple(self.cost().num_patches)
-        return Learned(self.controllers, self._log_price(prices), multiple)
-
-    def set_price_scale(self, slope: float, shift: float) -> None:
-        """Give prices their unit: controllers see slope * log(price) + shift."""
-        if not slope > 0:
-            raise ValueError(f"slope={slope!r} must be positive: a higher price means less compute")
-        self.price_scale.copy_(torch.tensor([slope, shift]))
-
-    def _log_price(self, price: Tensor) -> Tensor:
-        """What controllers see of prices (B,), within the range that they know."""
-        slope, shift = self.price_scale
-        return (slope * price.to(slope.device).clamp(min=1e-30).log() + shift).clamp(
-            LEAST_LOG_PRICE, LOG_PRICE_RANGE[1]
-        )
-
-    def price_range(self) -> tuple[float, float]:
-        """The prices between which controllers differ."""
-        slope, shift = self.price_scale.tolist()
-        low, high = (math.exp((end - shift) / slope) for end in (LEAST_LOG_PRICE, LOG_PRICE_RANGE[1]))
-        return low, high
-
-    def price_of(self, budget: Budget) -> Budget:
-        """The price that brings a budget, by the calibration table.
-
-        Raises ValueError for an uncalibrated model, and for a budget below the least that the table reaches.
-        """
-        if self.calibration is None:
-            raise ValueError(
-                "This model is not calibrated, so it knows no budget: train it (miaformer.train), calibrate it "
-                "(miaformer.calibrate), or pass price= or policy="
-            )
-        budgets = _per_image("budget", budget).tolist()
-        return [self._price_of(b) for b in budgets] if isinstance(budgets, list) else self._price_of(budgets)
-
-    def _price_of(self, budget: float) -> float:
-        assert self.calibration is not None
-        least = self.calibration.range[0]
-        if check_fraction("budget", budget) < least - 0.01:
-            raise ValueError(
-                f"budget={budget:.3f} is below {least:.3f}, the least that this model spends; use cap= for a hard limit"
-            )
-        return self.calibration.price(budget)
 
     def prepack(self) -> Self:
         """Keep copies of the blocks' weights in the layout that this processor's fastest products read.
@@ -405,15 +350,3 @@ def _drawing(policy: Policy, sampling: Sampling) -> Learned:
             "or give a price"
         )
     return replace(policy, sampling=sampling)
-
-
-def _per_image(name: str, value: Budget, batch: int | None = None) -> Tensor:
-    """A number for all images (), or one for each (B,), float64."""
-    try:
-        numbers = torch.as_tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}={value!r} must be a number, or one for each image") from error
-    if numbers.ndim > 1 or (batch is not None and numbers.numel() not in (1, batch)):
-        images = "image" if batch is None else f"of {batch} images"
-        raise ValueError(f"{name}={value!r} must be a number, or one for each {images}")
-    return numbers

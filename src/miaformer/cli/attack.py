@@ -45,7 +45,8 @@ targets:
                other policies on the same weights, at the same cost
 
 A row `worst` counts an image as right only where it is right under all attacks on accuracy. Radii are in pixels from 0
-to 1. A check for gradient masking follows: where its signs fail, do not believe the attacks by gradients.
+to 1. A check for gradient masking follows: where its signs fail, do not believe the attacks by gradients. It and the
+parts of AutoAttack need the extra `attack`; --no-masking-check does without.
 """
 
 EPILOG = """\
@@ -105,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
     attacks = _known_attacks(args.attacks)
     balls = [Ball(radius("--eps", text), args.norm) for text in dict.fromkeys(args.eps)]
     how = Climb(steps=args.steps, restarts=args.restarts)
+    if not args.no_masking_check or {"autoattack", "apgd-ce", "square"} & set(attacks):
+        import pyautoattack  # noqa: F401 - or say that it is missing, before anything is attacked
     if args.images < 1:
         raise ValueError(f"--images {args.images} must be at least 1")
     device = open_device(args.device, args.threads)
