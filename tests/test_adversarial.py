@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from timm.layers import PatchDropout
 from tiny_training import RECIPE, Quadrants, run, tiny_model
 from torch import Tensor
 
@@ -100,7 +101,7 @@ def test_the_teacher_sees_images_as_they_were(tmp_path: Path, monkeypatch: pytes
     assert max(moved) <= EPS / std + 1e-5
 
 
-def test_every_stage_trains_so_and_resumes_exactly(tmp_path: Path) -> None:
+def test_every_stage_trains_so_and_repeats_exactly(tmp_path: Path) -> None:
     whole, other = tmp_path / "whole", tmp_path / "plain"
     run(whole, ADVERSARIAL)
     again = tmp_path / "again"
@@ -111,6 +112,29 @@ def test_every_stage_trains_so_and_resumes_exactly(tmp_path: Path) -> None:
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
     stages = [json.loads(line)["stage"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert set(stages) == {"backbone", "elastic", "supervised", "reinforce"}
+
+
+def test_the_sub_network_that_is_attacked_is_the_one_that_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patches are dropped by the global generator: both passes of a step drop the same."""
+    kept: list[Tensor] = []
+    forward = PatchDropout.forward
+
+    def watch(self: PatchDropout, x: Tensor) -> Tensor:
+        found = forward(self, x)
+        kept.append(found.detach())
+        return found
+
+    monkeypatch.setattr(PatchDropout, "forward", watch)
+    stage = replace(RECIPE.stages[0], patch_drop=(0.5, 0.5))
+    recipe = replace(RECIPE, adversarial_eps=1e-6, augmentation={}, stages=(stage,))  # moved by nothing that is seen
+    run(tmp_path / "run", recipe)
+    pairs = list(zip(kept[::2], kept[1::2], strict=True))
+    assert len(pairs) == 4
+    for attacked, learned in pairs:
+        assert (attacked - learned).abs().max() < 1e-3
+    assert (pairs[0][0] - pairs[1][0]).abs().max() > 1e-2
 
 
 def test_wrong_radii_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

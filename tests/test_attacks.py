@@ -109,6 +109,31 @@ def test_a_drawn_target_is_differentiated_at_what_was_drawn() -> None:
     assert not torch.allclose(answers[2], target.views["through"](images).logits, atol=1e-3)
 
 
+def test_spending_by_predicted_difficulty_is_seen() -> None:
+    """Most of what tells images apart; in training no gradient passes it, under attack one must."""
+    model = lively(1, grains=("depth",))
+    with torch.no_grad():
+        for controller in model.controllers:
+            controller.gates.weight.zero_()  # nothing but difficulty is left
+            controller.difficulty.weight.normal_(generator=torch.Generator().manual_seed(0))
+    images = pixels(8).requires_grad_()
+    (slope,) = torch.autograd.grad(learned_target(model).views["through"](images).macs_fraction.sum(), images)
+    assert (slope.flatten(1).abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attacks_step_in_full_precision_whatever_the_model_reads(dtype: torch.dtype) -> None:
+    model = lively(2).to(dtype)
+    target = static_target(model)
+    images = pixels(6).float()
+    assert Pixels.of(model).restored(images.to(dtype)).dtype == torch.float32
+    labels = target.deployed(images).logits.argmax(dim=1)
+    with frozen(model):
+        found = climb(cross_entropy(target.views["fixed"], labels), images, Ball(1 / 255), Climb(steps=5))
+    assert found.dtype == torch.float32
+    assert (found - images).abs().max() <= 1 / 255 + 1e-6
+
+
 def test_other_policies_have_decisions_that_no_gradient_passes() -> None:
     target = adaptive_target(lively(0), Random(tokens=0.5), "random")
     assert set(target.views) == {"fixed"}
@@ -380,15 +405,63 @@ def test_rows_say_what_was_lost_and_the_worst_is_the_worst() -> None:
     assert rows["backbone", "fgsm", 0.02]["macs_fraction_clean"] == 1.0
 
 
-def test_a_cascade_finds_the_same_worst_by_attacks_that_do_not_draw() -> None:
+def test_a_cascade_finds_the_same_worst_by_attacks_that_do_not_draw(tmp_path: Path) -> None:
+    """`fgsm` starts where the image is, and images do not see each other: so does it whoever else is attacked."""
     model = lively(2)
+    balls = [Ball(0.004), Ball(0.02), Ball(0.3, "l2")]
     worst = {}
     for cascade in (False, True):
-        attack, targets = siege(model, cascade=cascade)
+        attack, targets = siege(model, cascade=cascade, out=tmp_path / str(cascade))
+        targets = targets[1:]
         with frozen(model):
-            rows = by_key(attack.run(targets, ("fgsm", "transfer"), [Ball(0.02)], ignored))
-        worst[cascade] = {key: row["robust"] for key, row in rows.items() if key[1] in ("worst", "fgsm")}
-    assert worst[False] == worst[True]
+            rows = attack.run(targets, ("fgsm", "adaptive"), balls, ignored)
+            alone = attack.run(targets, ("fgsm",), balls, ignored)
+        worst[cascade] = [row["robust"] for row in alone]
+        by_radius = [row["robust"] for row in rows if row["attack"] == "worst" and row["norm"] == "linf"]
+        assert by_radius == sorted(by_radius, reverse=True)
+    reached = list(np.minimum.accumulate(worst[False][:1] + worst[False][1:2]))
+    assert worst[True][:2] == reached
+    assert worst[True][2] == worst[False][2]  # another norm's victims are not its own
+
+
+def test_what_fools_within_a_radius_fools_within_a_larger_one() -> None:
+    model = lively(2)
+    attack, targets = siege(model)
+    with frozen(model):
+        rows = by_key(attack.run(targets[1:], ("fgsm", "transfer"), [Ball(eps) for eps in (0.3, 0.05, 0.01)], ignored))
+    worst = [rows["adaptive", "worst", eps]["robust"] for eps in (0.01, 0.05, 0.3)]
+    assert worst == sorted(worst, reverse=True)
+
+
+def test_attacks_of_a_cascade_are_done_anew_where_others_went_before(tmp_path: Path) -> None:
+    model = lively(2)
+    attack, targets = siege(model, cascade=True, out=tmp_path)
+    with frozen(model):
+        after = attack.run(targets[1:], ("fgsm", "pgd"), [Ball(0.02)], ignored)
+        alone = attack.run(targets[1:], ("pgd",), [Ball(0.02)], ignored)
+        fresh = siege(model, cascade=True)[0].run(targets[1:], ("pgd",), [Ball(0.02)], ignored)
+    assert alone == fresh
+    assert len(after) == 3
+
+
+def test_a_target_that_draws_is_attacked_by_its_mean() -> None:
+    """Noise hides which way the plane lies from a single draw; the mean over draws tells."""
+    honest, normal = linear_target()
+
+    def noisy(images: Tensor) -> Answer:
+        logits, macs = honest.deployed(images)
+        return Answer(logits + 0.3 * torch.randn(logits.shape).double(), macs)
+
+    target = Target("noisy", noisy, {"fixed": noisy}, is_random=True)
+    images = grey(64)
+    scores = ((images - 0.5) * normal).sum(dim=(1, 2, 3))
+    labels = (scores > 0).long()
+    eps = float(3 * scores.abs().max() / normal.abs().sum())  # all can be taken far beyond the plane
+    attack = Siege(images, labels, honest, 2, Climb(steps=5))
+    rows = by_key(attack.run([target], ("fgsm", "pgd", "adaptive"), [Ball(eps)], ignored))
+    assert rows["noisy", "pgd", eps]["clean"] > 0.7
+    for name in ("fgsm", "pgd", "adaptive"):
+        assert rows["noisy", name, eps]["robust"] < 0.02, name
 
 
 def test_what_is_done_is_kept_and_another_siege_is_refused(tmp_path: Path) -> None:

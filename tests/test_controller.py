@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 from vits import enliven, lively, pictures, vit
 
@@ -25,7 +25,9 @@ from miaformer.controller import (
 )
 from miaformer.cost import count_macs
 from miaformer.engine.masked import Masked
+from miaformer.engine.walk import State
 from miaformer.folded import Folded
+from miaformer.training import gates
 from miaformer.training.gates import Draws, Relaxed
 
 BATCH, PREFIX, PATCHES, DIM, HEADS = 4, 2, 7, 12, 3
@@ -80,12 +82,15 @@ def test_content_alone_never_saturates_a_gate(seed: int, scale: float) -> None:
         assert (part - KEEP_LOGIT).abs().max() <= bounded_terms * LOGIT_BOUND + hard + 1e-9
 
 
-def test_predicted_difficulty_raises_every_logit_and_learns_from_nothing_else() -> None:
+def test_predicted_difficulty_raises_every_logit_and_learns_from_nothing_else_in_training() -> None:
     controller = drawn(0)
     everything, prices = torch.ones(BATCH, PATCHES, dtype=torch.bool), torch.zeros(BATCH).double()
     before = logits(controller, rows(0), everything, prices)
     controller.zero_grad()
-    sum(part.sum() for part in before).backward()
+    state = State(0, rows(0), everything, None, PREFIX, HEADS, 1, (1, PATCHES))
+    said = gates._logits(nn.ModuleList([controller]), state, prices)
+    assert torch.equal(said.depth, before[0])
+    (said.depth.sum() + said.heads.sum() + said.tokens.sum()).backward()
     assert controller.difficulty.weight.grad is None
     with torch.no_grad():
         controller.difficulty.bias += 1

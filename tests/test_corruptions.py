@@ -55,10 +55,6 @@ def test_noise_differs_between_images_and_seeds() -> None:
     assert not np.array_equal(noise[0], noise[2])
 
 
-def test_the_first_images_alone_are_corrupted_where_that_is_asked_for() -> None:
-    assert len(Corrupted(Waves(), "fog", 1, limit=2)) == 2
-
-
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="unknown corruption 'rain': use some of gaussian_noise"):
         Corrupted(Waves(), "rain", 1)

@@ -46,6 +46,11 @@ def test_cheaper_images_never_alarm_and_do_not_hide_dearer_ones() -> None:
     assert monitor.see([0.6] * 30)
 
 
+def test_what_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        SpendingMonitor(0.5, 0.05).see([0.5, float("nan")])
+
+
 def test_equal_costs_can_be_watched_too() -> None:
     monitor = SpendingMonitor.fit([0.4] * 10)
     assert not monitor.see([0.4] * 1000)

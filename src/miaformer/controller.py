@@ -124,8 +124,7 @@ class Controller(nn.Module):
 
     def shift(self, difficulty: Tensor, log_price: Tensor) -> Tensor:
         """What difficulty (B,) and price (B,) add to the logits of depth, heads and tokens: (B, 3)."""
-        # The prediction learns from what is hard, not from what pays; what pays sets its gain.
-        return F.softplus(self.gain) * difficulty.detach()[:, None] - F.softplus(self.slope) * log_price[:, None]
+        return F.softplus(self.gain) * difficulty[:, None] - F.softplus(self.slope) * log_price[:, None]
 
     def depth_and_heads(self, context: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B,) of executing the block and (B, H) of its heads; the first nested head is always kept."""

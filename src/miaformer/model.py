@@ -158,7 +158,7 @@ class MIAFormer(
 
         In training mode without budget and price this is the backbone, so that any training loop can fine-tune it.
         """
-        if self.training and budget is None and price is None and cap is None:
+        if self.training and budget is None and price is None and cap is None and not sample:
             return self._head(self.backbone.forward_features(static.check_images(images, self.backbone)))
         return self.run(images, budget=budget, price=price, cap=cap, sample=sample).logits
 

@@ -38,7 +38,7 @@ class SpendingMonitor:
     _sum: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not (0 < self.mean <= 1 and self.std > 0):
+        if not (0 < self.mean < np.inf and 0 < self.std < np.inf):
             raise ValueError(f"mean={self.mean!r} must be a MACs fraction, std={self.std!r} positive")
         if self.allowance < 0 or self.threshold <= 0:
             raise ValueError(
@@ -61,7 +61,10 @@ class SpendingMonitor:
 
     def see(self, macs_fraction: Tensor | Sequence[float] | NDArray[Any]) -> bool:
         """Take note of images (n,); returns `alarm`."""
-        for value in np.asarray(macs_fraction, dtype=np.float64).ravel().tolist():
+        values = np.asarray(macs_fraction, dtype=np.float64).ravel()
+        if not np.isfinite(values).all():
+            raise ValueError("MACs fractions must be finite numbers")
+        for value in values.tolist():
             self.images += 1
             self._sum = max(0.0, self._sum + (value - self.mean) / self.std - self.allowance)
             if self._sum > self.threshold and self.alarm_at is None:

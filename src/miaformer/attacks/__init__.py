@@ -8,11 +8,11 @@ gradients can be trusted.
 
 from miaformer.attacks.autoattack import auto_attack
 from miaformer.attacks.compute import Patch, raise_macs, universal_patch
-from miaformer.attacks.evaluate import Siege, Verdict, frozen, judge, seeded
+from miaformer.attacks.evaluate import Siege, Verdict, frozen, judge, seeded, weights_hash
 from miaformer.attacks.gradient import FGSM, Ball, Climb, climb, cross_entropy, margin
 from miaformer.attacks.masking import signs_of_masking
 from miaformer.attacks.methods import ATTACKS
-from miaformer.attacks.target import Answer, Pixels, Target, adaptive_target, static_target
+from miaformer.attacks.target import Answer, Pixels, Target, adaptive_target, static_target, steadied
 from miaformer.attacks.through import Through
 
 __all__ = [
@@ -38,5 +38,7 @@ __all__ = [
     "seeded",
     "signs_of_masking",
     "static_target",
+    "steadied",
     "universal_patch",
+    "weights_hash",
 ]  # fmt: skip

@@ -13,7 +13,6 @@ from miaformer.attacks.gradient import Ball
 
 Part = Literal["apgd-ce", "apgd-t", "fab-t", "square", "apgd-dlr"]
 STANDARD: tuple[Part, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")
-RANDOMISED: tuple[Part, ...] = ("apgd-ce", "apgd-dlr")  # with means over 20 draws, as its version `rand` has it
 
 
 def auto_attack(
@@ -23,7 +22,6 @@ def auto_attack(
     ball: Ball,
     num_classes: int,
     parts: Sequence[Part] = STANDARD,
-    is_random: bool = False,
     seed: int = 0,
     batch_size: int = 250,
 ) -> Tensor:
@@ -48,8 +46,6 @@ def auto_attack(
         attack.apgd.n_restarts = attack.fab.n_restarts = 1  # as its version `standard` has them
         targets = min(9, num_classes - 1)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
-        if is_random:
-            attack.apgd.eot_iter = 20
         with torch.random.fork_rng(devices=[]):  # its parts seed the global generator
             found, _ = attack.run_standard_evaluation(images, labels, batch_size=batch_size)
     finally:

@@ -133,7 +133,8 @@ def best_patch(
 ) -> Patch:
     """The better of two places, a corner and the centre. learned_on: pixels (n, 3, H, W)."""
     parts = learned_on.split(PATCH_BATCH)
-    parts = parts[:-1] or parts  # a last one that is smaller
+    if len(parts) > 1 and len(parts[-1]) < PATCH_BATCH:
+        parts = parts[:-1]
 
     def batches(step: int) -> Tensor:
         return parts[step % len(parts)]

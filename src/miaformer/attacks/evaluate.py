@@ -22,14 +22,15 @@ from torch import Tensor, nn
 
 from miaformer.attacks.compute import Patch, best_patch
 from miaformer.attacks.gradient import Ball, Climb
-from miaformer.attacks.methods import ATTACKS, Given
-from miaformer.attacks.target import Target
+from miaformer.attacks.methods import ATTACKS, DRAWS, Given
+from miaformer.attacks.target import Target, steadied
 
 Array = NDArray[Any]
 OnProgress = Callable[[str, int], None]  # what is under way, and images done
 
+PATCH_DRAWS = 2  # a step: its batches are averaged over anyway
+VERSION = 1  # of what attacks do: another one does not go on with what was kept
 ASKED = 8  # times, of a target that draws
-BATCH = 250
 RESAMPLES = 2000
 WORST = "worst"
 
@@ -64,7 +65,7 @@ class Siege:
     policy, to transfer attacks on compute from to targets whose decisions have no gradient. out: where verdicts
     are kept, so that the same siege goes on where it was stopped; fingerprint: what must be the same for that.
     cascade: each attack on errors sees only the images that withstood those before it, at this radius and at smaller
-    ones (what fools within 1/255 fools within 2/255): the worst is the same in less time, other rows are cumulative.
+    ones: the worst in less time, other rows are cumulative. batch_size: images attacked at once.
     """
 
     images: Tensor
@@ -75,6 +76,7 @@ class Siege:
     seed: int = 0
     spender: Target | None = None
     cascade: bool = False
+    batch_size: int = 250
     out: Path | None = None
     fingerprint: Mapping[str, Any] | None = None
 
@@ -86,25 +88,25 @@ class Siege:
         rows = []
         for target in targets:
             clean = self._verdict(target, None, None, self._everyone(), on_progress)
-            standing = self._everyone()  # whom no attack on errors has fooled yet: of a cascade
+            worst: dict[str, Array] = {}  # by norm; what fools within a radius fools within larger ones
             for ball in sorted(balls, key=lambda ball: ball.eps):
-                worst = clean.right
+                standing = worst.get(ball.norm, clean.right)
                 tried = []
                 for name in attacks:
-                    attack = ATTACKS[name]
+                    on_errors = not ATTACKS[name].on_compute
                     if not self._can(target, name):
                         continue
-                    among = standing if self.cascade and not attack.on_compute else self._everyone()
+                    among = standing > 0 if self.cascade and on_errors else self._everyone()
                     found = self._verdict(target, name, ball, among, on_progress)
-                    if self.cascade and not attack.on_compute:
+                    if self.cascade and on_errors:
                         found = _elsewhere(found, clean, among)
-                        standing = standing & (found.right > 0)
                     rows.append(_row(name, ball, target, clean, found))
-                    if not attack.on_compute:
-                        worst = np.minimum(worst, found.right)
+                    if on_errors:
+                        standing = np.minimum(standing, found.right)
                         tried.append(name)
+                worst[ball.norm] = standing
                 if len(tried) > 1:
-                    rows.append(_row(WORST, ball, target, clean, Verdict(worst, clean.macs_fraction), tried))
+                    rows.append(_row(WORST, ball, target, clean, Verdict(standing, clean.macs_fraction), tried))
         return rows
 
     def _can(self, target: Target, attack: str) -> bool:
@@ -135,20 +137,18 @@ class Siege:
                     continue
                 what = f"{attack}, {aim.name}"
                 if aim.name not in patches:
+                    steady = steadied(aim, PATCH_DRAWS) if aim.is_random else aim
                     report = partial(on_progress, what)
+                    keeps = attack == "patch-kept"
                     with seeded(self.seed, what):
-                        patches[aim.name] = best_patch(
-                            aim, learned_on, share, steps, attack == "patch-kept", self.seed, report
-                        )
+                        patches[aim.name] = best_patch(steady, learned_on, share, steps, keeps, self.seed, report)
                 with seeded(self.seed, f"{attack} on {target.name}"):
                     rows.append(self._under(target, patches[aim.name], attack))
         return rows
 
     def _under(self, target: Target, patch: Patch, attack: str) -> dict[str, Any]:
-        parts = [
-            (judge(target, images, labels), judge(target, patch.on(images), labels))
-            for images, labels in zip(self.images.split(BATCH), self.labels.split(BATCH), strict=True)
-        ]
+        batches = zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+        parts = [(judge(target, x, labels), judge(target, patch.on(x), labels)) for x, labels in batches]
         clean, found = (Verdict.joined(side) for side in zip(*parts, strict=True))
         area = patch.area / (self.images.shape[2] * self.images.shape[3])
         return {**_row(attack, None, target, clean, found), "patch_area": area}
@@ -162,28 +162,30 @@ class Siege:
         """Of the images `among` (n,), attacked or, without attack and ball, as they are; 0 of all others."""
         path = None
         if self.out is not None:
-            radius = "" if ball is None else f"-{ball.norm}-{ball.eps:.5f}"
+            radius = "" if ball is None else f"-{ball.norm}-{ball.eps!r}"
             path = self.out / f"{target.name}-{attack or 'clean'}{radius}.npz"
             if path.exists():
                 with np.load(path) as kept:
-                    return Verdict(kept["right"], kept["macs_fraction"])
-        what = f"{attack or 'clean'}, {target.name}" + ("" if ball is None else f", eps {ball.eps * 255:.3g}/255")
+                    if np.array_equal(kept["among"], among):  # in a cascade those before may have been others
+                        return Verdict(kept["right"], kept["macs_fraction"])
+        what = f"{attack or 'clean'}, {target.name}" + ("" if ball is None else f", eps {ball}")
         right, macs = np.zeros(len(among)), np.zeros(len(among))
         places = np.flatnonzero(among)
         with seeded(self.seed, what):  # the same whatever was done before
-            for start in range(0, len(places), BATCH):
-                some = places[start : start + BATCH]
+            aim = steadied(target, DRAWS) if target.is_random else target
+            for start in range(0, len(places), self.batch_size):
+                some = places[start : start + self.batch_size]
                 which = torch.from_numpy(some)
                 images, labels = self.images[which], self.labels[which]
                 if attack is not None and ball is not None:
                     given = Given(self.static, self.spender, ball, self.climb, self.num_classes, self.seed + start)
-                    images = ATTACKS[attack].run(target, images, labels, given)
+                    images = ATTACKS[attack].run(aim, images, labels, given)
                 found = judge(target, images, labels)
                 right[some], macs[some] = found.right, found.macs_fraction
                 on_progress(what, start + len(some))
         if path is not None:
             unfinished = path.with_name(f"partial-{path.name}")
-            np.savez_compressed(unfinished, right=right, macs_fraction=macs)
+            np.savez_compressed(unfinished, right=right, macs_fraction=macs, among=among)
             unfinished.replace(path)
         return Verdict(right, macs)
 
@@ -192,7 +194,17 @@ class Siege:
         if self.out is None:
             return
         asked = json.loads(
-            json.dumps({**(self.fingerprint or {}), "seed": self.seed, "cascade": self.cascade, **vars(self.climb)})
+            json.dumps(
+                {
+                    **(self.fingerprint or {}),
+                    "labels": zlib.crc32(self.labels.cpu().numpy().tobytes()),
+                    "seed": self.seed,
+                    "cascade": self.cascade,
+                    "batch_size": self.batch_size,
+                    "version": VERSION,
+                    **vars(self.climb),
+                }
+            )
         )
         path = self.out / "asked.json"
         if path.exists():
@@ -202,7 +214,9 @@ class Siege:
                 raise ValueError(f"{self.out} holds attacks with another {', '.join(other)}: choose another directory")
         else:
             self.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(asked, indent=1) + "\n")
+            unfinished = path.with_name("partial-asked.json")
+            unfinished.write_text(json.dumps(asked, indent=1) + "\n")
+            unfinished.replace(path)
 
 
 def _elsewhere(found: Verdict, clean: Verdict, among: Array) -> Verdict:
@@ -223,7 +237,7 @@ def _row(
         "robust_interval": interval(found.right),
         "macs_fraction_clean": float(clean.macs_fraction.mean()),
         "macs_fraction_attacked": None if attack == WORST else float(found.macs_fraction.mean()),
-        "macs_fraction_max": float(found.macs_fraction.max()),
+        "macs_fraction_max": None if attack == WORST else float(found.macs_fraction.max()),
         "num_images": len(found.right),
         **({"over": list(over)} if over else {}),
     }
@@ -235,6 +249,14 @@ def interval(values: Array, seed: int = 0) -> list[float]:
     counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
     low, high = np.quantile(counts @ values / len(values), (0.025, 0.975))
     return [float(low), float(high)]
+
+
+def weights_hash(model: nn.Module) -> int:
+    """Of all weights and buffers: another model under the same name is another one."""
+    found = 0
+    for name, tensor in model.state_dict().items():
+        found = zlib.crc32(tensor.detach().float().cpu().numpy().tobytes(), zlib.crc32(name.encode(), found))
+    return found
 
 
 @contextmanager

@@ -34,6 +34,9 @@ class Ball:
         if not 0 < self.eps < float("inf"):
             raise ValueError(f"eps={self.eps!r} must be positive, in pixels from 0 to 1: 4/255, say")
 
+    def __str__(self) -> str:
+        return shown_radius(self.eps, self.norm)
+
     def project(self, images: Tensor, centre: Tensor) -> Tensor:
         """The nearest images within it (L2: nearly, for pixels are cut to 0 and 1 last). (B, 3, H, W) each."""
         change = images - centre
@@ -59,6 +62,10 @@ class Ball:
         return images + size * gradient / _length(gradient).clamp(min=1e-12)
 
 
+def shown_radius(eps: float, norm: str) -> str:
+    return f"{eps * 255:.3g}/255" if norm == "linf" else f"{eps:.3g} (L2)"
+
+
 def _length(images: Tensor) -> Tensor:
     """L2 norms (B, 1, 1, 1)."""
     return images.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -68,18 +75,16 @@ def _length(images: Tensor) -> Tensor:
 class Climb:
     """How to climb.
 
-    step: a fraction of eps; None: 2.5 / steps, so that the border is in reach. draws: gradients are means over so many
-    (expectation over transformation, Athalye et al. 2018), for targets that draw.
+    step: a fraction of eps; None: 2.5 / steps, so that the border is in reach.
     """
 
     steps: int = 50
     restarts: int = 1
     step: float | None = None
     random_start: bool = True
-    draws: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "restarts", "draws"):
+        for name in ("steps", "restarts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
@@ -95,7 +100,7 @@ def climb(height: Height, images: Tensor, ball: Ball, how: Climb, seed: int = 0)
     generator = torch.Generator().manual_seed(seed)
     everyone = torch.arange(len(images), device=images.device)
     best = images.clone()
-    best_height, done = (part.clone() for part in _mean_height(height, images, everyone, how.draws, False)[:2])
+    best_height, done, _ = _height(height, images, everyone, False)
     step = ball.eps * (2.5 / how.steps if how.step is None else how.step)
     for _ in range(how.restarts):
         left = everyone[~done]
@@ -104,7 +109,7 @@ def climb(height: Height, images: Tensor, ball: Ball, how: Climb, seed: int = 0)
         centre = images[left]
         x = ball.start(centre, generator) if how.random_start else centre.clone()
         for taken in range(how.steps + 1):  # the last one only looks
-            value, high, gradient = _mean_height(height, x, left, how.draws, taken < how.steps)
+            value, high, gradient = _height(height, x, left, taken < how.steps)
             better = (value > best_height[left]) | high
             best[left[better]], best_height[left[better]] = x[better], value[better]
             done[left[high]] = True
@@ -118,38 +123,36 @@ def climb(height: Height, images: Tensor, ball: Ball, how: Climb, seed: int = 0)
     return best
 
 
-def _mean_height(
-    height: Height, pixels: Tensor, which: Tensor, draws: int, wants_gradient: bool
+def _height(
+    height: Height, pixels: Tensor, which: Tensor, wants_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Heights (B,), who is high enough in every draw (B,), and the gradient, each a mean over draws."""
+    """Heights (B,), who is high enough (B,), and the gradient."""
     x = pixels.detach().requires_grad_(wants_gradient)
-    total, all_high = torch.zeros(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device)
-    gradient = torch.zeros_like(pixels) if wants_gradient else None
-    for _ in range(draws):
-        with torch.set_grad_enabled(wants_gradient):
-            value, high = height(x, which)
-        if gradient is not None:
-            gradient = gradient + torch.autograd.grad(value.sum(), x)[0]
-        total, all_high = total + value.detach(), all_high & high
-    return total / draws, all_high, gradient
+    with torch.set_grad_enabled(wants_gradient):
+        value, high = height(x, which)
+    gradient = torch.autograd.grad(value.sum(), x)[0] if wants_gradient else None
+    return value.detach().clone(), high.clone(), gradient
 
 
-def cross_entropy(classifier: Classifier, labels: Tensor) -> Height:
-    """Climbs the loss of the right labels (B,); high enough is misclassified."""
+def cross_entropy(classifier: Classifier, labels: Tensor, stops: bool = True) -> Height:
+    """Climbs the loss of the right labels (B,); misclassified is high enough, unless there is always more to gain, as
+    where answers are drawn: then not `stops`.
+    """
 
     def height(pixels: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         logits = classifier(pixels).logits.float()
-        return F.cross_entropy(logits, labels[which], reduction="none"), logits.argmax(dim=1) != labels[which]
+        wrong = (logits.argmax(dim=1) != labels[which]) & stops
+        return F.cross_entropy(logits, labels[which], reduction="none"), wrong
 
     return height
 
 
-def margin(classifier: Classifier, labels: Tensor) -> Height:
+def margin(classifier: Classifier, labels: Tensor, stops: bool = True) -> Height:
     """Climbs by how much the best wrong logit leads (Carlini and Wagner 2017): no softmax to saturate."""
 
     def height(pixels: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         lead = wrong_lead(classifier(pixels).logits, labels[which])
-        return lead, lead > 0
+        return lead, (lead > 0) & stops
 
     return height
 

@@ -7,17 +7,17 @@ its own gradient with the same losses and steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from miaformer.attacks.autoattack import RANDOMISED, STANDARD, auto_attack
+from miaformer.attacks.autoattack import STANDARD, Part, auto_attack
 from miaformer.attacks.compute import raise_macs
-from miaformer.attacks.gradient import FGSM, Ball, Climb, climb, cross_entropy, margin
+from miaformer.attacks.gradient import FGSM, Ball, Climb, climb, cross_entropy, margin, wrong_lead
 from miaformer.attacks.target import Target
 
-DRAWS = 10  # gradients of a target that draws are means over so many, where the attack knows
+DRAWS = 10  # a target that draws is attacked by the mean over so many (`steadied`)
 
 
 @dataclass(frozen=True)
@@ -50,43 +50,47 @@ class Attack:
 
 
 def _fgsm(target: Target, images: Tensor, labels: Tensor, given: Given) -> Tensor:
-    return climb(cross_entropy(target.views["fixed"], labels), images, given.ball, FGSM, given.seed)
+    loss = cross_entropy(target.views["fixed"], labels, not target.is_random)
+    return climb(loss, images, given.ball, FGSM, given.seed)
 
 
 def _pgd(target: Target, images: Tensor, labels: Tensor, given: Given) -> Tensor:
-    return climb(cross_entropy(target.views["fixed"], labels), images, given.ball, given.climb, given.seed)
+    loss = cross_entropy(target.views["fixed"], labels, not target.is_random)
+    return climb(loss, images, given.ball, given.climb, given.seed)
 
 
 def _adaptive(target: Target, images: Tensor, labels: Tensor, given: Given) -> Tensor:
-    """Both losses, one after the other; through the decisions where there are any."""
-    view = target.views[target.sharpest]
-    how = replace(given.climb, draws=DRAWS) if target.is_random else given.climb
-    found = climb(cross_entropy(view, labels), images, given.ball, how, given.seed + 1)
-    left = _still_right(target, found, labels)
-    if bool(left.any()):
-        found[left] = climb(margin(view, labels[left]), images[left], given.ball, how, given.seed + 2)
+    """Through the decisions where there are any: both losses, then the margin with decisions as given. Each for the
+    images that withstood those before; of a target that draws each for all.
+    """
+    found, lead = images.clone(), torch.full((len(images),), float("-inf"), device=images.device)
+    tries = [(cross_entropy, target.sharpest), (margin, target.sharpest)]
+    if target.sharpest != "fixed":
+        tries.append((margin, "fixed"))
+    for place, (loss, view) in enumerate(tries):
+        left = (lead <= 0) | target.is_random
+        if not bool(left.any()):
+            break
+        height = loss(target.views[view], labels[left], not target.is_random)
+        tried = climb(height, images[left], given.ball, given.climb, given.seed + place + 1)
+        with torch.no_grad():
+            own = wrong_lead(target.deployed(tried).logits, labels[left])
+        better = own > lead[left]
+        which = left.nonzero().squeeze(1)[better]
+        found[which], lead[which] = tried[better], own[better].to(lead)
     return found
 
 
 def _transfer(target: Target, images: Tensor, labels: Tensor, given: Given) -> Tensor:
     """Made on the backbone without stopping at its first mistake: it is another model that is to be fooled."""
-    loss = cross_entropy(given.static.views["fixed"], labels)
-
-    def never_high(pixels: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        value, high = loss(pixels, which)
-        return value, torch.zeros_like(high)
-
-    return climb(never_high, images, given.ball, given.climb, given.seed)
+    loss = cross_entropy(given.static.views["fixed"], labels, stops=False)
+    return climb(loss, images, given.ball, given.climb, given.seed)
 
 
-def _auto(parts: tuple[str, ...] | None = None) -> Run:
+def _auto(parts: tuple[Part, ...] = STANDARD) -> Run:
     def run(target: Target, images: Tensor, labels: Tensor, given: Given) -> Tensor:
         view = target.views[target.sharpest]
-        chosen = parts or (RANDOMISED if target.is_random else STANDARD)
-        return auto_attack(
-            lambda x: view(x).logits, images, labels, given.ball, given.num_classes, chosen,  # type: ignore[arg-type]
-            target.is_random, given.seed,
-        )  # fmt: skip
+        return auto_attack(lambda x: view(x).logits, images, labels, given.ball, given.num_classes, parts, given.seed)
 
     return run
 
@@ -103,16 +107,11 @@ def _macs(keep_prediction: bool) -> Run:
 ATTACKS: Mapping[str, Attack] = {
     "fgsm": Attack("one step along the sign of the gradient", _fgsm),
     "pgd": Attack("projected gradient steps, decisions taken as given", _pgd),
-    "adaptive": Attack("the same through the decisions, on cross-entropy and on the margin", _adaptive),
+    "adaptive": Attack("the same through the decisions, and by the margin, seen both ways", _adaptive),
     "transfer": Attack("made on the static backbone", _transfer, of_static=False),
     "apgd-ce": Attack("AutoAttack's first part alone", _auto(("apgd-ce",))),
     "square": Attack("AutoAttack's last part alone, which needs no gradient", _auto(("square",))),
-    "autoattack": Attack("standard AutoAttack; of targets that draw its version `rand`", _auto()),
+    "autoattack": Attack("standard AutoAttack", _auto()),
     "macs": Attack("gradient steps that raise what an image costs", _macs(False), on_compute=True, of_static=False),
     "macs-kept": Attack("the same, the prediction kept", _macs(True), on_compute=True, of_static=False),
 }
-
-
-def _still_right(target: Target, images: Tensor, labels: Tensor) -> Tensor:
-    with torch.no_grad():
-        return target.deployed(images).logits.argmax(dim=1) == labels

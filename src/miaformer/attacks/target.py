@@ -50,21 +50,41 @@ class Target:
         return "through" if "through" in self.views else "fixed"
 
 
+def steadied(target: Target, draws: int) -> Target:
+    """One that answers by the mean over so many draws: what attacks climb where a target draws its decisions
+    (expectation over transformation, Athalye et al. 2018).
+    """
+
+    def mean(classify: Classifier) -> Classifier:
+        def answer(images: Tensor) -> Answer:
+            logits, macs = zip(*(classify(images) for _ in range(draws)), strict=True)
+            return Answer(torch.stack(logits).mean(dim=0), torch.stack(macs).mean(dim=0))
+
+        return answer
+
+    views = {name: mean(view) for name, view in target.views.items()}
+    return replace(target, deployed=mean(target.deployed), views=views)
+
+
 @dataclass(frozen=True)
 class Pixels:
     """Between pixels, from 0 to 1, and what a model reads."""
 
-    mean: Tensor  # (3, 1, 1)
+    mean: Tensor  # (3, 1, 1), float32 or finer: in half precision steps of an attack would round away
     std: Tensor
+    dtype: torch.dtype  # of what the model reads
 
     @staticmethod
     def of(model: MIAFormer) -> Pixels:
         config, parameter = model.data_config(), next(model.parameters())
-        mean, std = (torch.tensor(config[name]).view(-1, 1, 1).to(parameter) for name in ("mean", "std"))
-        return Pixels(mean, std)
+        fine = torch.promote_types(parameter.dtype, torch.float32)
+        mean, std = (
+            torch.tensor(config[name], dtype=fine, device=parameter.device).view(-1, 1, 1) for name in ("mean", "std")
+        )
+        return Pixels(mean, std, parameter.dtype)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.mean) / self.std
+        return ((pixels - self.mean) / self.std).to(self.dtype)
 
     def restored(self, images: Tensor) -> Tensor:
         """Pixels of normalised images, exactly within 0 and 1."""

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model, radius
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from miaformer.attacks import Siege, Target
+    from miaformer.attacks import Pixels, Siege, Target
     from miaformer.data import Batches
     from miaformer.model import MIAFormer
 
@@ -78,7 +77,7 @@ def add_parser(subparsers: Any) -> None:
                         help="of those above (default: backbone adaptive)")  # fmt: skip
     parser.add_argument("--budget", type=float, metavar="B", help="of the targets but backbone (default: 0.5)")
     parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one image may take, a fraction: hard")
-    parser.add_argument("--images", type=int, default=1000, metavar="N", help="the first N of test (default: 1000)")
+    parser.add_argument("--images", type=int, default=1000, metavar="N", help="evenly spaced ones (default: 1000)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="of gradient attacks (default: 50)")
     parser.add_argument("--restarts", type=int, default=1, metavar="N", help="of gradient attacks (default: 1)")
     parser.add_argument("--cascade", action="store_true",
@@ -98,9 +97,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from miaformer.attacks import Ball, Climb, Pixels, Siege, frozen
+    from miaformer.attacks import Ball, Climb, Pixels, Siege, frozen, weights_hash
     from miaformer.cli.output import LiveProgress, console, write_json
-    from miaformer.data import open_data
+    from miaformer.data import open_data, spread
     from miaformer.evaluation.environment import describe_environment
 
     attacks = _known_attacks(args.attacks)
@@ -112,19 +111,21 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--images {args.images} must be at least 1")
     device = open_device(args.device, args.threads)
     torch.manual_seed(args.seed)
-    data = open_data(args.data, "test")
+    data = spread(open_data(args.data, "test"), args.images)
     model = open_model(args.model, device, args.dtype, num_classes=len(data.classes))
-    batches = open_batches(model, data, args.batch_size)
     out = console()
     with frozen(model), LiveProgress({}) as on_progress:
         targets = _targets(model, args, on_progress)
         static = next((t for t in targets if t.name == "backbone"), None) or _backbone(model)
-        images, labels = _pixels(batches, Pixels.of(model), args.images, device)
+        images, labels = _pixels(open_batches(model, data, args.batch_size), Pixels.of(model))
         siege = Siege(
             images, labels, static, model.num_classes, how, args.seed,
-            _learned(model, args, "adaptive") if model.calibration else None, args.cascade,
+            _learned(model, args, "adaptive") if model.calibration else None, args.cascade, args.batch_size,
             Path(args.out) if args.out else None,
-            {"model": args.model, "data": data.name, "images": len(labels), "budget": args.budget, "cap": args.cap},
+            {
+                "weights": weights_hash(model), "dtype": args.dtype, "data": data.name, "budget": args.budget,
+                "cap": args.cap,
+            },
         )  # fmt: skip
         rows = siege.run(targets, [name for name in attacks if not name.startswith("patch")], balls, on_progress)
         rows += _patch_rows(siege, model, targets, [n for n in attacks if n.startswith("patch")], args, on_progress)
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         "masking": signs,
         "environment": describe_environment(device, args.seed),
     }
-    out.print(f"{args.model} on the first {len(labels):,} images of {data.name}", markup=False, soft_wrap=True)
+    out.print(f"{args.model} on {len(labels):,} images of {data.name}", markup=False, soft_wrap=True)
     out.print(_table(rows))
     for sign in signs:
         if not sign["passed"]:
@@ -225,47 +226,45 @@ def _learned(model: MIAFormer, args: argparse.Namespace, name: str) -> Target:
     return adaptive_target(model, policy, name, args.cap)
 
 
-def _pixels(batches: Batches, pixels: Any, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first images, from 0 to 1, and their labels."""
+def _pixels(batches: Batches, pixels: Pixels) -> tuple[Tensor, Tensor]:
+    """All images, from 0 to 1, and their labels, where the model is."""
     import torch
 
-    images, labels, found = [], [], 0
-    for batch in batches.epoch(0):
-        images.append(pixels.restored(batch.images.to(pixels.mean)))
-        labels.append(batch.labels.to(device))
-        found += len(batch)
-        if found >= most:
-            break
-    return torch.cat(images)[:most], torch.cat(labels)[:most]
+    parts = [(pixels.restored(batch.images.to(pixels.mean)), batch.labels) for batch in batches.epoch(0)]
+    images, labels = (torch.cat(list(side)) for side in zip(*parts, strict=True))
+    return images, labels.to(images.device)
 
 
 def _patch_rows(
     siege: Siege, model: MIAFormer, targets: list[Target], attacks: list[str], args: argparse.Namespace, progress: Any
 ) -> list[dict[str, Any]]:
     from miaformer.attacks import Pixels
-    from miaformer.data import open_data
+    from miaformer.data import open_data, spread
 
     if not attacks:
         return []
-    held_out = open_batches(model, open_data(args.data, "calibration"), args.batch_size)
-    learned_on, _ = _pixels(held_out, Pixels.of(model), PATCH_IMAGES, siege.labels.device)
+    held_out = spread(open_data(args.data, "calibration"), PATCH_IMAGES)
+    learned_on, _ = _pixels(open_batches(model, held_out, args.batch_size), Pixels.of(model))
     return siege.run_patches(targets, attacks, learned_on, args.patch_area, args.patch_steps, progress)
 
 
 def _masking(siege: Siege, targets: list[Target], balls: Any, on_progress: Any) -> list[dict[str, Any]]:
-    """Signs at the largest radius, on the first images: do they keep the class that they have?"""
+    """Signs at the largest radius, on some images: do they keep the class that they have?"""
     import torch
 
-    from miaformer.attacks import seeded, signs_of_masking
+    from miaformer.attacks import seeded, signs_of_masking, steadied
+    from miaformer.attacks.methods import DRAWS
 
     found = []
     largest = max(balls, key=lambda ball: ball.eps)
-    images = siege.images[:MASKING_IMAGES]
+    every = max(len(siege.labels) // MASKING_IMAGES, 1)
+    images = siege.images[::every][:MASKING_IMAGES]
     for place, target in enumerate(targets):
+        aim = steadied(target, DRAWS) if target.is_random else target
         with seeded(siege.seed, f"masking, {target.name}"):
             with torch.no_grad():
-                labels = target.deployed(images).logits.argmax(dim=1)
-            signs = signs_of_masking(target, images, labels, largest, siege.climb, siege.num_classes, siege.seed)
+                labels = aim.deployed(images).logits.argmax(dim=1)
+            signs = signs_of_masking(aim, images, labels, largest, siege.climb, siege.num_classes, siege.seed)
         found += [{"target": target.name, **vars(sign)} for sign in signs]
         on_progress("gradient masking", place + 1)
     return found
@@ -274,6 +273,8 @@ def _masking(siege: Siege, targets: list[Target], balls: Any, on_progress: Any) 
 def _table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
+    from miaformer.attacks.gradient import shown_radius
+
     shown = Table(caption="Accuracy with its interval of 95 % over images. MACs: of the backbone's, mean over images.")
     shown.add_column("target", no_wrap=True)
     shown.add_column("attack", no_wrap=True)
@@ -281,7 +282,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
         shown.add_column(name, justify="right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         low, high = (f"{100 * end:.1f}" for end in row["robust_interval"])
-        eps = "patch" if row["eps"] is None else f"{row['eps'] * 255:.3g}/255"
+        eps = "patch" if row["eps"] is None else shown_radius(row["eps"], row["norm"])
         spent = row["macs_fraction_attacked"]
         is_adaptive = row["target"] != "backbone"
         shown.add_row(

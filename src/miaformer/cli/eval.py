@@ -84,7 +84,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--severities", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="S",
                         help="of corruptions (default: 1 2 3 4 5)")  # fmt: skip
     parser.add_argument("--corrupted-images", type=int, default=1000, metavar="N",
-                        help="corrupt the first N images (default: 1000)")  # fmt: skip
+                        help="corrupt N images, evenly spaced (default: 1000)")  # fmt: skip
     add_budget_ms(parser, several=True)
     parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one image may take, a fraction: hard")
     parser.add_argument(
@@ -215,6 +215,7 @@ def _evaluate_in_ms(
 def _under_corruptions(
     model: MIAFormer, images: Any, held_out: Batches | None, policies: Any, args: argparse.Namespace, on_progress: Any
 ) -> list[dict[str, Any]]:
+    from miaformer.data import spread
     from miaformer.evaluation import contenders
     from miaformer.evaluation.corruptions import CORRUPTIONS, evaluate_corruptions
 
@@ -224,12 +225,11 @@ def _under_corruptions(
     found, _ = contenders(model, args.budgets, policies, args.cap, calibration, args.seed)
     return evaluate_corruptions(
         model,
-        images,
+        spread(images, args.corrupted_images),
         found,
         args.corruptions or CORRUPTIONS,
         args.severities,
         args.cap,
-        args.corrupted_images,
         args.batch_size,
         args.seed,
         on_progress,

@@ -7,7 +7,7 @@ puts both together, the same for any number of processes and workers and from an
 from miaformer.data.digits import Digits
 from miaformer.data.loader import Batch, Batches
 from miaformer.data.on_device import DeviceBatches
-from miaformer.data.source import ImageData, Split
+from miaformer.data.source import ImageData, Split, spread
 from miaformer.data.specs import open_data
 from miaformer.data.transforms import Augmentation, Transform, build_transform
 
@@ -22,4 +22,5 @@ __all__ = [
     "Transform",
     "build_transform",
     "open_data",
+    "spread",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Literal, get_args
 
+import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
@@ -36,6 +37,14 @@ class ImageData(Dataset[tuple[Image.Image, int]], ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+def spread(images: ImageData, count: int) -> ImageData:
+    """At most `count` of them, evenly spaced: of data sorted by class, as many of each."""
+    if count >= len(images):
+        return images
+    indices = (np.arange(count) * len(images)) // count
+    return Subset(images, indices, f"{images.name}, {count} evenly spaced")
 
 
 class Subset(ImageData):

@@ -31,17 +31,15 @@ _SEEDED = ("impulse_noise", "glass_blur")  # take a seed; the others draw from n
 
 
 class Corrupted(ImageData):
-    """The images of `whole`, corrupted. The first `limit` of them, all by default."""
+    """The images of `whole`, corrupted."""
 
-    def __init__(
-        self, whole: ImageData, corruption: str, severity: int, seed: int = 0, limit: int | None = None
-    ) -> None:
+    def __init__(self, whole: ImageData, corruption: str, severity: int, seed: int = 0) -> None:
         if corruption not in CORRUPTIONS:
             raise ValueError(f"unknown corruption {corruption!r}: use some of {', '.join(CORRUPTIONS)}")
         if severity not in SEVERITIES:
             raise ValueError(f"severity {severity!r}: use 1 to 5")
         self.whole, self.corruption, self.severity, self.seed = whole, corruption, severity, seed
-        self.classes, self.labels = whole.classes, whole.labels[:limit]
+        self.classes, self.labels = whole.classes, whole.labels
         self.name = f"{whole.name}, {corruption} {severity}"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -75,19 +73,18 @@ def evaluate_corruptions(
     corruptions: Sequence[str] = CORRUPTIONS,
     severities: Sequence[int] = SEVERITIES,
     cap: float | None = None,
-    limit: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
     on_progress: Callable[[str, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each corruption, severity and policy, the dense model among them.
 
-    data: the images as they are; limit: the first so many of them. Rows have `corruption`, `severity`, `policy`,
+    data: the images as they are. Rows have `corruption`, `severity`, `policy`,
     `budget`, `accuracy`, `macs_fraction` and `macs_fraction_max`.
 
     Raises ValueError for unknown corruptions and severities, and for pictures of less than 32 pixels a side.
     """
-    images = [Corrupted(data, name, severity, seed, limit) for name in corruptions for severity in severities]
+    images = [Corrupted(data, name, severity, seed) for name in corruptions for severity in severities]
     rows: list[dict[str, Any]] = []
     for place, corrupted in enumerate(images):
         batches = Batches(

@@ -283,7 +283,8 @@ def _logits(controllers: nn.ModuleList, state: State, log_price: Tensor) -> _Log
     x = state.x.detach()
     context = controller.context(x, (state.active > 0).detach().to(x.device), state.num_prefix_tokens, log_price)
     difficulty = controller.predicted_difficulty(context)
-    shift = controller.shift(difficulty, log_price)
+    # The prediction learns from what is hard, not from what pays; what pays sets its gain.
+    shift = controller.shift(difficulty.detach(), log_price)
     depth, heads = controller.depth_and_heads(context, shift)
     tokens = None
     if controller.rank:

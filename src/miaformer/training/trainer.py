@@ -202,9 +202,14 @@ class Trainer:
             given = replace(given, clean=images)
             objective = self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=True)
             start = torch.rand((self.recipe.batch_size, *images.shape[1:]), generator=self._generator(step, 2))
-            images = self.adversary.moved(
-                images, lambda moved: objective(moved, labels, given).loss, start[self.part].to(device)
-            )
+            devices = [] if device.type == "cpu" else [device]
+
+            def loss(moved: Tensor) -> Tensor:
+                """Of the sub-network that is trained then: what draws from global generators draws the same again."""
+                with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+                    return objective(moved, labels, given).loss
+
+            images = self.adversary.moved(images, loss, start[self.part].to(device))
         outcome: Outcome = wrapped(images, labels, given)
         self.accelerator.backward(outcome.loss)
         if self.recipe.clip_grad is not None:
