@@ -96,7 +96,7 @@ def monitor(report: Report, name: str) -> str:
 
 def comparison(report: Report, name: str) -> str:
     """Every row of `miaformer compare`, budget by budget."""
-    gaps = {(gap["over"], gap["budget"]): gap for gap in report["differences"]}
+    gaps = {(gap["over"], gap["budget"], gap["macs_fraction"][1]): gap for gap in report["differences"]}
 
     def percent(value: float, interval: list[float], sign: str = "") -> str:
         low, high = (f"{100 * end:{sign}.2f}" for end in interval)
@@ -104,7 +104,7 @@ def comparison(report: Report, name: str) -> str:
 
     rows = []
     for row in sorted(report["rows"], key=lambda r: (-(r["budget"] or 2.0), r["name"] != "learned", -r["accuracy"])):
-        gap = gaps.get((row["name"], row["budget"]))
+        gap = gaps.get((row["name"], row["budget"], row["macs_fraction"]))
         rows.append(
             (
                 f"**{row['name']}**" if row["name"] == "learned" else row["name"],

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_attacks import short  # noqa: F401 - a fixture
 from test_cli import calibrated, data, run, uncalibrated  # noqa: F401 - fixtures
 
 from miaformer.cli.arguments import radius
@@ -48,6 +49,7 @@ def test_a_report_of_every_target_and_kind_of_attack(
     assert "holds attacks with another seed" in err
 
 
+@pytest.mark.usefixtures("short")
 def test_signs_of_masking_are_reported(
     capsys: pytest.CaptureFixture[str],
     calibrated: Path,  # noqa: F811

@@ -14,6 +14,7 @@ import torch
 from tiny_training import tiny_model
 
 from miaformer.cli import main
+from miaformer.cli.compare import _table
 from miaformer.comparison import ABLATIONS, METHODS, RIVALS, Comparison
 from miaformer.comparison.harness import Run, _margin, runs
 from miaformer.comparison.method import Question, adaptation_epochs
@@ -369,3 +370,15 @@ def test_an_interrupted_measurement_is_made_again(comparison: Comparison) -> Non
     comparison.measure(run, torch.device("cpu"))
     assert comparison.is_measured(run)
     assert not list(report.parent.glob("*.partial"))
+
+
+def test_static_models_of_one_name_keep_their_own_differences() -> None:
+    """Two sizes of `shallow` know no budget: what tells them apart are their MACs."""
+    correct = np.arange(1000) < 800
+    ours = [point("learned", correct, spent, spent) for spent in (0.2, 0.5)]
+    small, large = (point("shallow", np.arange(1000) < right, spent, None) for right, spent in ((600, 0.3), (790, 0.6)))
+    table = summarise([*ours, small, large], hard(np.arange(1000.0)))
+    shown = _table(table)
+    cells = dict(zip(shown.columns[2]._cells, shown.columns[6]._cells, strict=True))
+    assert cells["0.300"].startswith("+20.00")
+    assert cells["0.600"].startswith("+1.00")

@@ -263,10 +263,11 @@ def _table(table: Table) -> Any:
     shown.add_column("method", no_wrap=True)
     for name in ("budget", "MACs", "time", "accuracy, %", "hardest, %", "ours less"):
         shown.add_column(name, justify="right", no_wrap=True)
-    differences = {(d["over"], d["budget"]): d for d in table.differences}
+    # Static models know no budget: several of one name differ in their MACs.
+    differences = {(d["over"], d["budget"], d["macs_fraction"][1]): d for d in table.differences}
     rows = sorted(table.rows, key=lambda row: (-(row["budget"] or 2.0), row["name"] != "learned", -row["accuracy"]))
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        gap = differences.get((row["name"], row["budget"]))
+        gap = differences.get((row["name"], row["budget"], row["macs_fraction"]))
         margin = "" if gap is None else _points(gap["difference"], gap["interval"], "+")
         shown.add_row(
             row["name"],
