@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, cast
 
 import numpy as np
+import torch
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -46,9 +47,8 @@ class Output:
 
 
 class MIAFormer(
-    nn.Module,
-    SavedModel,
     PricedModel,
+    SavedModel,
     library_name="miaformer",
     tags=["image-classification", "dynamic-inference", "vision-transformer"],
     license="apache-2.0",
@@ -69,7 +69,6 @@ class MIAFormer(
         self.order_channels: Tensor
         for name, order in orders.items():
             self.register_buffer(f"order_{name}", order)
-        self._starts_unpriced()
 
     # What it is ------------------------------------------------------------------------------------------------
 
@@ -278,6 +277,14 @@ class MIAFormer(
                     return Full()
             price = self.price_of(per_image("budget", budget, batch))
         return self.learned(price, batch)
+
+    def learned(self, price: Budget, batch: int = 1) -> Learned:
+        """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each."""
+        prices = torch.atleast_1d(per_image("price", price, batch)).float()
+        if not bool((prices >= 0).all()):
+            raise ValueError(f"price={price!r} must be at least 0: a number, or one for each of {batch} images")
+        multiple = self.adapt_config.rows_multiple(self.cost().num_patches)
+        return Learned(self.controllers, self.log_price(prices), multiple)
 
     def prepack(self) -> Self:
         """Keep copies of the blocks' weights in the layout that this processor's fastest products read.

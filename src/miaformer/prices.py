@@ -6,40 +6,24 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from miaformer.budget import Calibration, check_fraction
-from miaformer.config import AdaptConfig
 from miaformer.controller import LEAST_LOG_PRICE, LOG_PRICE_RANGE
-from miaformer.cost import Cost
-from miaformer.folded import Controllers
-from miaformer.policy import Learned
 
 Budget = float | Sequence[float] | Tensor  # one for all images, or one for each
 
 
-class PricedModel:
-    """The part of `MIAFormer` that knows prices."""
+class PricedModel(nn.Module):
+    """A module that is asked for budgets: the part of `MIAFormer` that knows prices."""
 
-    adapt_config: AdaptConfig
-    controllers: Controllers
     calibration: Calibration | None
     price_scale: Tensor  # (2,): controllers see price_scale[0] * log(price) + price_scale[1]
 
-    def cost(self, image_size: tuple[int, int] | None = None) -> Cost:
-        raise NotImplementedError
-
-    def _starts_unpriced(self) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.calibration = None
-        self.register_buffer("price_scale", torch.tensor([1.0, 0.0]))  # type: ignore[attr-defined]
-
-    def learned(self, price: Budget, batch: int = 1) -> Learned:
-        """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each."""
-        prices = torch.atleast_1d(per_image("price", price, batch)).float()
-        if not bool((prices >= 0).all()):
-            raise ValueError(f"price={price!r} must be at least 0: a number, or one for each of {batch} images")
-        multiple = self.adapt_config.rows_multiple(self.cost().num_patches)
-        return Learned(self.controllers, self._log_price(prices), multiple)
+        self.register_buffer("price_scale", torch.tensor([1.0, 0.0]))
 
     def set_price_scale(self, slope: float, shift: float) -> None:
         """Give prices their unit: controllers see slope * log(price) + shift."""
@@ -47,7 +31,7 @@ class PricedModel:
             raise ValueError(f"slope={slope!r} must be positive: a higher price means less compute")
         self.price_scale.copy_(torch.tensor([slope, shift]))
 
-    def _log_price(self, price: Tensor) -> Tensor:
+    def log_price(self, price: Tensor) -> Tensor:
         """What controllers see of prices (B,), within the range that they know."""
         slope, shift = self.price_scale
         return (slope * price.to(slope.device).clamp(min=1e-30).log() + shift).clamp(
