@@ -10,6 +10,7 @@ learns to tell: where nothing else is known, harder images get more.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -39,6 +40,16 @@ def price_features(log_price: Tensor) -> Tensor:
     centres = torch.linspace(low, high, PRICE_FEATURES, device=log_price.device, dtype=log_price.dtype)
     width = (high - low) / (PRICE_FEATURES - 1)
     return torch.exp(-0.5 * ((log_price.clamp(low, high)[:, None] - centres) / width) ** 2)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a controller says of one block."""
+
+    depth: Tensor  # (B,)
+    heads: Tensor  # (B, H)
+    tokens: Tensor | None  # (B, N), or None where they are not decided
+    difficulty: Tensor  # (B,)
 
 
 class Controller(nn.Module):
@@ -158,6 +169,31 @@ class Controller(nn.Module):
         if self.even:
             return shared.expand(tokens.shape[:-1])
         return _bounded((self.key(_normalise(tokens)) * query).sum(dim=-1)) + shared
+
+    def logits(
+        self,
+        x: Tensor,
+        active: Tensor,
+        num_prefix_tokens: int,
+        log_price: Tensor,
+        grid: tuple[int, int],
+        through_difficulty: bool,
+    ) -> Logits:
+        """All of them, dense, with gradients. x: (B, P+N, C); active: (B, N) bool; log_price: (B,); grid: of patches.
+
+        through_difficulty: whether gradients of gates lead to the prediction of difficulty. Not in training: it learns
+        from what is hard, not from what pays; what pays sets its gain.
+        """
+        context = self.context(x, active, num_prefix_tokens, log_price)
+        difficulty = self.predicted_difficulty(context)
+        shift = self.shift(difficulty if through_difficulty else difficulty.detach(), log_price)
+        depth, heads = self.depth_and_heads(context, shift)
+        tokens = None
+        if self.rank:
+            query, shared = self.token_query(context, shift)
+            shared = shared[:, None] + torch.tensor(self.thresholds(grid), dtype=shared.dtype, device=shared.device)
+            tokens = self.token_logits(x[:, num_prefix_tokens:], query[:, None], shared)
+        return Logits(depth, heads, tokens, difficulty)
 
 
 def _inverse_softplus(value: float) -> float:

@@ -144,3 +144,13 @@ class HostGates:
 def _numpy(tensor: Tensor) -> NDArray[Any]:
     tensor = tensor.detach()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """Gates whose value is that of `hard`, exactly, and whose gradient is that of `soft` (Bengio et al. 2013)."""
+    return hard.to(soft.dtype) + (soft - soft.detach())
+
+
+def chained(kept: Tensor) -> Tensor:
+    """Nested heads: head j is kept if all before it are; the first always is. kept: (B, H), numbers."""
+    return torch.cat([torch.ones_like(kept[:, :1]), kept[:, 1:].cumprod(dim=1)], dim=1)

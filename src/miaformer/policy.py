@@ -223,8 +223,20 @@ class Sampling:
         return (self.temperature * torch.logit(uniform)).numpy()
 
 
+class AsksControllers:
+    """What deciding costs where controllers decide."""
+
+    controllers: nn.ModuleList
+
+    def context_macs(self, cost: Cost, index: int) -> int:
+        return cast(Controller, self.controllers[index]).context_macs
+
+    def token_score_macs(self, cost: Cost, index: int) -> int:
+        return cast(Controller, self.controllers[index]).token_score_macs
+
+
 @dataclass
-class Learned:
+class Learned(AsksControllers):
     """Asks the controllers, and executes what is more likely kept than not, or draws.
 
     log_price: (B,) or (1,), what the controllers are conditioned on. token_multiple: the rows that an image keeps,
@@ -294,12 +306,6 @@ class Learned:
         if self.token_multiple > 1:
             kept = _rounded_up(kept, scores, prefix, self.token_multiple)
         return HostGates(depth, heads, kept, scores, effective)
-
-    def context_macs(self, cost: Cost, index: int) -> int:
-        return cast(Controller, self.controllers[index]).context_macs
-
-    def token_score_macs(self, cost: Cost, index: int) -> int:
-        return cast(Controller, self.controllers[index]).token_score_macs
 
 
 def _rows(x: Tensor, patches: Booleans, num_prefix_tokens: int) -> Tensor:

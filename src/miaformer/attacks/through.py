@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from miaformer.controller import Controller
-from miaformer.cost import Cost
-from miaformer.decisions import Decisions, Gates
+from miaformer.decisions import Decisions, Gates, chained, straight_through
 from miaformer.engine.walk import State
+from miaformer.policy import AsksControllers
 
 
 @dataclass
-class Through:
+class Through(AsksControllers):
     """Carries decisions out, with gradients to the controllers that would make them, and through these to the image.
 
     decisions: of a trace, (B, L), (B, L, H), (B, L, N), whoever made them, under a cap or drawn. log_price: (B,) or
@@ -38,45 +38,29 @@ class Through:
 
     def decide(self, state: State) -> Gates:
         controller = cast(Controller, self.controllers[state.index])
-        x, prefix = state.x, state.num_prefix_tokens
-        taken = self.decisions.block(state.index)
-        executed = taken.depth.to(x.device)
+        x = state.x
+        taken = self.decisions.to(x.device).block(state.index)
         active = state.active.to(x)
+        can = active > 0
         log_price = self.log_price.to(x).expand(len(x))
-        context = controller.context(x, (active > 0).detach(), prefix, log_price)
-        shift = controller.shift(controller.predicted_difficulty(context), log_price)
-        depth, heads = controller.depth_and_heads(context, shift)
-        soft_depth = torch.sigmoid(depth / self.temperature)
+        said = controller.logits(
+            x, can.detach(), state.num_prefix_tokens, log_price, state.grid, through_difficulty=True
+        )
+        stays, heads = (torch.sigmoid(logits / self.temperature) for logits in (said.depth, said.heads))
         if self.leaves:
-            soft_depth = soft_depth if self._stays is None else self._stays * soft_depth
-            self._stays = soft_depth
-        soft_heads = torch.sigmoid(heads / self.temperature)
+            stays = self._stays = stays if self._stays is None else self._stays * stays
         if controller.nested:
-            soft_heads = torch.cat([torch.ones_like(heads[:, :1]), soft_heads[:, 1:].cumprod(dim=1)], dim=1)
+            heads = chained(heads)
         # A skipped block shows no head and no token in a trace: its gradient asks what it would have executed.
-        hard_heads = _where(executed, taken.heads.to(x.device), controller.most_likely_heads(heads))
-        tokens = active
-        if controller.rank:
-            query, shared = controller.token_query(context, shift)
-            shared = shared[:, None] + torch.tensor(controller.thresholds(state.grid)).to(shared)
-            logits = controller.token_logits(x[:, prefix:], query[:, None], shared)
-            hard = _where(executed, taken.tokens.to(x.device), (logits > 0) & (active > 0))
-            tokens = _straight_through(hard, torch.sigmoid(logits / self.temperature)) * active
-        elif not bool(executed.all()) or not torch.equal(taken.tokens.to(x.device), active > 0):  # a cap took some
-            tokens = _where(executed, taken.tokens.to(x.device), active > 0).to(x) * active
-        return Gates(_straight_through(executed, soft_depth), _straight_through(hard_heads, soft_heads), tokens)
-
-    def context_macs(self, cost: Cost, index: int) -> int:
-        return cast(Controller, self.controllers[index]).context_macs
-
-    def token_score_macs(self, cost: Cost, index: int) -> int:
-        return cast(Controller, self.controllers[index]).token_score_macs
+        likely = can if said.tokens is None else (said.tokens > 0) & can
+        kept = _where(taken.depth, taken.tokens, likely)  # less than is active where a cap took some
+        tokens = kept.to(x)
+        if said.tokens is not None:
+            tokens = straight_through(kept, torch.sigmoid(said.tokens / self.temperature))
+        kept_heads = _where(taken.depth, taken.heads, controller.most_likely_heads(said.heads))
+        return Gates(straight_through(taken.depth, stays), straight_through(kept_heads, heads), tokens * active)
 
 
 def _where(images: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """`yes` for the images (B,) that are True, `no` for the others; (B, n) each."""
     return torch.where(images[:, None], yes, no)
-
-
-def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    return hard.to(soft) + (soft - soft.detach())  # exactly `hard`: the bracket is 0

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miaformer.config import AdaptConfig, Grain
-from miaformer.controller import Controller
+from miaformer.controller import Controller, Logits
 from miaformer.cost import Cost
-from miaformer.decisions import Decisions, Gates, HostGates
+from miaformer.decisions import Decisions, Gates, HostGates, chained, straight_through
 from miaformer.dither import dither
 from miaformer.engine.walk import State, Steps
+from miaformer.policy import AsksControllers
 from miaformer.training.recipes import Stage
 
 
@@ -141,7 +142,7 @@ class Leaving:
 
 
 @dataclass
-class Relaxed:
+class Relaxed(AsksControllers):
     """Gumbel-sigmoid gates: hard forward, straight-through backward; temperature 0 means no noise.
 
     The controllers' logits get logistic noise of scale `temperature` and are cut at 0; gradients flow as if they had
@@ -166,7 +167,7 @@ class Relaxed:
             d_hard, d_soft = self._gate(depth, draws.depth[:, index])
         h_hard, h_soft = self._gate(heads, draws.heads[:, index])
         if cast(Controller, self.controllers[index]).nested:
-            h_hard, h_soft = _chain(h_hard), _chain(h_soft)
+            h_hard, h_soft = chained(h_hard), chained(h_soft)
         else:
             h_hard = _at_least_one(h_hard, heads)
         active = state.active.to(depth)
@@ -174,11 +175,11 @@ class Relaxed:
             kept = active
         else:
             t_hard, t_soft = self._gate(tokens, draws.tokens[:, index])
-            kept = _straight_through(t_hard, t_soft) * active
+            kept = straight_through(t_hard, t_soft) * active
         full = draws.full
         return Gates(
-            _where_full(full, _straight_through(d_hard, d_soft)),
-            _where_full(full, _straight_through(h_hard, h_soft)),
+            _where_full(full, straight_through(d_hard, d_soft)),
+            _where_full(full, straight_through(h_hard, h_soft)),
             _where_full(full, kept),
         )
 
@@ -186,15 +187,9 @@ class Relaxed:
         noisy = logits + self.temperature * torch.logit(uniform)
         return (noisy > 0).to(logits.dtype), torch.sigmoid(noisy)
 
-    def context_macs(self, cost: Cost, index: int) -> int:
-        return cast(Controller, self.controllers[index]).context_macs
-
-    def token_score_macs(self, cost: Cost, index: int) -> int:
-        return cast(Controller, self.controllers[index]).token_score_macs
-
 
 @dataclass
-class Sampled:
+class Sampled(AsksControllers):
     """Real decisions, sampled; remembers their log-probability and the expected cost, both differentiable.
 
     log_prob: (B,), of all decisions that were executed. expected_macs: (B,), of the blocks, in closed form from the
@@ -233,7 +228,7 @@ class Sampled:
         going_on = draws.heads[:, index] < heads.sigmoid()
         head_log_prob = _log_prob(heads, going_on)
         if nested:
-            kept_heads, head_p = _chain(going_on.to(depth.dtype)).bool(), _chain(heads.sigmoid())
+            kept_heads, head_p = chained(going_on.to(depth.dtype)).bool(), chained(heads.sigmoid())
             reached = torch.cat([torch.zeros_like(kept_heads[:, :1]), kept_heads[:, :-1]], dim=1)
             head_log_prob = head_log_prob * reached  # head j is decided where j-1 is kept; the first never
         else:
@@ -257,52 +252,16 @@ class Sampled:
         full = draws.full
         return Gates(executed | full, kept_heads | full[:, None], kept_tokens | full[:, None])
 
-    def context_macs(self, cost: Cost, index: int) -> int:
-        return cast(Controller, self.controllers[index]).context_macs
 
-    def token_score_macs(self, cost: Cost, index: int) -> int:
-        return cast(Controller, self.controllers[index]).token_score_macs
-
-
-@dataclass(frozen=True)
-class _Logits:
-    """What a controller says of one block."""
-
-    depth: Tensor  # (B,)
-    heads: Tensor  # (B, H)
-    tokens: Tensor | None  # (B, N), or None where they are not decided
-    difficulty: Tensor  # (B,)
-
-
-def _logits(controllers: nn.ModuleList, state: State, log_price: Tensor) -> _Logits:
+def _logits(controllers: nn.ModuleList, state: State, log_price: Tensor) -> Logits:
     """Dense logits of one block.
 
     Controllers read the residual stream without changing what it learns: gradients stop at their input.
     """
-    controller = cast(Controller, controllers[state.index])
     x = state.x.detach()
-    context = controller.context(x, (state.active > 0).detach().to(x.device), state.num_prefix_tokens, log_price)
-    difficulty = controller.predicted_difficulty(context)
-    # The prediction learns from what is hard, not from what pays; what pays sets its gain.
-    shift = controller.shift(difficulty.detach(), log_price)
-    depth, heads = controller.depth_and_heads(context, shift)
-    tokens = None
-    if controller.rank:
-        query, shared = controller.token_query(context, shift)
-        shared = shared[:, None] + torch.tensor(
-            controller.thresholds(state.grid), dtype=shared.dtype, device=shared.device
-        )
-        tokens = controller.token_logits(x[:, state.num_prefix_tokens :], query[:, None], shared)
-    return _Logits(depth, heads, tokens, difficulty)
-
-
-def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    return hard + (soft - soft.detach())  # exactly `hard`: the bracket is 0
-
-
-def _chain(kept: Tensor) -> Tensor:
-    """Nested heads: head j is kept if all before it are; the first always is. kept: (B, H)."""
-    return torch.cat([torch.ones_like(kept[:, :1]), kept[:, 1:].cumprod(dim=1)], dim=1)
+    active = (state.active > 0).detach().to(x.device)
+    controller = cast(Controller, controllers[state.index])
+    return controller.logits(x, active, state.num_prefix_tokens, log_price, state.grid, through_difficulty=False)
 
 
 def _at_least_one(hard: Tensor, logits: Tensor) -> Tensor:

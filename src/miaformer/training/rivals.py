@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from miaformer.cost import Cost
-from miaformer.decisions import Gates
+from miaformer.decisions import Gates, straight_through
 from miaformer.engine.walk import State
 from miaformer.policy import three_of
 from miaformer.rivals.policies import score_macs
@@ -50,7 +50,7 @@ class RelaxedTopTokens:
         last = ordered.gather(1, (count - 1).clamp(min=0)[:, None]).detach()
         hard = ((noisy >= last) & here & (count > 0)[:, None]).to(x.dtype)
         soft = torch.sigmoid(torch.where(here, noisy - last, 0.0))
-        kept = (hard + (soft - soft.detach())) * active
+        kept = straight_through(hard, soft) * active
         return Gates(ones, heads, torch.where(self.draws.full[:, None], active, kept))
 
     def context_macs(self, cost: Cost, index: int) -> int:
