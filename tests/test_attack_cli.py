@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_attacks import short  # noqa: F401 - a fixture
-from test_cli import calibrated, data, run, uncalibrated  # noqa: F401 - fixtures
+from command_line import class_folders, run
 
 from miaformer.cli.arguments import radius
 
@@ -18,8 +17,8 @@ QUICK = ("--steps", 2, "--patch-steps", 2, "--images", 8, "--no-masking-check")
 
 def test_a_report_of_every_target_and_kind_of_attack(
     capsys: pytest.CaptureFixture[str],
-    calibrated: Path,  # noqa: F811
-    data: Path,  # noqa: F811
+    calibrated: Path,
+    data: Path,
     tmp_path: Path,
 ) -> None:
     targets = ("backbone", "adaptive", "sampled", "static", "random", "cls-attention")
@@ -49,11 +48,11 @@ def test_a_report_of_every_target_and_kind_of_attack(
     assert "holds attacks with another seed" in err
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("short_auto_attack")
 def test_signs_of_masking_are_reported(
     capsys: pytest.CaptureFixture[str],
-    calibrated: Path,  # noqa: F811
-    data: Path,  # noqa: F811
+    calibrated: Path,
+    data: Path,
     tmp_path: Path,
 ) -> None:
     command = ("attack", calibrated, "--data", data, "--attacks", "fgsm", "--targets", "backbone", "--steps", 3)
@@ -82,8 +81,8 @@ def test_signs_of_masking_are_reported(
 )
 def test_mistakes_are_named(
     capsys: pytest.CaptureFixture[str],
-    calibrated: Path,  # noqa: F811
-    data: Path,  # noqa: F811
+    calibrated: Path,
+    data: Path,
     wrong: tuple[str, ...],
     message: str,
 ) -> None:
@@ -95,8 +94,8 @@ def test_mistakes_are_named(
 
 def test_an_uncalibrated_model_has_a_backbone_to_attack_and_no_budget(
     capsys: pytest.CaptureFixture[str],
-    uncalibrated: Path,  # noqa: F811
-    data: Path,  # noqa: F811
+    uncalibrated: Path,
+    data: Path,
 ) -> None:
     command = ("attack", uncalibrated, "--data", data, "--attacks", "fgsm", *QUICK)
     assert run(capsys, *command)[0] == 0
@@ -112,8 +111,8 @@ def test_radii_are_read_as_people_write_them(text: str, value: float) -> None:
 
 def test_a_missing_library_is_named_before_anything_is_attacked(
     capsys: pytest.CaptureFixture[str],
-    calibrated: Path,  # noqa: F811
-    data: Path,  # noqa: F811
+    calibrated: Path,
+    data: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
@@ -122,3 +121,22 @@ def test_a_missing_library_is_named_before_anything_is_attacked(
     assert (status, out) == (2, "")
     assert "pip install 'miaformer[attack]'" in err
     assert run(capsys, *command, "--no-masking-check")[0] == 0
+
+
+@pytest.mark.parametrize("attack", ["macs", "patch", "transfer"])
+def test_what_a_static_backbone_cannot_suffer_is_named(
+    capsys: pytest.CaptureFixture[str], calibrated: Path, data: Path, attack: str
+) -> None:
+    command = ("attack", calibrated, "--data", data, "--targets", "backbone", "--attacks", attack, *QUICK)
+    status, out, err = run(capsys, *command)
+    assert (status, out) == (2, "")
+    assert f"nothing to attack: {attack} on backbone" in err
+
+
+def test_a_broken_picture_is_named(capsys: pytest.CaptureFixture[str], calibrated: Path, tmp_path: Path) -> None:
+    broken = class_folders(tmp_path) / "val" / "class1" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    command = ("attack", calibrated, "--data", tmp_path, "--attacks", "fgsm", "--images", 99, "--no-masking-check")
+    status, _, err = run(capsys, *command)
+    assert status == 2
+    assert str(broken) in err

@@ -17,13 +17,12 @@ from vits import lively
 
 from miaformer import MIAFormer
 from miaformer.attacks import (
-    ATTACKS,
     FGSM,
     Answer,
     Ball,
     Climb,
     Pixels,
-    Siege,
+    RobustnessEvaluation,
     Target,
     adaptive_target,
     auto_attack,
@@ -246,21 +245,7 @@ def by_hand(target: Target, images: Tensor, labels: Tensor, eps: float, seed: in
     return cast(Tensor, found)
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's attacks take 5 steps, not 100, and 100 queries, not 5,000: a test need not wait for them."""
-    from pyautoattack import autopgd_base, fab_pt, square
-
-    def cut(kind: Any, **settings: int) -> None:
-        original = kind.__init__
-        monkeypatch.setattr(kind, "__init__", lambda self, *a, **k: original(self, *a, **{**k, **settings}))
-
-    cut(autopgd_base.APGDAttack, n_iter=5)
-    cut(fab_pt.FABAttack_PT, n_iter=5)
-    cut(square.SquareAttack, n_queries=100)
-
-
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("short_auto_attack")
 def test_auto_attack_is_the_librarys_to_the_last_pixel() -> None:
     model = lively(3, {"num_classes": 5, "img_size": 12}).float()
     target = learned_target(model)
@@ -359,17 +344,17 @@ def test_impossible_patch_sizes_are_named(share: float) -> None:
         patch_size((20, 20), share)
 
 
-# A siege --------------------------------------------------------------------------------------------------------------
+# The whole -----------------------------------------------------------------------------------------------------------
 
 QUICK = ("fgsm", "pgd", "adaptive", "transfer", "macs")
 
 
-def siege(model: MIAFormer, **settings: Any) -> tuple[Siege, list[Target]]:
+def evaluation(model: MIAFormer, **settings: Any) -> tuple[RobustnessEvaluation, list[Target]]:
     """On images that the backbone gets right, so that something can be lost."""
     static, target = static_target(model), learned_target(model)
     images = pixels(24)
     labels = static.deployed(images).logits.argmax(dim=1)
-    return Siege(images, labels, static, model.num_classes, Climb(steps=3), **settings), [static, target]
+    return RobustnessEvaluation(images, labels, static, model.num_classes, Climb(steps=3), **settings), [static, target]
 
 
 def ignored(what: str, done: int) -> None:
@@ -382,7 +367,7 @@ def by_key(rows: list[dict[str, Any]]) -> dict[tuple[str, str, float], dict[str,
 
 def test_rows_say_what_was_lost_and_the_worst_is_the_worst() -> None:
     model = lively(2)
-    attack, targets = siege(model)
+    attack, targets = evaluation(model)
     balls = [Ball(0.02), Ball(0.005)]
     with frozen(model):
         rows = by_key(attack.run(targets, QUICK, balls, ignored))
@@ -411,7 +396,7 @@ def test_a_cascade_finds_the_same_worst_by_attacks_that_do_not_draw(tmp_path: Pa
     balls = [Ball(0.004), Ball(0.02), Ball(0.3, "l2")]
     worst = {}
     for cascade in (False, True):
-        attack, targets = siege(model, cascade=cascade, out=tmp_path / str(cascade))
+        attack, targets = evaluation(model, cascade=cascade, out=tmp_path / str(cascade))
         targets = targets[1:]
         with frozen(model):
             rows = attack.run(targets, ("fgsm", "adaptive"), balls, ignored)
@@ -426,7 +411,7 @@ def test_a_cascade_finds_the_same_worst_by_attacks_that_do_not_draw(tmp_path: Pa
 
 def test_what_fools_within_a_radius_fools_within_a_larger_one() -> None:
     model = lively(2)
-    attack, targets = siege(model)
+    attack, targets = evaluation(model)
     with frozen(model):
         rows = by_key(attack.run(targets[1:], ("fgsm", "transfer"), [Ball(eps) for eps in (0.3, 0.05, 0.01)], ignored))
     worst = [rows["adaptive", "worst", eps]["robust"] for eps in (0.01, 0.05, 0.3)]
@@ -435,11 +420,11 @@ def test_what_fools_within_a_radius_fools_within_a_larger_one() -> None:
 
 def test_attacks_of_a_cascade_are_done_anew_where_others_went_before(tmp_path: Path) -> None:
     model = lively(2)
-    attack, targets = siege(model, cascade=True, out=tmp_path)
+    attack, targets = evaluation(model, cascade=True, out=tmp_path)
     with frozen(model):
         after = attack.run(targets[1:], ("fgsm", "pgd"), [Ball(0.02)], ignored)
         alone = attack.run(targets[1:], ("pgd",), [Ball(0.02)], ignored)
-        fresh = siege(model, cascade=True)[0].run(targets[1:], ("pgd",), [Ball(0.02)], ignored)
+        fresh = evaluation(model, cascade=True)[0].run(targets[1:], ("pgd",), [Ball(0.02)], ignored)
     assert alone == fresh
     assert len(after) == 3
 
@@ -457,17 +442,17 @@ def test_a_target_that_draws_is_attacked_by_its_mean() -> None:
     scores = ((images - 0.5) * normal).sum(dim=(1, 2, 3))
     labels = (scores > 0).long()
     eps = float(3 * scores.abs().max() / normal.abs().sum())  # all can be taken far beyond the plane
-    attack = Siege(images, labels, honest, 2, Climb(steps=5))
+    attack = RobustnessEvaluation(images, labels, honest, 2, Climb(steps=5))
     rows = by_key(attack.run([target], ("fgsm", "pgd", "adaptive"), [Ball(eps)], ignored))
     assert rows["noisy", "pgd", eps]["clean"] > 0.7
     for name in ("fgsm", "pgd", "adaptive"):
         assert rows["noisy", name, eps]["robust"] < 0.02, name
 
 
-def test_what_is_done_is_kept_and_another_siege_is_refused(tmp_path: Path) -> None:
+def test_what_is_done_is_kept_and_another_one_is_refused(tmp_path: Path) -> None:
     model = lively(2)
     out = tmp_path / "attack"
-    attack, targets = siege(model, out=out, fingerprint={"model": "a"})
+    attack, targets = evaluation(model, out=out, fingerprint={"model": "a"})
     with frozen(model):
         first = attack.run(targets, ("fgsm",), [Ball(0.02)], ignored)
         for path in out.glob("adaptive-*.npz"):
@@ -477,7 +462,7 @@ def test_what_is_done_is_kept_and_another_siege_is_refused(tmp_path: Path) -> No
     assert again == first
     assert seen
     assert all("adaptive" in what for what in seen)  # what was there is not done again
-    other, _ = siege(model, out=out, fingerprint={"model": "b"})
+    other, _ = evaluation(model, out=out, fingerprint={"model": "b"})
     with pytest.raises(ValueError, match="attacks with another model"):
         other.run(targets, ("fgsm",), [Ball(0.02)], ignored)
 
@@ -491,14 +476,10 @@ def test_a_target_that_draws_is_judged_by_its_share_of_right_answers() -> None:
     assert set((right * 8).tolist()) <= set(range(9))
 
 
-def test_every_attack_has_a_name_and_says_what_it_does() -> None:
-    assert all(attack.about for attack in ATTACKS.values())
-
-
 # Masking --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("short_auto_attack")
 def test_honest_gradients_show_no_sign_and_hidden_ones_do() -> None:
     honest, normal = linear_target(size=8)
     images = grey(40, size=8)

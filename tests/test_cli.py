@@ -11,71 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import batches_of, classifier, run
 from PIL import Image
-from vits import lively, pictures
+from vits import pictures
 
 import miaformer
 from miaformer import MIAFormer, cli
 from miaformer.cli import demo, output
 from miaformer.cli import eval as eval_command
-from miaformer.data import Batches, build_transform, open_data
-from miaformer.evaluation import POLICIES, calibrate, evaluate
-
-
-def classifier(classes: int = 3) -> MIAFormer:
-    """A small calibrated model for RGB pictures, whose decisions differ between images."""
-    model = lively(settings={"num_classes": classes, "img_size": 16, "depth": 3}).float()
-    names = [f"kind {label}" for label in range(classes)]
-    model.backbone.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "label_names": names}
-    return model
-
-
-def class_folders(root: Path, classes: int = 3, each: int = 6) -> Path:
-    """Pictures of noise in ROOT/{train,val}/CLASS."""
-    generator = torch.Generator().manual_seed(1)
-    for split in ("train", "val"):
-        for label in range(classes):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for number in range(each):
-                spread = 1 + 200 * torch.rand((), generator=generator)
-                pixels = (torch.rand(20, 20, 3, generator=generator) * spread).to(torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def uncalibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "uncalibrated"
-    classifier().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    path = tmp_path_factory.mktemp("models") / "calibrated"
-    model = classifier()
-    calibrate(model, batches_of(model, data, "calibration").epoch(0), "folders")
-    model.save_pretrained(path)
-    return path
-
-
-def batches_of(model: MIAFormer, data: Path, split: Any) -> Batches:
-    transform = build_transform(model.data_config())
-    return Batches(open_data(data, split), transform, 4, seed=0, shuffle=False, drop_last=False)
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of a command line."""
-    status = cli.main([str(part) for part in argv])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
+from miaformer.evaluation import POLICIES, evaluate
 
 # Help -----------------------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run
 from PIL import Image
-from test_cli import calibrated, data, run, uncalibrated  # noqa: F401 - fixtures
 
 from miaformer.data import ImageData
 from miaformer.evaluation.corruptions import CORRUPTIONS, Corrupted, mean_rows
@@ -76,7 +76,7 @@ def test_means_are_over_severities_then_over_corruptions() -> None:
 
 def test_eval_tells_of_corruptions(
     capsys: pytest.CaptureFixture[str],
-    calibrated: Path,  # noqa: F811
+    calibrated: Path,
     tmp_path: Path,
 ) -> None:
     for split in ("train", "val"):

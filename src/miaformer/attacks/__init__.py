@@ -8,7 +8,7 @@ gradients can be trusted.
 
 from miaformer.attacks.autoattack import auto_attack
 from miaformer.attacks.compute import Patch, raise_macs, universal_patch
-from miaformer.attacks.evaluate import Siege, Verdict, frozen, judge, seeded, weights_hash
+from miaformer.attacks.evaluate import RobustnessEvaluation, Verdict, frozen, judge, seeded, weights_hash
 from miaformer.attacks.gradient import FGSM, Ball, Climb, climb, cross_entropy, margin
 from miaformer.attacks.masking import signs_of_masking
 from miaformer.attacks.methods import ATTACKS
@@ -23,7 +23,7 @@ __all__ = [
     "Climb",
     "Patch",
     "Pixels",
-    "Siege",
+    "RobustnessEvaluation",
     "Target",
     "Through",
     "Verdict",
@@ -41,4 +41,4 @@ __all__ = [
     "steadied",
     "universal_patch",
     "weights_hash",
-]  # fmt: skip
+]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from miaformer.attacks.gradient import Ball
 
-Part = Literal["apgd-ce", "apgd-t", "fab-t", "square", "apgd-dlr"]
+Part = Literal["apgd-ce", "apgd-t", "fab-t", "square"]
 STANDARD: tuple[Part, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
@@ -29,7 +29,7 @@ def auto_attack(
 
     images: pixels from 0 to 1. labels: (B,). logits: differentiable. Parts come one after the other, each for the
     images that withstood those before. The standard version with all parts named; fewer classes than ten have fewer
-    targets, and of three or fewer there is no DLR loss (of `apgd-t` and `apgd-dlr`): these are left out.
+    targets, and of three or fewer there is no DLR loss, of `apgd-t`: it is left out.
     """
     from pyautoattack import AutoAttack
 
@@ -58,7 +58,7 @@ def possible_parts(parts: Sequence[Part], num_classes: int) -> list[Part]:
 
     Raises ValueError where none is left.
     """
-    left = [part for part in parts if num_classes > 3 or part not in ("apgd-t", "apgd-dlr")]
+    left = [part for part in parts if num_classes > 3 or part != "apgd-t"]
     if not left:
         raise ValueError(f"{', '.join(parts)}: the DLR loss needs four classes or more, not {num_classes}")
     return left

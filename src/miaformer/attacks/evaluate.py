@@ -24,6 +24,8 @@ from miaformer.attacks.compute import Patch, best_patch
 from miaformer.attacks.gradient import Ball, Climb
 from miaformer.attacks.methods import ATTACKS, DRAWS, Given
 from miaformer.attacks.target import Target, steadied
+from miaformer.evaluation.intervals import interval, resampled
+from miaformer.files import whole_file
 
 Array = NDArray[Any]
 OnProgress = Callable[[str, int], None]  # what is under way, and images done
@@ -31,7 +33,6 @@ OnProgress = Callable[[str, int], None]  # what is under way, and images done
 PATCH_DRAWS = 2  # a step: its batches are averaged over anyway
 VERSION = 1  # of what attacks do: another one does not go on with what was kept
 ASKED = 8  # times, of a target that draws
-RESAMPLES = 2000
 WORST = "worst"
 
 
@@ -58,12 +59,12 @@ def judge(target: Target, images: Tensor, labels: Tensor) -> Verdict:
 
 
 @dataclass(frozen=True)
-class Siege:
+class RobustnessEvaluation:
     """What is attacked, on which images, how hard.
 
     images: pixels (n, 3, H, W) from 0 to 1; labels: (n,). static: the backbone, to transfer from; spender: the learned
     policy, to transfer attacks on compute from to targets whose decisions have no gradient. out: where verdicts
-    are kept, so that the same siege goes on where it was stopped; fingerprint: what must be the same for that.
+    are kept, so that the same evaluation goes on where it was stopped; fingerprint: what must be the same for that.
     cascade: each attack on errors sees only the images that withstood those before it, at this radius and at smaller
     ones: the worst in less time, other rows are cumulative. batch_size: images attacked at once.
     """
@@ -184,13 +185,12 @@ class Siege:
                 right[some], macs[some] = found.right, found.macs_fraction
                 on_progress(what, start + len(some))
         if path is not None:
-            unfinished = path.with_name(f"partial-{path.name}")
-            np.savez_compressed(unfinished, right=right, macs_fraction=macs, among=among)
-            unfinished.replace(path)
+            with whole_file(path) as unfinished, unfinished.open("wb") as file:
+                np.savez_compressed(file, right=right, macs_fraction=macs, among=among)
         return Verdict(right, macs)
 
     def _check_out(self) -> None:
-        """Raises ValueError where `out` holds another siege."""
+        """Raises ValueError where `out` holds another one."""
         if self.out is None:
             return
         asked = json.loads(
@@ -213,10 +213,8 @@ class Siege:
                 other = sorted(k for k in before.keys() | asked.keys() if before.get(k) != asked.get(k))
                 raise ValueError(f"{self.out} holds attacks with another {', '.join(other)}: choose another directory")
         else:
-            self.out.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name("partial-asked.json")
-            unfinished.write_text(json.dumps(asked, indent=1) + "\n")
-            unfinished.replace(path)
+            with whole_file(path) as unfinished:
+                unfinished.write_text(json.dumps(asked, indent=1) + "\n")
 
 
 def _elsewhere(found: Verdict, clean: Verdict, among: Array) -> Verdict:
@@ -234,21 +232,13 @@ def _row(
         "target": target.name,
         "clean": float(clean.right.mean()),
         "robust": float(found.right.mean()),
-        "robust_interval": interval(found.right),
+        "robust_interval": interval(found.right, resampled(len(found.right))),
         "macs_fraction_clean": float(clean.macs_fraction.mean()),
         "macs_fraction_attacked": None if attack == WORST else float(found.macs_fraction.mean()),
         "macs_fraction_max": None if attack == WORST else float(found.macs_fraction.max()),
         "num_images": len(found.right),
         **({"over": list(over)} if over else {}),
     }
-
-
-def interval(values: Array, seed: int = 0) -> list[float]:
-    """95 % bootstrap interval of the mean of values (n,)."""
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
-    low, high = np.quantile(counts @ values / len(values), (0.025, 0.975))
-    return [float(low), float(high)]
 
 
 def weights_hash(model: nn.Module) -> int:

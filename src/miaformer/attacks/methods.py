@@ -43,7 +43,6 @@ Run = Callable[[Target, Tensor, Tensor, Given], Tensor]  # target, pixels (B, 3,
 class Attack:
     """One attack. on_compute: it raises MACs, not errors. of_static: whether a static target can be its aim."""
 
-    about: str
     run: Run
     on_compute: bool = False
     of_static: bool = True
@@ -105,13 +104,13 @@ def _macs(keep_prediction: bool) -> Run:
 
 
 ATTACKS: Mapping[str, Attack] = {
-    "fgsm": Attack("one step along the sign of the gradient", _fgsm),
-    "pgd": Attack("projected gradient steps, decisions taken as given", _pgd),
-    "adaptive": Attack("the same through the decisions, and by the margin, seen both ways", _adaptive),
-    "transfer": Attack("made on the static backbone", _transfer, of_static=False),
-    "apgd-ce": Attack("AutoAttack's first part alone", _auto(("apgd-ce",))),
-    "square": Attack("AutoAttack's last part alone, which needs no gradient", _auto(("square",))),
-    "autoattack": Attack("standard AutoAttack", _auto()),
-    "macs": Attack("gradient steps that raise what an image costs", _macs(False), on_compute=True, of_static=False),
-    "macs-kept": Attack("the same, the prediction kept", _macs(True), on_compute=True, of_static=False),
+    "fgsm": Attack(_fgsm),
+    "pgd": Attack(_pgd),
+    "adaptive": Attack(_adaptive),
+    "transfer": Attack(_transfer, of_static=False),
+    "apgd-ce": Attack(_auto(("apgd-ce",))),
+    "square": Attack(_auto(("square",))),
+    "autoattack": Attack(_auto()),
+    "macs": Attack(_macs(False), on_compute=True, of_static=False),
+    "macs-kept": Attack(_macs(True), on_compute=True, of_static=False),
 }

@@ -13,7 +13,7 @@ from miaformer.cli.arguments import add_command, add_compute, open_batches, open
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from miaformer.attacks import Pixels, Siege, Target
+    from miaformer.attacks import Pixels, RobustnessEvaluation, Target
     from miaformer.data import Batches
     from miaformer.model import MIAFormer
 
@@ -28,10 +28,12 @@ Attack MODEL on images of DATA, and say what of its accuracy and of its savings 
 attacks on accuracy:
   fgsm         one step along the sign of the gradient
   pgd          --steps projected gradient steps from --restarts random starts, decisions taken as given
-  adaptive     the same through the decisions, on cross-entropy and on the margin; means over draws where they are drawn
+  adaptive     the same through the decisions, on cross-entropy and on the margin
   transfer     made on the static backbone
-  autoattack   standard AutoAttack: APGD-CE, APGD-T, FAB-T and Square (Croce and Hein 2020); slow. Of targets that draw
-               its version for these. Also apgd-ce and square alone
+  autoattack   standard AutoAttack: APGD-CE, APGD-T, FAB-T and Square (Croce and Hein), through the decisions; slow
+               Also apgd-ce and square alone
+Where decisions are drawn all of them climb the mean over draws.
+
 attacks on compute:
   macs         gradient steps that raise what an image costs; macs-kept: its predicted class stays
   patch        one patch for all images, learned on the calibration split; patch-kept: classes stay
@@ -97,7 +99,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from miaformer.attacks import Ball, Climb, Pixels, Siege, frozen, weights_hash
+    from miaformer.attacks import Ball, Climb, Pixels, RobustnessEvaluation, frozen, weights_hash
     from miaformer.cli.output import LiveProgress, console, write_json
     from miaformer.data import open_data, spread
     from miaformer.evaluation.environment import describe_environment
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         targets = _targets(model, args, on_progress)
         static = next((t for t in targets if t.name == "backbone"), None) or _backbone(model)
         images, labels = _pixels(open_batches(model, data, args.batch_size), Pixels.of(model))
-        siege = Siege(
+        evaluation = RobustnessEvaluation(
             images, labels, static, model.num_classes, how, args.seed,
             _learned(model, args, "adaptive") if model.calibration else None, args.cascade, args.batch_size,
             Path(args.out) if args.out else None,
@@ -127,9 +129,16 @@ def run(args: argparse.Namespace) -> int:
                 "cap": args.cap,
             },
         )  # fmt: skip
-        rows = siege.run(targets, [name for name in attacks if not name.startswith("patch")], balls, on_progress)
-        rows += _patch_rows(siege, model, targets, [n for n in attacks if n.startswith("patch")], args, on_progress)
-        signs = [] if args.no_masking_check else _masking(siege, targets, balls, on_progress)
+        of_patches = [name for name in attacks if name.startswith("patch")]
+        rows = evaluation.run(targets, [name for name in attacks if name not in of_patches], balls, on_progress)
+        rows += _patch_rows(evaluation, model, targets, of_patches, args, on_progress)
+        if not rows:
+            aims = ", ".join(target.name for target in targets)
+            raise ValueError(
+                f"nothing to attack: {', '.join(attacks)} on {aims}; a static backbone has no cost to raise, and is what "
+                "transfer comes from"
+            )
+        signs = [] if args.no_masking_check else _masking(evaluation, targets, balls, on_progress)
     report = {
         "model": args.model,
         "data": data.name,
@@ -236,7 +245,12 @@ def _pixels(batches: Batches, pixels: Pixels) -> tuple[Tensor, Tensor]:
 
 
 def _patch_rows(
-    siege: Siege, model: MIAFormer, targets: list[Target], attacks: list[str], args: argparse.Namespace, progress: Any
+    evaluation: RobustnessEvaluation,
+    model: MIAFormer,
+    targets: list[Target],
+    attacks: list[str],
+    args: argparse.Namespace,
+    on_progress: Any,
 ) -> list[dict[str, Any]]:
     from miaformer.attacks import Pixels
     from miaformer.data import open_data, spread
@@ -245,10 +259,12 @@ def _patch_rows(
         return []
     held_out = spread(open_data(args.data, "calibration"), PATCH_IMAGES)
     learned_on, _ = _pixels(open_batches(model, held_out, args.batch_size), Pixels.of(model))
-    return siege.run_patches(targets, attacks, learned_on, args.patch_area, args.patch_steps, progress)
+    return evaluation.run_patches(targets, attacks, learned_on, args.patch_area, args.patch_steps, on_progress)
 
 
-def _masking(siege: Siege, targets: list[Target], balls: Any, on_progress: Any) -> list[dict[str, Any]]:
+def _masking(
+    evaluation: RobustnessEvaluation, targets: list[Target], balls: Any, on_progress: Any
+) -> list[dict[str, Any]]:
     """Signs at the largest radius, on some images: do they keep the class that they have?"""
     import torch
 
@@ -257,14 +273,16 @@ def _masking(siege: Siege, targets: list[Target], balls: Any, on_progress: Any) 
 
     found = []
     largest = max(balls, key=lambda ball: ball.eps)
-    every = max(len(siege.labels) // MASKING_IMAGES, 1)
-    images = siege.images[::every][:MASKING_IMAGES]
+    every = max(len(evaluation.labels) // MASKING_IMAGES, 1)
+    images = evaluation.images[::every][:MASKING_IMAGES]
     for place, target in enumerate(targets):
         aim = steadied(target, DRAWS) if target.is_random else target
-        with seeded(siege.seed, f"masking, {target.name}"):
+        with seeded(evaluation.seed, f"masking, {target.name}"):
             with torch.no_grad():
                 labels = aim.deployed(images).logits.argmax(dim=1)
-            signs = signs_of_masking(aim, images, labels, largest, siege.climb, siege.num_classes, siege.seed)
+            signs = signs_of_masking(
+                aim, images, labels, largest, evaluation.climb, evaluation.num_classes, evaluation.seed
+            )
         found += [{"target": target.name, **vars(sign)} for sign in signs]
         on_progress("gradient masking", place + 1)
     return found

@@ -9,7 +9,8 @@ from miaformer.cli.arguments import add_command, add_compute, open_batches, open
 from miaformer.cli.budget_ms import MsBudget, add_budget_ms, open_budgets_ms
 
 if TYPE_CHECKING:
-    from miaformer.data import Batches
+    from miaformer.data import Batches, ImageData
+    from miaformer.evaluation import Contender
     from miaformer.model import MIAFormer
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
     from miaformer.cli.output import LiveProgress, console, report_notes, report_table, write_json
     from miaformer.data import open_data
-    from miaformer.evaluation import calibrate, evaluate
+    from miaformer.evaluation import calibrate, compare, contenders
 
     device = open_device(args.device, args.threads)
     torch.manual_seed(args.seed)
@@ -139,18 +140,11 @@ def run(args: argparse.Namespace) -> int:
         if in_ms:
             report = _evaluate_in_ms(model, batches, in_ms, args, on_progress)
         else:
-            report = evaluate(
-                model,
-                batches.epoch(0),
-                args.budgets,
-                policies,
-                args.cap,
-                None if held_out is None else held_out.epoch(0),
-                args.seed,
-                on_progress,
-            )
-        if args.corruptions is not None:
-            report["corruptions"] = _under_corruptions(model, images, held_out, policies, args, on_progress)
+            calibration = None if held_out is None else held_out.epoch(0)
+            found, left_out = contenders(model, args.budgets, policies, args.cap, calibration, args.seed, on_progress)
+            report = compare(model, batches.epoch(0), found, args.cap, args.seed, on_progress, left_out)
+            if args.corruptions is not None:
+                report["corruptions"] = _under_corruptions(model, images, found, args, on_progress)
     report = {"model": args.model, "data": images.name, "calibration": _calibration(model), **report}
     out = console()
     out.print(f"{args.model} on {images.name}")
@@ -213,16 +207,13 @@ def _evaluate_in_ms(
 
 
 def _under_corruptions(
-    model: MIAFormer, images: Any, held_out: Batches | None, policies: Any, args: argparse.Namespace, on_progress: Any
+    model: MIAFormer, images: ImageData, found: list[Contender], args: argparse.Namespace, on_progress: Any
 ) -> list[dict[str, Any]]:
     from miaformer.data import spread
-    from miaformer.evaluation import contenders
     from miaformer.evaluation.corruptions import CORRUPTIONS, evaluate_corruptions
 
     if args.corrupted_images < 1:
         raise ValueError(f"--corrupted-images {args.corrupted_images} must be at least 1")
-    calibration = None if held_out is None else held_out.epoch(0)
-    found, _ = contenders(model, args.budgets, policies, args.cap, calibration, args.seed)
     return evaluate_corruptions(
         model,
         spread(images, args.corrupted_images),

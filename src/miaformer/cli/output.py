@@ -22,6 +22,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from miaformer.files import whole_file
+
 PIPED_WIDTH = 120  # columns, where no terminal says how many there are
 
 
@@ -34,11 +36,8 @@ def console(stderr: bool = False) -> Console:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write a whole file or none: a report is never left half written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 class LiveProgress:

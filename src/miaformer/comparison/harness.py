@@ -29,6 +29,7 @@ from miaformer.comparison.methods import METHODS
 from miaformer.data import Batches, Split, build_transform, open_data
 from miaformer.evaluation import describe_environment, time_pairs
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
+from miaformer.files import whole_file
 from miaformer.model import MIAFormer, adapt
 from miaformer.training import Recipe, is_trained, new_backbone, train, train_recipe
 from miaformer.training.progress import core_seconds
@@ -262,10 +263,8 @@ def runs(methods: Sequence[str], seeds: Sequence[int], seeds_of_rivals: Sequence
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    """Whole, or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _margin(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a comparison found: accuracy over MACs with intervals, differences to ours, compute at equal accuracy.
 
-Intervals are over test images: each of `RESAMPLES` draws as many images with repetition, the same ones for every
+Intervals are over test images: each resample draws as many images with repetition, the same ones for every
 method, so that differences are paired. Several seeds of a method count by their mean on each image.
 """
 
@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from miaformer.evaluation import spearman
+from miaformer.evaluation.intervals import interval, resampled
 
 Array = NDArray[Any]
 
-RESAMPLES = 2000
 HARDEST = 0.1  # share of the images with the greatest loss under the backbone
 EQUAL_ACCURACY = 0.005  # below the dense control's
 EQUAL_MACS = 0.005  # fractions so near count as equal
@@ -112,8 +112,7 @@ def summarise(points: Sequence[Point], difficulty: Difficulty, seed: int = 0) ->
     num_images = len(difficulty.loss)
     hardest = np.zeros(num_images, dtype=bool)
     hardest[np.argsort(-difficulty.loss, kind="stable")[: max(round(HARDEST * num_images), 1)]] = True
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(num_images, np.full(num_images, 1 / num_images), RESAMPLES).astype(np.float32)
+    weights = resampled(num_images, seed)
     rows = [_row(point, weights, hardest) for point in points]
     gaps = _differences(points, weights, hardest)
     return Table(rows, gaps, _at_equal_accuracy(points), _adaptivity(points, difficulty), num_images)
@@ -124,26 +123,13 @@ def _row(point: Point, weights: Array, hardest: Array) -> dict[str, Any]:
         "name": point.name,
         "budget": point.budget,
         "accuracy": float(point.correct.mean()),
-        "accuracy_interval": _interval(_means(point.correct, weights)),
+        "accuracy_interval": interval(point.correct, weights),
         "accuracy_by_seed": point.by_seed,
         "accuracy_hardest": float(point.correct[hardest].mean()),
         "macs_fraction": float(point.macs_fraction.mean()),
         "macs_fraction_std": float(point.macs_by_seed.std(axis=1).mean()),
         "time_fraction": point.time_fraction,
     }
-
-
-def _means(values: Array, weights: Array, among: Array | None = None) -> Array:
-    """Means (RESAMPLES,) of values (n,) over the resampled images, or over those of them that are `among`."""
-    if among is not None:
-        weights, values = weights[:, among], values[among]
-    means: Array = weights @ values.astype(np.float32) / np.maximum(weights.sum(axis=1), 1)
-    return means
-
-
-def _interval(means: Array) -> list[float]:
-    """95 %."""
-    return [float(value) for value in np.quantile(means, (0.025, 0.975))]
 
 
 def _differences(points: Sequence[Point], weights: Array, hardest: Array) -> list[dict[str, Any]]:
@@ -169,9 +155,9 @@ def _differences(points: Sequence[Point], weights: Array, hardest: Array) -> lis
                 "budget": other.budget,
                 "our_budget": mine.budget,
                 "difference": float(gap.mean()),
-                "interval": _interval(_means(gap, weights)),
+                "interval": interval(gap, weights),
                 "hardest": float(gap[hardest].mean()),
-                "hardest_interval": _interval(_means(gap, weights, hardest)),
+                "hardest_interval": interval(gap, weights, hardest),
                 "macs_fraction": [float(mine.macs_fraction.mean()), float(other.macs_fraction.mean())],
             }
         )

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from miaformer.data import Batches, ImageData, build_transform
@@ -90,9 +89,7 @@ def evaluate_corruptions(
         batches = Batches(
             corrupted, build_transform(model.data_config()), batch_size, seed=0, shuffle=False, drop_last=False
         )
-        state = torch.get_rng_state()
         report = compare(model, batches.epoch(0), contenders, cap, seed)
-        torch.set_rng_state(state)
         known = {"corruption": corrupted.corruption, "severity": corrupted.severity}
         dense = {"policy": "dense", "budget": None, "accuracy": report["dense"]["accuracy"]}
         rows.append({**known, **dense, "macs_fraction": 1.0, "macs_fraction_max": 1.0})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import warnings
 from pathlib import Path
@@ -19,6 +18,7 @@ from miaformer.decisions import Decisions, HostGates
 from miaformer.export.adaptive import AdaptiveWriter, Image, write_log_price
 from miaformer.export.blocks import BlockWriter
 from miaformer.export.graph import OPSET, Graph, TensorProto
+from miaformer.files import whole_file
 from miaformer.model import MIAFormer
 
 __all__ = ["export_onnx", "export_static", "open_session", "run_session"]
@@ -228,9 +228,5 @@ def _save(
     }
     proto = graph.model(inputs, outputs, **{**meta, **more})
     onnx.checker.check_model(proto)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with io.BytesIO(proto.SerializeToString()) as content:
-        partial.write_bytes(content.getvalue())
-    partial.replace(path)
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(proto.SerializeToString())
