@@ -135,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
         if not rows:
             aims = ", ".join(target.name for target in targets)
             raise ValueError(
-                f"nothing to attack: {', '.join(attacks)} on {aims}; a static backbone has no cost to raise, and is what "
-                "transfer comes from"
+                f"nothing to attack: {', '.join(attacks)} on {aims}; "
+                "a static backbone has no cost to raise, and is what transfer comes from"
             )
         signs = [] if args.no_masking_check else _masking(evaluation, targets, balls, on_progress)
     report = {
