@@ -193,6 +193,21 @@ def test_a_cap_that_is_no_fraction_is_named(cap: Any) -> None:
         model.run(pictures(model.backbone, 1), cap=cap)
 
 
+def test_each_image_may_have_a_cap_of_its_own() -> None:
+    model = lively(0)
+    images = pictures(model.backbone, 3)
+    caps = [0.3, 0.9, 0.5]
+    together = model.run(images, cap=caps)
+    for i, cap in enumerate(caps):
+        alone = model.run(images[i : i + 1], cap=cap)
+        assert together.trace.macs[i] == alone.trace.macs[0]
+        assert relative(together.logits[i], alone.logits[0]) < 1e-9
+    with pytest.raises(ValueError, match=r"cap=\[0.3, 0.9\] must be a number, or one for each of 3 images"):
+        model.run(images, cap=caps[:2])
+    with pytest.raises(ValueError, match=r"cap=1.5 must be a fraction"):
+        model.run(images, cap=[0.3, 0.9, 1.5])
+
+
 def test_a_cap_goes_with_a_budget_and_with_features() -> None:
     model = lively(0)
     images = pictures(model.backbone, 4)

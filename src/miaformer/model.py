@@ -150,7 +150,7 @@ class MIAFormer(
         images: Tensor,
         budget: Budget | None = None,
         price: Budget | None = None,
-        cap: float | None = None,
+        cap: Budget | None = None,
         sample: bool | Sampling = False,
     ) -> Tensor:
         """Logits (B, classes) of images (B, 3, H, W), spending what `budget` (or `price`) says; see `run`.
@@ -167,7 +167,7 @@ class MIAFormer(
         policy: Policy | None = None,
         budget: Budget | None = None,
         price: Budget | None = None,
-        cap: float | None = None,
+        cap: Budget | None = None,
         execution: Literal["sparse", "masked"] = "sparse",
         sample: bool | Sampling = False,
     ) -> Output:
@@ -177,9 +177,9 @@ class MIAFormer(
         where a budget or a price is known, else everything is executed. budget: mean MACs over data like the
         calibration set, as a fraction of the backbone's; one for all images or one each. price: what a dense
         forward costs, in units of loss, instead of a budget. cap: the most MACs any one image takes, as a fraction:
-        hard. execution: "sparse" computes nothing that is skipped; "masked" computes all and is the reference.
-        sample: draw the controllers' decisions instead of taking the likelier one, as `Sampling` says how; spends
-        what the budget says only nearly, which was measured without.
+        hard; one for all images or one each. execution: "sparse" computes nothing that is skipped; "masked" computes
+        all and is the reference. sample: draw the controllers' decisions instead of taking the likelier one, as
+        `Sampling` says how; spends what the budget says only nearly, which was measured without.
 
         Raises ValueError or TypeError, naming what was wrong, for images of wrong shape, type or with NaN, for a
         budget without calibration, for a cap below what embedding, controllers and classifier take, and for sample
@@ -205,7 +205,7 @@ class MIAFormer(
         images: Tensor,
         budget: Budget | None = None,
         price: Budget | None = None,
-        cap: float | None = None,
+        cap: Budget | None = None,
     ) -> Tensor:
         """All tokens (B, P+N, C) after the final norm, for dense tasks; skipped tokens keep their value."""
         images = static.check_images(images, self.backbone)
@@ -249,12 +249,9 @@ class MIAFormer(
         return walk(self.backbone.blocks, x, policy, execution, cost, self.adapt_config.rules, cap_macs)
 
     def _walk(
-        self, images: Tensor, cost: Cost, policy: Policy, cap: float | None, execution: str
+        self, images: Tensor, cost: Cost, policy: Policy, cap: Budget | None, execution: str
     ) -> tuple[Tensor, Steps]:
-        cap_macs = None
-        if cap is not None:
-            limit = int(check_fraction("cap", cap) * cost.backbone)
-            cap_macs = np.full(len(images), limit, dtype=np.int64)
+        cap_macs = None if cap is None else _cap_macs(cap, len(images), cost)
         carried_out = Sparse(cost, self._packed) if execution == "sparse" else Masked(cost)
         return self._through_blocks(self.embed(images), policy, carried_out, cost, cap_macs)
 
@@ -347,6 +344,13 @@ def adapt(backbone: nn.Module, calibration_images: Tensor | None = None, **confi
         orders["channels"] = identity_orders(vit)["channels"]
     static.apply_orders(vit, orders)
     return MIAFormer(vit, settings, orders)
+
+
+def _cap_macs(cap: Budget, batch: int, cost: Cost) -> Counts:
+    """(B,), the most that each image may take."""
+    caps = [cap] if isinstance(cap, str | int | float) else per_image("cap", cap, batch).reshape(-1).tolist()
+    limits = [int(check_fraction("cap", one) * cost.backbone) for one in caps]
+    return np.broadcast_to(np.array(limits, dtype=np.int64), batch)
 
 
 def _drawing(policy: Policy, sampling: Sampling) -> Learned:

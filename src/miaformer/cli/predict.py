@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from miaformer.model import MIAFormer
+    from miaformer.predictor import Predictor
 
 DESCRIPTION = """\
 Classify pictures: files, and folders with everything below them. One row a picture goes to FILE, as soon as it is
@@ -76,7 +77,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from miaformer.cli.output import LiveProgress, console
-    from miaformer.data import build_transform
+    from miaformer.predictor import Predictor
 
     out_path = Path(args.out)
     if out_path.suffix not in _WRITERS:
@@ -91,11 +92,10 @@ def run(args: argparse.Namespace) -> int:
         model.prepack()  # 5 % of the time of a small model at the default batch size, more of a large one
     if not model.num_classes:
         raise ValueError(f"{args.model} has no classifier (num_classes=0)")
-    names = _class_names(args.classes, model)
+    predictor = Predictor(model, _class_names(args.classes, model))
     in_ms = _in_ms(args, model)
     spend = {"cap": args.cap, **({"budget": args.budget} if in_ms is None else {"price": in_ms.price})}
-    _try_once(model, spend)
-    transform = build_transform(model.data_config())
+    predictor.try_once(**spend)
 
     failed = dict(missing)
     summary = _Summary(in_ms)
@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
         for path, reason in missing.items():
             write({"path": path, "error": reason})
         done = 0
-        for batch in _decoded(paths, transform, args.batch_size):
-            for row in _classified(model, batch, spend, in_ms, args.top_k, names):
+        for batch in _decoded(paths, predictor, args.batch_size):
+            for row in _classified(predictor, batch, spend, in_ms, args.top_k):
                 write(row)
                 if "error" in row:
                     failed[row["path"]] = row["error"]
@@ -151,38 +151,27 @@ def _in_ms(args: argparse.Namespace, model: MIAFormer) -> MsBudget | None:
     return open_budgets_ms([args.budget_ms], args.latency, model, args.batch_size)[0]
 
 
-def _try_once(model: MIAFormer, spend: dict[str, Any]) -> None:
-    """Run one empty picture, so that a budget or a cap that cannot be is told before anything is written."""
-    import torch
-
-    image = next(model.parameters()).new_zeros(1, model.backbone.in_chans, *model.image_size())
-    with torch.inference_mode():
-        model.run(image, **spend)
-
-
 def _reason(error: Exception, name: str) -> str:
     """An error without the name that it begins with."""
     return " ".join(str(error).removeprefix(f"{name}: ").split())
 
 
 def _class_names(file: str | None, model: MIAFormer) -> Sequence[str] | None:
-    names = model.pretrained_cfg.get("label_names")
-    if file is not None:
-        names = Path(file).read_text(encoding="utf-8").splitlines()
-        if len(names) != model.num_classes:
-            raise ValueError(f"--classes {file} has {len(names)} lines, the model {model.num_classes} classes")
-    return names if names and len(names) == model.num_classes else None
+    if file is None:
+        return None
+    names = Path(file).read_text(encoding="utf-8").splitlines()
+    if len(names) != model.num_classes:
+        raise ValueError(f"--classes {file} has {len(names)} lines, the model {model.num_classes} classes")
+    return names
 
 
-def _decoded(
-    paths: Sequence[Path], transform: Callable[[Any], Tensor], batch_size: int
-) -> Iterator[list[tuple[str, Tensor | str]]]:
+def _decoded(paths: Sequence[Path], predictor: Predictor, batch_size: int) -> Iterator[list[tuple[str, Tensor | str]]]:
     """Batches of (path, tensor (3, H, W), or why there is none). The next one is decoded meanwhile."""
-    from miaformer.images import ImageError, open_image
+    from miaformer.images import ImageError
 
     def decode(path: Path) -> tuple[str, Tensor | str]:
         try:
-            return str(path), transform(open_image(path))
+            return str(path), predictor.prepare(path)
         except ImageError as error:
             return str(path), _reason(error, str(path))
 
@@ -196,53 +185,28 @@ def _decoded(
 
 
 def _classified(
-    model: MIAFormer,
+    predictor: Predictor,
     batch: Sequence[tuple[str, Tensor | str]],
     spend: dict[str, Any],
     in_ms: MsBudget | None,
     top_k: int,
-    names: Sequence[str] | None,
 ) -> Iterator[Row]:
     """A row for each picture, in their order. spend: the budget, price and cap of `MIAFormer.run`."""
-    import torch
-
     images = [found for _, found in batch if not isinstance(found, str)]
     rows: Iterator[Row] = iter(())
     if images:
-        with torch.inference_mode():
-            on_device = torch.stack(images).to(next(model.parameters()))
-            start = time.perf_counter()
-            output = model.run(on_device, **spend)
-            likeliest = output.logits.float().softmax(dim=1).topk(min(top_k, model.num_classes), dim=1)
-            labels, probabilities = likeliest.indices.tolist(), likeliest.values.tolist()
-            ms = (time.perf_counter() - start) * 1000 / len(images)  # results are on the host: nothing is under way
-            trace = output.trace
-            blocks = trace.depth.sum(dim=1).clamp(min=1)
-            columns = (
-                trace.macs_fraction,
-                trace.depth.double().mean(dim=1),
-                trace.heads.double().mean(dim=2).sum(dim=1) / blocks,
-                trace.tokens.double().mean(dim=2).sum(dim=1) / blocks,
-                *(() if in_ms is None else (in_ms.table.predict(trace), torch.full((len(images),), ms))),
-            )
-        names_of_columns = COLUMNS[5:9] if in_ms is None else COLUMNS[5:9] + OF_TIME
-        rows = (
-            {"top_k": _named(one, shares, names), **dict(zip(names_of_columns, spent, strict=True))}
-            for one, shares, *spent in zip(labels, probabilities, *(c.tolist() for c in columns), strict=True)
+        start = time.perf_counter()
+        output = predictor.run(images, **spend)
+        found = predictor.read(output, top_k)
+        ms = (time.perf_counter() - start) * 1000 / len(images)  # results are on the host: nothing is under way
+        times = (
+            [{}] * len(images)
+            if in_ms is None
+            else [{"predicted_ms": predicted, "ms": ms} for predicted in in_ms.table.predict(output.trace).tolist()]
         )
-    for path, found in batch:
-        if isinstance(found, str):
-            yield {"path": path, "error": found}
-        else:
-            row = next(rows)
-            yield {"path": path, **row["top_k"][0], **row}
-
-
-def _named(labels: Sequence[int], probabilities: Sequence[float], names: Sequence[str] | None) -> list[Row]:
-    return [
-        {"label": label, "class": names[label] if names else None, "probability": probability}
-        for label, probability in zip(labels, probabilities, strict=True)
-    ]
+        rows = ({**prediction.to_json(), **time} for prediction, time in zip(found, times, strict=True))
+    for path, prepared in batch:
+        yield {"path": path, **({"error": prepared} if isinstance(prepared, str) else next(rows))}
 
 
 def _csv_writer(file: TextIO, columns: Sequence[str]) -> Callable[[Row], None]:
