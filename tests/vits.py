@@ -15,6 +15,7 @@ import miaformer
 from miaformer import MIAFormer
 from miaformer.controller import KEEP_LOGIT
 from miaformer.stem import ConvPatchEmbed
+from miaformer.token_avg import VisionTransformerTokenAvg
 
 SMALL = {
     "img_size": 16,
@@ -32,6 +33,7 @@ GLU_FIRST = partial(GluMlp, gate_last=False, act_layer=nn.SiLU)
 STRUCTURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "distilled": {"distilled": True},
+    "token_avg": {"kind": VisionTransformerTokenAvg, "reg_tokens": 2},
     "registers": {"reg_tokens": 3, "no_embed_class": True},
     "layer_scale_qk_norm": {"init_values": 1e-5, "qk_norm": True},
     "no_class_token_avg": {"class_token": False, "global_pool": "avg"},
@@ -67,7 +69,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 def vit(seed: int = 0, **settings: Any) -> VisionTransformer:
     """A small backbone in eval mode with random weights. settings: of the timm class, over those of SMALL."""
     settings = {**SMALL, **settings}
-    kind = VisionTransformerDistilled if settings.pop("distilled", False) else VisionTransformer
+    kind = VisionTransformerDistilled if settings.pop("distilled", False) else settings.pop("kind", VisionTransformer)
     return randomise(kind(**settings), seed).eval()
 
 

@@ -13,7 +13,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from miaformer.stem import ConvPatchEmbed, ConvStem
+from miaformer.token_avg import VisionTransformerTokenAvg
 
+CLASSES = {kind.__name__: kind for kind in (VisionTransformer, VisionTransformerDistilled, VisionTransformerTokenAvg)}
 MLPS = {layer.__name__: layer for layer in (Mlp, SwiGLU, GluMlp)}
 SUPPORTED = "Block + Attention + Mlp (or SwiGLU, GluMlp), with LayerNorm or RmsNorm, as in timm's VisionTransformer"
 
@@ -28,10 +30,11 @@ def check_supported(backbone: nn.Module) -> VisionTransformer:
 
     Raises TypeError for what is no timm ViT, ValueError naming the part of it that is not supported.
     """
-    if type(backbone) not in (VisionTransformer, VisionTransformerDistilled):
+    if type(backbone) not in CLASSES.values():
         raise TypeError(
-            f"adapt() takes a timm VisionTransformer or VisionTransformerDistilled, got {type(backbone).__name__}. "
-            "Create one with timm.create_model, e.g. 'deit_small_patch16_224'"
+            "adapt() takes a timm VisionTransformer or VisionTransformerDistilled, or a ViT, DeiT or DINOv2 of "
+            f"transformers, got {type(backbone).__name__}. Create one with timm.create_model, e.g. "
+            "'deit_small_patch16_224'"
         )
     if not transformer_blocks(backbone):
         raise ValueError("adapt() needs a backbone with at least one block, this one has none")
@@ -176,7 +179,7 @@ def _norm_layer(description: list[Any]) -> Any:
 def build(description: dict[str, Any]) -> VisionTransformer:
     """A backbone of the shape described, its weights not initialised to anything in particular."""
     args = dict(description)
-    model_class = {c.__name__: c for c in (VisionTransformer, VisionTransformerDistilled)}[args.pop("class")]
+    model_class = CLASSES[args.pop("class")]
     norms = {name: _norm_layer(args.pop(name)) for name in ("norm_layer", "embed_norm_layer") if name in description}
     mlp_layer: Any = MLPS[args.pop("mlp_layer")]
     if "stem_channels" in args:
@@ -316,7 +319,9 @@ def _order_channels(backbone: Any, order: Tensor) -> None:
         return
     _permute_affine(backbone.fc_norm, order)
     for name in ("head", "head_dist"):
-        _permute(getattr(getattr(backbone, name, None), "weight", None), order, 1)
+        weight = getattr(getattr(backbone, name, None), "weight", None)
+        if weight is not None:  # it reads the channels once, or of two poolings
+            _permute(weight.unflatten(1, (-1, len(order))), order, 2)
 
 
 def channels_are_free(backbone: VisionTransformer) -> bool:

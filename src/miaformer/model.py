@@ -26,6 +26,7 @@ from miaformer.engine.products import Packed
 from miaformer.engine.sparse import Sparse
 from miaformer.engine.walk import Execution, Steps, walk
 from miaformer.folded import Controllers
+from miaformer.from_transformers import is_of_transformers, to_timm
 from miaformer.importance import identity_orders, importance_orders
 from miaformer.model_files import SavedModel
 from miaformer.policy import Full, Learned, Policy, Sampling
@@ -224,8 +225,10 @@ class MIAFormer(
         return self._in_first_order(out) if pooled_channels else out
 
     def _in_first_order(self, features: Tensor) -> Tensor:
-        """Features (..., C) as the backbone would give them, its channels not permuted."""
-        return features[..., self.order_channels.argsort()] if self._orders_channels else features
+        """Features (..., C), or of two poolings (..., 2 C), as the backbone would give them, channels not permuted."""
+        if not self._orders_channels:
+            return features
+        return features.unflatten(-1, (-1, self.embed_dim))[..., self.order_channels.argsort()].flatten(-2)
 
     @property
     def _orders_channels(self) -> bool:
@@ -319,12 +322,17 @@ class MIAFormer(
         return twin.train(self.training)
 
 
-def adapt(backbone: nn.Module, calibration_images: Tensor | None = None, **config: Any) -> MIAFormer:
-    """Make a timm ViT adaptive. Its weights are kept; executing everything gives the backbone's output.
+def adapt(
+    backbone: nn.Module, calibration_images: Tensor | None = None, image_processor: Any = None, **config: Any
+) -> MIAFormer:
+    """Make a ViT adaptive. Its weights are kept; executing everything gives the backbone's output.
 
     backbone: any timm VisionTransformer of `Block` + `Attention` + `Mlp` (or a gated MLP). It is taken over, no copy:
-    with nested heads its heads, MLP units and channels are reordered by importance, which changes no output.
+    with nested heads its heads, MLP units and channels are reordered by importance, which changes no output. Or a ViT,
+    DeiT or DINOv2 of transformers, which stays as it is: its weights are copied (`miaformer.from_transformers`).
     calibration_images: (B, 3, H, W), to measure that importance on; without them it is read off the weights.
+    image_processor: of a transformers model; says how pictures are prepared, and their size. Without it that is the
+    size in the model's configuration, and the preparation that published models of its kind use.
     config: fields of `AdaptConfig`.
 
     Raises TypeError or ValueError naming the part of the backbone, or the setting, that is not supported.
@@ -334,6 +342,10 @@ def adapt(backbone: nn.Module, calibration_images: Tensor | None = None, **confi
     if unknown:
         raise TypeError(f"adapt() does not know {', '.join(unknown)}; settings are {', '.join(known)}")
     settings = AdaptConfig(**config)
+    if is_of_transformers(backbone):
+        backbone = to_timm(backbone, image_processor)
+    elif image_processor is not None:
+        raise TypeError("image_processor goes with a transformers model; timm's have their pretrained_cfg")
     vit = static.check_supported(backbone)
     static.check_describes(static.describe(vit), vit)
     if calibration_images is not None:
