@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,9 @@ from miaformer import MIAFormer, Output, cli
 from miaformer.budget import Calibration
 from miaformer.data import build_transform
 from miaformer.images import open_image
+from miaformer.prediction.classify import BatchClassifier, fingerprint
+from miaformer.prediction.entries import Unreadable
+from miaformer.predictor import Predictor
 
 NAMES = ["ant", "bee, wild", "cat", "dog", 'the "eel"']
 GOOD, BAD = 7, 3
@@ -102,7 +108,15 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize(("suffix", "read"), [("csv", read_csv), ("jsonl", read_jsonl)])
+def read_parquet(path: Path) -> list[dict]:
+    rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    for row in rows:
+        if row["error"] is None:
+            row["top_k"] = [(entry["label"], entry["probability"]) for entry in row["top_k"]]
+    return rows
+
+
+@pytest.mark.parametrize(("suffix", "read"), [("csv", read_csv), ("jsonl", read_jsonl), ("parquet", read_parquet)])
 def test_bad_pictures_stop_nothing_and_are_listed(
     capsys: pytest.CaptureFixture[str], model_dir: Path, folder: Path, tmp_path: Path, suffix: str, read
 ) -> None:
@@ -153,7 +167,7 @@ def test_a_picture_named_twice_is_classified_once_and_a_missing_one_is_listed(
     status, _, err = predict(capsys, model_dir, *named, "--out", out_path)
     assert status == 1
     rows = read_jsonl(out_path)
-    assert [Path(row["path"]).name for row in rows] == ["gone.png", "0.png", "2.webp", "5.webp"]
+    assert [Path(row["path"]).name for row in rows] == ["0.png", "2.webp", "5.webp", "gone.png"]
     assert "gone.png" in err
     assert "no such file or folder" in err
 
@@ -203,3 +217,99 @@ def test_markup_in_a_name_is_shown_as_it_is(
     odd.write_text("no")
     _, _, err = predict(capsys, model_dir, odd, "--out", tmp_path / "[red]rows.csv")
     assert "[bold]odd.jpg" in err.replace("\n", "")
+
+
+def test_shards_and_files_mix_and_say_the_same_of_the_same_picture(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, folder: Path, tmp_path: Path
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    files = sorted(path for path in folder.rglob("*.*") if path.is_file())
+    with tarfile.open(tmp_path / "shard.tgz", "w:gz") as tar:
+        for path in files:
+            tar.add(path, path.name)
+    column = [{"bytes": path.read_bytes(), "path": path.name} for path in files]
+    table = pyarrow.table({"img": column})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "shard.parquet")
+    out_path = tmp_path / "rows.jsonl"
+    named = [tmp_path / "shard.tgz", f"{folder}/**/*.*", tmp_path / "shard.parquet"]
+    status, _, err = predict(capsys, model_dir, *named, "--out", out_path, "--budget", 0.5, "--batch-size", 4)
+    assert status == 1
+    assert f"{3 * BAD} failed" in err
+    rows = read_jsonl(out_path)
+    thirds = [rows[: len(files)], rows[len(files) : 2 * len(files)], rows[2 * len(files) :]]
+    assert [row["path"] for row in thirds[0]] == [str(tmp_path / "shard.tgz" / path.name) for path in files]
+    assert [row["path"] for row in thirds[1]] == [str(path) for path in files]
+    assert [row["path"] for row in thirds[2]] == [f"{tmp_path / 'shard.parquet'}/{row}" for row in range(len(files))]
+    for same in zip(*thirds, strict=True):
+        first = same[0]
+        for row in same[1:]:
+            assert row.get("error") == first.get("error")
+            if "error" not in row:
+                assert row["label"] == first["label"]
+                assert row["probability"] == pytest.approx(first["probability"], abs=1e-5)
+                assert row["macs_fraction"] == pytest.approx(first["macs_fraction"], abs=1e-6)
+
+
+def test_of_many_failures_the_first_are_listed_and_the_rest_counted(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, tmp_path: Path
+) -> None:
+    for number in range(25):
+        (tmp_path / f"bad{number:02}.png").write_text("no")
+    out_path = tmp_path / "rows.csv"
+    status, out, err = predict(capsys, model_dir, tmp_path, "--out", out_path)
+    assert (status, out) == (1, "")
+    assert "25 failed" in err
+    assert "bad19.png" in err
+    assert "bad20.png" not in err
+    assert "... and 5 more: see the error column" in err
+    assert len(read_csv(out_path)) == 25
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_name_that_is_no_text_is_written_out(
+    capsys: pytest.CaptureFixture[str], model_dir: Path, folder: Path, tmp_path: Path, suffix: str
+) -> None:
+    odd = os.fsencode(folder / "caf") + b"\xe9.png"
+    os.rename(folder / "0.png", odd)
+    (folder / os.fsdecode(b"br\xf6ken.png")).write_text("no")
+    out_path = tmp_path / f"rows.{suffix}"
+    status, _, err = predict(capsys, model_dir, folder, "--out", out_path)
+    assert status == 1
+    rows = {"csv": read_csv, "jsonl": read_jsonl, "parquet": read_parquet}[suffix](out_path)
+    names = [Path(row["path"]).name for row in rows]
+    assert "caf\\udce9.png" in names
+    assert "br\\udcf6ken.png" in names
+    assert "br\\udcf6ken.png" in err.replace("\n", "")
+
+
+def test_a_batch_is_classified_without_the_command(model_dir: Path, folder: Path) -> None:
+    """As a worker elsewhere does: names with bytes or paths in, rows out."""
+    classify = BatchClassifier(Predictor(MIAFormer.from_pretrained(model_dir)), top_k=2, budget=0.5)
+    picture = folder / "0.png"
+    rows = classify([("a", picture.read_bytes()), ("b", b"no"), ("c", picture), ("d", Unreadable("gone"))])
+    assert [row["path"] for row in rows] == ["a", "b", "c", "d"]
+    assert "not a picture" in rows[1]["error"]
+    assert rows[3] == {"path": "d", "error": "gone"}
+    assert {**rows[0], "path": "c"} == rows[2]
+    assert len(rows[0]["top_k"]) == 2
+    assert rows[0]["macs_fraction"] == pytest.approx(
+        by_hand(model_dir, str(picture), budget=0.5).trace.macs_fraction.item(), abs=1e-6
+    )
+    with pytest.raises(ValueError, match="budget"):
+        BatchClassifier(classify.predictor, budget=2.0)
+
+
+def test_a_fingerprint_tells_models_apart(model_dir: Path) -> None:
+    model = MIAFormer.from_pretrained(model_dir)
+    first = fingerprint(model)
+    assert fingerprint(MIAFormer.from_pretrained(model_dir)) == first
+    model.label_names = [*NAMES[:-1], "fox"]
+    other = fingerprint(model)
+    assert other != first
+    model.calibration = None
+    assert fingerprint(model) not in (first, other)
+    model = MIAFormer.from_pretrained(model_dir)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-3
+    assert fingerprint(model) != first

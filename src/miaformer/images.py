@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +32,13 @@ class ImageError(ValueError):
     """A picture that cannot be used. The message names it and says why."""
 
 
-def open_image(source: str | Path | bytes | BinaryIO, name: str | None = None) -> Image.Image:
+class TooManyPixelsError(ImageError):
+    """A picture that may be a good one, and is larger than is allowed."""
+
+
+def open_image(
+    source: str | Path | bytes | BinaryIO, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Decode one picture into an upright RGB image with 8 bits a channel.
 
     The EXIF orientation is applied. Transparency (alpha, palette or colour key) is composited on white.
@@ -42,10 +49,11 @@ def open_image(source: str | Path | bytes | BinaryIO, name: str | None = None) -
     Args:
         source: a path, the encoded bytes, or a binary file open for reading.
         name: what to call the picture in errors; by default the path.
+        max_pixels: a picture of more is refused before it is decoded; at most `MAX_PIXELS`.
 
     Raises:
-        ImageError: the file is missing, empty, a directory, not a picture, truncated or damaged, or has more
-            than `MAX_PIXELS` pixels.
+        ImageError: the file is missing, empty, a directory, not a picture, truncated or damaged, or
+            (`TooManyPixelsError`) has more than `max_pixels` pixels.
         TypeError: `source` is none of the above.
     """
     if isinstance(source, (str, Path)):
@@ -64,7 +72,7 @@ def open_image(source: str | Path | bytes | BinaryIO, name: str | None = None) -
         raise TypeError(f"a picture is a path, bytes or a binary file, not {type(source).__name__}")
     if not encoded:
         raise ImageError(f"{name}: the file is empty")
-    return _decode(encoded, name)
+    return _decode(encoded, name, min(max_pixels, MAX_PIXELS))
 
 
 def find_images(path: str | Path) -> list[Path]:
@@ -79,9 +87,22 @@ def find_images(path: str | Path) -> list[Path]:
     root = Path(path)
     if root.is_file():
         return [root]
+    suffixes = picture_suffixes()
+    found = files_below(root, lambda name: os.path.splitext(name)[1].lower() in suffixes)
+    if not found:
+        raise ImageError(f"{root}: no pictures in this folder (known suffixes: {', '.join(sorted(suffixes)[:8])}, ...)")
+    return found
+
+
+def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    """All files in a folder and below it whose name is wanted, sorted.
+
+    Hidden files and folders are skipped; links are followed, each folder once.
+
+    Raises ImageError where there is no such folder.
+    """
     if not root.is_dir():
         raise ImageError(f"{root}: no such file or folder")
-    suffixes = picture_suffixes()
     found: list[Path] = []
     seen: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -91,13 +112,7 @@ def find_images(path: str | Path) -> list[Path]:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [
-            Path(folder, name)
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
-        ]
-    if not found:
-        raise ImageError(f"{root}: no pictures in this folder (known suffixes: {', '.join(sorted(suffixes)[:8])}, ...)")
+        found += [Path(folder, name) for name in files if not name.startswith(".") and wanted(name)]
     return sorted(found)
 
 
@@ -126,12 +141,12 @@ def _read(path: Path, name: str) -> bytes:
         raise ImageError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _decode(encoded: bytes, name: str) -> Image.Image:
+def _decode(encoded: bytes, name: str, max_pixels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(encoded), formats=_formats()) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ImageError(f"{name}: {width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")
+            if width * height > max_pixels:
+                raise TooManyPixelsError(f"{name}: {width} x {height} pixels are more than the limit of {max_pixels:,}")
             _load(image)
             if not _is_complete(encoded, image.format):
                 raise ImageError(f"{name}: truncated: its {image.format} end marker is missing")
@@ -141,7 +156,7 @@ def _decode(encoded: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not a picture in a format that Pillow knows ({len(encoded)} bytes)") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: more than the limit of {MAX_PIXELS:,} pixels: {error}") from error
+        raise TooManyPixelsError(f"{name}: more than the limit of {max_pixels:,} pixels: {error}") from error
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can make a decoder raise nearly anything

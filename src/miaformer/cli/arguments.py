@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,12 +27,28 @@ def add_command(subparsers: Any, name: str, help: str, description: str, epilog:
     return parser
 
 
-def add_compute(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """--batch-size, --device, --dtype and --threads."""
+def add_classes(parser: argparse.ArgumentParser) -> None:
+    """--classes."""
+    parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, in the order of labels")
+
+
+def class_names(file: str | None, model: MIAFormer) -> list[str] | None:
+    """What --classes says. Raises ValueError where these are not as many as the model's classes."""
+    if file is None:
+        return None
+    names = Path(file).read_text(encoding="utf-8").splitlines()
+    if len(names) != model.num_classes:
+        raise ValueError(f"--classes {file} has {len(names)} lines, the model {model.num_classes} classes")
+    return names
+
+
+def add_compute(parser: argparse.ArgumentParser, batch_size: int | None) -> None:
+    """--batch-size (unless None), --device, --dtype and --threads."""
     group = parser.add_argument_group("how it runs")
-    group.add_argument(
-        "--batch-size", type=int, default=batch_size, metavar="N", help=f"images in a batch (default: {batch_size})"
-    )
+    if batch_size is not None:
+        group.add_argument(
+            "--batch-size", type=int, default=batch_size, metavar="N", help=f"images in a batch (default: {batch_size})"
+        )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     group.add_argument(
         "--dtype", choices=DTYPES, default="float32", metavar="T", help=f"{', '.join(DTYPES)} (default: float32)"

@@ -34,11 +34,11 @@ def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> in
 
     from miaformer import load
     from miaformer.cli.output import console
-    from miaformer.cli.predict import find_pictures
     from miaformer.data import build_transform
     from miaformer.evaluation.plots import plot_adaptivity
     from miaformer.images import ImageError, open_image
     from miaformer.policy import Full
+    from miaformer.prediction.sources import find_pictures
 
     paths, failed = find_pictures(sources)
     model = load(BUNDLED_MODEL).to(device)

@@ -1,146 +1,188 @@
-"""`miaformer predict`: classify files and folders of pictures, each by its own compute."""
+"""`miaformer predict`: classify files, folders and shards of pictures, each picture by its own compute."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_compute, open_device, open_model
+from miaformer.cli.arguments import add_classes, add_command, add_compute, class_names, open_device, open_model
 from miaformer.cli.budget_ms import MsBudget, add_budget_ms, open_budgets_ms
+from miaformer.prediction.rows import COLUMNS, OF_TIME
+from miaformer.prediction.sources import Inputs, find_inputs
+from miaformer.prediction.unfinished import UnfinishedRun, check_out, is_finished
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
     from miaformer.model import MIAFormer
-    from miaformer.predictor import Predictor
+    from miaformer.prediction.classify import BatchClassifier
 
 DESCRIPTION = """\
-Classify pictures: files, and folders with everything below them. One row a picture goes to FILE, as soon as it is
-known.
+Classify pictures, a few or millions. One row a picture goes to FILE.
+
+PATH is any of these, as many as you like, mixed:
+  a picture, or a folder with everything below it (hidden files are left out)
+  a pattern in quotes, 'photos/**/*.jpg', where the shell would find too many names
+  a tar archive (.tar, .tar.gz, .tgz): its members that are pictures by their suffix, as ARCHIVE/MEMBER
+  a parquet file as `datasets` writes it, a column of {bytes, path} or of bytes: as FILE/ROW
+Archives and parquet files are read as streams: memory does not grow with them. Their order is that of FILE's rows.
 
 A picture that cannot be read stops nothing: the others are classified, it gets a row with an `error`, and at the end
-all such pictures are listed and the exit status is 1.
+such pictures are listed and the exit status is 1. So is a damaged archive: what comes before the damage is classified.
+
+Stopped by Ctrl-C, kill -9 or a crash, the same command with --resume goes on where it was, and FILE becomes what it
+would have been, byte by byte (.parquet: row by row; on the same kind of machine). Until it is whole its rows are in
+FILE.partial/, and a FILE that was there before stays. Without --resume a command starts afresh: it drops what an
+unfinished run left in FILE.partial/, and replaces FILE at the end.
 """
 
 EPILOG = """\
 examples:
   miaformer predict demo/model photos/ --out predictions.csv --budget 0.5
   miaformer predict OWNER/NAME a.jpg b.png --out predictions.jsonl --cap 0.6 --top-k 3
+  miaformer predict demo/model 'shards/*.tar' more.parquet --out predictions.parquet --batch-size 128
+      and after a crash
+  miaformer predict demo/model 'shards/*.tar' more.parquet --out predictions.parquet --batch-size 128 --resume
 
-rows (columns of a .csv, keys of a .jsonl line):
+  miaformer predict OWNER/NAME /shared/photos --out predictions.parquet --ray-workers 16 --ray-address auto
+      on a Ray cluster; a worker that dies loses nothing
+
+rows (columns of a .csv or .parquet, keys of a .jsonl line):
   path           the picture
   label          number of the likeliest class; `class` is its name, `probability` its softmax
-  top_k          the K likeliest, "LABEL:PROBABILITY ..." or a list of {label, class, probability}
+  top_k          the K likeliest: a list of {label, class, probability}, in a .csv "LABEL:PROBABILITY ..."
   macs_fraction  what it took, as a fraction of the dense model's MACs
   depth_kept     share of blocks executed; heads_kept, tokens_kept: shares of heads and tokens in executed blocks
   error          why there is none of this
 With --budget-ms also predicted_ms, by the table, and ms, measured: a picture's share of the time of its batch, with
 other pictures decoded meanwhile.
 Class names come from --classes FILE, else from the model; without either, `class` is empty.
-"""
 
-COLUMNS = (
-    "path",
-    "label",
-    "class",
-    "probability",
-    "top_k",
-    "macs_fraction",
-    "depth_kept",
-    "heads_kept",
-    "tokens_kept",
-    "error",
-)
-OF_TIME = ("predicted_ms", "ms")  # more columns, with --budget-ms
-Row = dict[str, Any]
+--resume refuses to go on with other arguments, another model, or files that are not those it began with. What a
+kill costs is the batch under way, with a .parquet half a second and 1 % of the time so far; it is done again.
+"""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "predict", "classify pictures", DESCRIPTION, EPILOG)
     parser.add_argument("model", metavar="MODEL", help="directory or hub id")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, and folders of pictures")
-    parser.add_argument("--out", required=True, metavar="FILE", help="what to write: a .csv or .jsonl file")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns, tar and parquet files")
+    parser.add_argument("--out", required=True, metavar="FILE", help="what to write: a .csv, .jsonl or .parquet file")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
     parser.add_argument("--budget", type=float, metavar="B", help="mean MACs, a fraction of the dense model's")
     add_budget_ms(parser)
     parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one picture may take, a fraction: hard")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to name (default: 5)")
-    parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, in the order of labels")
+    add_classes(parser)
     add_compute(parser, batch_size=32)
+    add_ray(parser)
     parser.set_defaults(run=run)
+
+
+def add_ray(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("on Ray (extra `ray`)")
+    group.add_argument(
+        "--ray-workers", type=int, metavar="N", help="so many processes share the work; --threads is what each has"
+    )
+    group.add_argument("--ray-address", metavar="A", help="of a running cluster (default: one on this machine)")
 
 
 def run(args: argparse.Namespace) -> int:
     from miaformer.cli.output import LiveProgress, console
-    from miaformer.predictor import Predictor
+    from miaformer.prediction.run import predict
 
-    out_path = Path(args.out)
-    if out_path.suffix not in _WRITERS:
-        raise ValueError(f"--out {args.out} must end in {' or '.join(_WRITERS)}")
-    for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")
-    paths, missing = find_pictures(args.paths)
+    check_out(args.out)
+    for name in ("top_k", "batch_size", "ray_workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.ray_workers is not None and args.budget_ms is not None:
+        raise ValueError("--budget-ms is for one machine, on which it was measured: give --budget with --ray-workers")
+    out = console()
+    if args.resume and is_finished(args.out):
+        out.print(f"{args.out} is whole: nothing to resume. Without --resume it is made anew.", markup=False)
+        return 0
+    inputs = find_inputs(args.paths)
+    _check_apart(inputs, args.out)
     device = open_device(args.device, args.threads)
     model = open_model(args.model, device, args.dtype)
-    if device.type == "cpu":
-        model.prepack()  # 5 % of the time of a small model at the default batch size, more of a large one
+    in_ms = _in_ms(args, model)
+    settings = _settings(args, model, inputs, device)
+    classify = _classifier(args, model, in_ms)
+
+    total = inputs.total
+    columns = COLUMNS if in_ms is None else COLUMNS + OF_TIME
+    with UnfinishedRun(args.out, columns, settings, args.resume) as unfinished:
+        if unfinished.tally.rows:
+            out.print(f"Resuming after {_pictures(unfinished.tally.rows)}.", markup=False)
+        try:
+            with LiveProgress({} if total is None else {"predict": total}, unit="pictures") as progress:
+                on_rows = partial(progress, "predict")
+                if args.ray_workers is None:
+                    predict(inputs, classify, unfinished, args.batch_size, on_rows)
+                else:
+                    _predict_on_ray(args, inputs, unfinished, on_rows)
+        except KeyboardInterrupt:
+            kept = _pictures(unfinished.tally.rows)
+            raise KeyboardInterrupt(f"interrupted: {kept} kept; the same command with --resume goes on") from None
+        tally = unfinished.tally
+        if tally.pictures:
+            summary = f"{_summary(unfinished, in_ms)} ({_asked(args, model)}) -> {args.out}"
+            out.print(summary, soft_wrap=True, markup=False)
+    if tally.failed:
+        list_failed(dict(tally.failures), tally.failed)
+    return 1 if tally.failed else 0
+
+
+def _predict_on_ray(
+    args: argparse.Namespace, inputs: Inputs, unfinished: UnfinishedRun, on_rows: Callable[[int], None]
+) -> None:
+    import torch
+
+    from miaformer.prediction.on_ray import predict_on_ray
+
+    gpus = 1.0 if open_device(args.device).type == "cuda" else 0.0
+    predict_on_ray(
+        inputs,
+        partial(_workers_classifier, args),
+        unfinished,
+        args.batch_size,
+        args.ray_workers,
+        cpus=args.threads or max(1, torch.get_num_threads() // args.ray_workers),
+        gpus=gpus,
+        address=args.ray_address,
+        on_rows=on_rows,
+    )
+
+
+def _workers_classifier(args: argparse.Namespace) -> BatchClassifier:
+    """For a worker, which opens the model by itself: a directory must be where all workers find it."""
+    device = open_device(args.device, args.threads or 1)
+    return _classifier(args, open_model(args.model, device, args.dtype), None)
+
+
+def _check_apart(inputs: Inputs, out: str) -> None:
+    named = [source.name for source in inputs.sources if source.name.endswith(Path(out).name)]
+    if any(Path(name).resolve() == Path(out).resolve() for name in named):
+        raise ValueError(f"--out {out} is one of the files to classify: give the name of another")
+
+
+def _classifier(args: argparse.Namespace, model: MIAFormer, in_ms: MsBudget | None) -> BatchClassifier:
+    from miaformer.prediction.classify import BatchClassifier
+    from miaformer.predictor import Predictor
+
     if not model.num_classes:
         raise ValueError(f"{args.model} has no classifier (num_classes=0)")
-    predictor = Predictor(model, _class_names(args.classes, model))
-    in_ms = _in_ms(args, model)
-    spend = {"cap": args.cap, **({"budget": args.budget} if in_ms is None else {"price": in_ms.price})}
-    predictor.try_once(**spend)
-
-    failed = dict(missing)
-    summary = _Summary(in_ms)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    with out_path.open("w", newline="", encoding="utf-8") as file, LiveProgress({"predict": len(paths)}) as progress:
-        write = _WRITERS[out_path.suffix](file, COLUMNS if in_ms is None else COLUMNS + OF_TIME)
-        for path, reason in missing.items():
-            write({"path": path, "error": reason})
-        done = 0
-        for batch in _decoded(paths, predictor, args.batch_size):
-            for row in _classified(predictor, batch, spend, in_ms, args.top_k):
-                write(row)
-                if "error" in row:
-                    failed[row["path"]] = row["error"]
-                else:
-                    summary.add(row)
-            file.flush()
-            done += len(batch)
-            progress("predict", done)
-
-    out = console()
-    if summary.count:
-        out.print(f"{summary} ({_asked(args, model)}) -> {out_path}", soft_wrap=True, markup=False)
-    if failed:
-        _list_failed(failed)
-    return 1 if failed else 0
-
-
-def find_pictures(sources: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
-    """Pictures, each once, and what was named but is not there, with the reason.
-
-    Raises ImageError where there is no picture at all.
-    """
-    from miaformer.images import ImageError, find_images
-
-    found: dict[Path, None] = {}
-    missing: dict[str, str] = {}
-    for source in sources:
-        try:
-            found.update(dict.fromkeys(find_images(source)))
-        except ImageError as error:
-            missing[source] = _reason(error, source)
-    if not found:
-        raise ImageError("; ".join(f"{source}: {reason}" for source, reason in missing.items()))
-    return list(found), missing
+    if next(model.parameters()).device.type == "cpu":
+        model.prepack()  # 5 % of the time of a small model at the default batch size, more of a large one
+    predictor = Predictor(model, class_names(args.classes, model))
+    if in_ms is not None:
+        return BatchClassifier(predictor, top_k=args.top_k, price=in_ms.price, cap=args.cap, latency=in_ms.table)
+    return BatchClassifier(predictor, top_k=args.top_k, budget=args.budget, cap=args.cap)
 
 
 def _in_ms(args: argparse.Namespace, model: MIAFormer) -> MsBudget | None:
@@ -151,117 +193,53 @@ def _in_ms(args: argparse.Namespace, model: MIAFormer) -> MsBudget | None:
     return open_budgets_ms([args.budget_ms], args.latency, model, args.batch_size)[0]
 
 
-def _reason(error: Exception, name: str) -> str:
-    """An error without the name that it begins with."""
-    return " ".join(str(error).removeprefix(f"{name}: ").split())
+def _settings(
+    args: argparse.Namespace, model: MIAFormer, inputs: Inputs, device: torch.device
+) -> dict[str, str | int | float | None]:
+    """What decides about rows, to the last bit: a run is resumed only where all of it is the same."""
+    import torch
+
+    import miaformer
+    from miaformer.prediction.classify import fingerprint
+
+    return {
+        "--budget": args.budget,
+        "--budget-ms": args.budget_ms,
+        "--latency": _digest(args.latency),
+        "--cap": args.cap,
+        "--top-k": args.top_k,
+        "--classes": _digest(args.classes),
+        "--batch-size": args.batch_size,
+        "--dtype": args.dtype,
+        "--device": str(device),
+        "on Ray": args.ray_workers is not None,
+        "--threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "MODEL": f"of weights and calibration {fingerprint(model)}",  # after --dtype, which changes its weights
+        "PATH": inputs.fingerprint(),
+        "miaformer": miaformer.__version__,
+        "torch": torch.__version__,
+    }
 
 
-def _class_names(file: str | None, model: MIAFormer) -> Sequence[str] | None:
-    if file is None:
-        return None
-    names = Path(file).read_text(encoding="utf-8").splitlines()
-    if len(names) != model.num_classes:
-        raise ValueError(f"--classes {file} has {len(names)} lines, the model {model.num_classes} classes")
-    return names
+def _digest(file: str | None) -> str | None:
+    return None if file is None else f"of content {hashlib.blake2b(Path(file).read_bytes(), digest_size=4).hexdigest()}"
 
 
-def _decoded(paths: Sequence[Path], predictor: Predictor, batch_size: int) -> Iterator[list[tuple[str, Tensor | str]]]:
-    """Batches of (path, tensor (3, H, W), or why there is none). The next one is decoded meanwhile."""
-    from miaformer.images import ImageError
-
-    def decode(path: Path) -> tuple[str, Tensor | str]:
-        try:
-            return str(path), predictor.prepare(path)
-        except ImageError as error:
-            return str(path), _reason(error, str(path))
-
-    chunks = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    with ThreadPoolExecutor() as pool:
-        ahead = pool.map(decode, chunks[0])
-        for following in [*chunks[1:], []]:
-            batch = ahead
-            ahead = pool.map(decode, following)
-            yield list(batch)
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count:,} pictures"
 
 
-def _classified(
-    predictor: Predictor,
-    batch: Sequence[tuple[str, Tensor | str]],
-    spend: dict[str, Any],
-    in_ms: MsBudget | None,
-    top_k: int,
-) -> Iterator[Row]:
-    """A row for each picture, in their order. spend: the budget, price and cap of `MIAFormer.run`."""
-    images = [found for _, found in batch if not isinstance(found, str)]
-    rows: Iterator[Row] = iter(())
-    if images:
-        start = time.perf_counter()
-        output = predictor.run(images, **spend)
-        found = predictor.read(output, top_k)
-        ms = (time.perf_counter() - start) * 1000 / len(images)  # results are on the host: nothing is under way
-        times = (
-            [{}] * len(images)
-            if in_ms is None
-            else [{"predicted_ms": predicted, "ms": ms} for predicted in in_ms.table.predict(output.trace).tolist()]
-        )
-        rows = ({**prediction.to_json(), **time} for prediction, time in zip(found, times, strict=True))
-    for path, prepared in batch:
-        yield {"path": path, **({"error": prepared} if isinstance(prepared, str) else next(rows))}
-
-
-def _csv_writer(file: TextIO, columns: Sequence[str]) -> Callable[[Row], None]:
-    writer = csv.DictWriter(file, columns, restval="")
-    writer.writeheader()
-
-    def write(row: Row) -> None:
-        top_k = " ".join(f"{entry['label']}:{entry['probability']:.6g}" for entry in row.get("top_k", ()))
-        writer.writerow({**row, "top_k": top_k})
-
-    return write
-
-
-def _jsonl_writer(file: TextIO, columns: Sequence[str]) -> Callable[[Row], None]:
-    def write(row: Row) -> None:
-        file.write(json.dumps({name: row[name] for name in columns if name in row}, ensure_ascii=False) + "\n")
-
-    return write
-
-
-_WRITERS: dict[str, Callable[[TextIO, Sequence[str]], Callable[[Row], None]]] = {
-    ".csv": _csv_writer,
-    ".jsonl": _jsonl_writer,
-}
-
-
-class _Summary:
+def _summary(run: UnfinishedRun, in_ms: MsBudget | None) -> str:
     """How many pictures, how fast, and what they took."""
-
-    def __init__(self, in_ms: MsBudget | None) -> None:
-        self._in_ms, self._ms = in_ms, dict.fromkeys(OF_TIME, 0.0)
-        self._clock = time.perf_counter
-        self._start = self._clock()
-        self.count, self._total, self._most = 0, 0.0, 0.0
-
-    def add(self, row: Row) -> None:
-        self.count += 1
-        self._total += row["macs_fraction"]
-        self._most = max(self._most, row["macs_fraction"])
-        for name in self._ms:
-            self._ms[name] += row.get(name, 0.0)
-
-    def __str__(self) -> str:
-        seconds = self._clock() - self._start
-        pictures = "1 picture" if self.count == 1 else f"{self.count:,} pictures"
-        return (
-            f"{pictures} in {seconds:.1f} s ({self.count / seconds:.1f} a second), {self._total / self.count:.3f} of "
-            f"the dense MACs on average, {self._most:.3f} at most{self._time()}"
-        )
-
-    def _time(self) -> str:
-        if self._in_ms is None:
-            return ""
-        predicted, measured = (total / self.count for total in self._ms.values())
-        return f"; asked {self._in_ms.asked_ms:g} ms a picture, predicted {predicted:.4g}, measured {measured:.4g}"
+    tally, seconds = run.tally, run.seconds
+    text = (
+        f"{_pictures(tally.pictures)} in {seconds:.1f} s ({tally.pictures / seconds:.1f} a second), "
+        f"{tally.macs / tally.pictures:.3f} of the dense MACs on average, {tally.most:.3f} at most"
+    )
+    if in_ms is None:
+        return text
+    predicted, measured = tally.predicted_ms / tally.pictures, tally.ms / tally.pictures
+    return f"{text}; asked {in_ms.asked_ms:g} ms a picture, predicted {predicted:.4g}, measured {measured:.4g}"
 
 
 def _asked(args: argparse.Namespace, model: MIAFormer) -> str:
@@ -278,20 +256,20 @@ def _asked(args: argparse.Namespace, model: MIAFormer) -> str:
     return budget if args.cap is None else f"{budget}, cap {args.cap:g}"
 
 
-def _list_failed(failed: dict[str, str]) -> None:
+def list_failed(failed: Mapping[str, str], count: int | None = None) -> None:
+    """Tell of pictures that failed, with the reason by path; count: of all, where these are the first."""
     from rich.table import Table
+    from rich.text import Text
 
     from miaformer.cli.output import console
 
-    table = Table(title=f"{len(failed)} failed", title_justify="left", title_style="bold red")
+    count = len(failed) if count is None else count
+    more = count - len(failed)
+    table = Table(title=f"{count:,} failed", title_justify="left", title_style="bold red", caption_justify="left")
     table.add_column("path", overflow="fold")
     table.add_column("why", overflow="fold")
-    for path, reason in failed.items():
-        table.add_row(*(_plain(text) for text in (path, reason)))
+    for path, why in failed.items():
+        table.add_row(Text(path), Text(why))
+    if more:
+        table.caption = f"... and {more:,} more: see the error column"
     console(stderr=True).print(table)
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)

@@ -47,16 +47,11 @@ class ParquetImages(ImageData):
             raise IndexError(f"{self.name}: no row {index}, it has {len(self)}")
         label = int(self.labels[index])
         table, row = self._locate(index % len(self))
-        encoded: Any = self._tables[table].column(self._image_column)[row].as_py()
+        stored = stored_picture(self._tables[table].column(self._image_column)[row].as_py(), self._root)
         where = f"{self._files[table]}, row {row}"
-        path = None
-        if isinstance(encoded, dict):
-            encoded, path = encoded.get("bytes"), encoded.get("path")
-        if encoded is not None:
-            return open_image(encoded, name=where), label
-        if path is not None:
-            return open_image(self._root / path, name=f"{where} ({path})"), label
-        raise ImageError(f"{where}: it has no image: neither bytes nor a path")
+        if stored is None:
+            raise ImageError(f"{where}: it has no image: neither bytes nor a path")
+        return open_image(stored, name=where if isinstance(stored, bytes) else f"{where} ({stored})"), label
 
     def _locate(self, index: int) -> tuple[int, int]:
         table = int(np.searchsorted(self._first_row, index, side="right")) - 1
@@ -115,39 +110,66 @@ def parquet_files(root: Path) -> list[Path]:
     return sorted(file for folder in folders for file in folder.glob("*.parquet") if not file.name.startswith("."))
 
 
-def _columns(file: Path) -> tuple[str, str, list[str]]:
-    """The image column, the label column and the class names ([] if it does not say) of a parquet file."""
-    pyarrow = require("pyarrow")
-    schema = _opened(file).schema_arrow
-    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = described.get("info", {}).get("features", {})
-    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
-    images = [name for name in schema.names if kinds.get(name) == "Image"]
+def image_column(schema: Any) -> str | None:
+    """The column of a parquet file's Arrow schema that holds pictures, as {bytes, path} or bytes; None: there is none.
+
+    The `datasets` metadata says; else its name does, else its type.
+    """
+    types = require("pyarrow").types
+    images = _declared(schema, "Image")
     images += [name for name in _IMAGE_COLUMNS if name in schema.names]
-    images += [
-        field.name for field in schema if pyarrow.types.is_struct(field.type) or pyarrow.types.is_binary(field.type)
-    ]
-    labels = [name for name in _LABEL_COLUMNS if name in schema.names]
-    labels += [name for name in schema.names if kinds.get(name) == "ClassLabel"]
-    if not images or not labels:
-        what = "image" if not images else "label"
-        raise ValueError(
-            f"{file}: no {what} column among {', '.join(schema.names)}; expected an image column of "
-            f"{{bytes, path}} or bytes, and a label column called {', '.join(_LABEL_COLUMNS)}"
-        )
-    names = features.get(labels[0], {}).get("names") or []
-    return images[0], labels[0], [str(name) for name in names]
+    images += [field.name for field in schema if types.is_struct(field.type) or types.is_binary(field.type)]
+    return images[0] if images else None
 
 
-def _opened(file: Path) -> Any:
+def stored_picture(value: Any, root: Path) -> bytes | Path | None:
+    """A picture as a row of a parquet file holds it: encoded, or in a file named from `root` on; None: neither."""
+    path = None
+    if isinstance(value, dict):
+        value, path = value.get("bytes"), value.get("path")
+    if isinstance(value, bytes):
+        return value
+    return root / path if isinstance(path, str) else None
+
+
+def open_parquet(file: Path, **options: Any) -> Any:
+    """A `pyarrow.parquet.ParquetFile`; options are its own. Raises ValueError, naming it, where it cannot be read."""
     try:
-        return require("pyarrow.parquet").ParquetFile(file)
+        return require("pyarrow.parquet").ParquetFile(file, **options)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise ValueError(f"{file}: not a readable parquet file: {error}") from error
 
 
+def _features(schema: Any) -> dict[str, Any]:
+    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features: dict[str, Any] = described.get("info", {}).get("features", {})
+    return features
+
+
+def _declared(schema: Any, kind: str) -> list[str]:
+    """The columns that the `datasets` metadata declares to be of a kind: `Image`, `ClassLabel`."""
+    features = _features(schema)
+    of_kind = {name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == kind}
+    return [name for name in schema.names if name in of_kind]
+
+
+def _columns(file: Path) -> tuple[str, str, list[str]]:
+    """The image column, the label column and the class names ([] if it does not say) of a parquet file."""
+    schema = open_parquet(file).schema_arrow
+    image = image_column(schema)
+    labels = [name for name in _LABEL_COLUMNS if name in schema.names] + _declared(schema, "ClassLabel")
+    if image is None or not labels:
+        what = "image" if image is None else "label"
+        raise ValueError(
+            f"{file}: no {what} column among {', '.join(schema.names)}; expected an image column of "
+            f"{{bytes, path}} or bytes, and a label column called {', '.join(_LABEL_COLUMNS)}"
+        )
+    names = _features(schema).get(labels[0], {}).get("names") or []
+    return image, labels[0], [str(name) for name in names]
+
+
 def _read_columns(file: Path, columns: list[str]) -> Any:
-    opened = _opened(file)
+    opened = open_parquet(file)
     missing = set(columns) - set(opened.schema_arrow.names)
     if missing:
         raise ValueError(f"{file}: no column {sorted(missing)[0]!r}, which the other files have")

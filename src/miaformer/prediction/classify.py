@@ -1,0 +1,95 @@
+"""From a batch of pictures to rows: the part that a worker needs, wherever pictures come from and rows go."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from miaformer.images import ImageError
+from miaformer.prediction.entries import Entry, Unreadable, reason
+from miaformer.prediction.rows import Row, writable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from miaformer.evaluation.latency import LatencyTable
+    from miaformer.model import MIAFormer
+    from miaformer.predictor import Predictor
+    from miaformer.prices import Budget
+
+
+def fingerprint(model: MIAFormer) -> str:
+    """A short digest of all that a model's answers depend on: weights, settings, calibration, preparation, names."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=4)
+    about = (model.adapt_config, model.calibration, sorted(model.pretrained_cfg.items()))
+    digest.update(repr(about).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class BatchClassifier:
+    """Makes a row of each picture, by one model and one way to spend; what cannot be read gets a row that says why.
+
+    A batch is any sequence of (name, path or bytes). Its parts, to prepare and to run, can be called apart: pictures of
+    the next batch can be prepared in threads while the model runs this one.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        top_k: int = 5,
+        budget: Budget | None = None,
+        price: Budget | None = None,
+        cap: Budget | None = None,
+        latency: LatencyTable | None = None,
+    ) -> None:
+        """budget, price, cap: as `MIAFormer.run` takes them. latency: with it rows have `OF_TIME` too.
+
+        Raises ValueError or TypeError as `MIAFormer.run` does.
+        """
+        self.predictor, self.top_k, self.latency = predictor, top_k, latency
+        self._spend: dict[str, Any] = {"budget": budget, "price": price, "cap": cap}
+        predictor.try_once(**self._spend)
+
+    def __call__(self, batch: Sequence[Entry | tuple[str, Any]]) -> list[Row]:
+        """A row for each, in their order."""
+        entries = [Entry(*entry) for entry in batch]
+        return self.rows(entries, [self.prepare(entry) for entry in entries])
+
+    def prepare(self, entry: Entry) -> Tensor | Unreadable:
+        """A picture as the model takes it, (3, H, W), or why there is none."""
+        if isinstance(entry.content, Unreadable):
+            return entry.content
+        try:
+            return self.predictor.prepare(entry.content, entry.name)
+        except ImageError as error:
+            return Unreadable(reason(error, entry.name))
+
+    def rows(self, entries: Sequence[Entry], prepared: Sequence[Tensor | Unreadable]) -> list[Row]:
+        found = self._found([picture for picture in prepared if not isinstance(picture, Unreadable)])
+        return [
+            {
+                "path": writable(entry.name),
+                **({"error": writable(picture.reason)} if isinstance(picture, Unreadable) else next(found)),
+            }
+            for entry, picture in zip(entries, prepared, strict=True)
+        ]
+
+    def _found(self, pictures: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
+        if not pictures:
+            return iter(())
+        start = time.perf_counter()
+        output = self.predictor.run(pictures, **self._spend)
+        predictions = [prediction.to_json() for prediction in self.predictor.read(output, self.top_k)]
+        if self.latency is not None:
+            ms = (time.perf_counter() - start) * 1000 / len(pictures)  # results are on the host: nothing is under way
+            for prediction, predicted in zip(predictions, self.latency.predict(output.trace).tolist(), strict=True):
+                prediction.update(predicted_ms=predicted, ms=ms)
+        return iter(predictions)

@@ -1,0 +1,132 @@
+"""Classify everything on a Ray cluster: workers read and classify stretches of it, one process keeps their rows.
+
+Needs the extra `ray`. Workers open the files themselves, under the names that this process sees: on several machines
+they must lie on a disk that all have. What a worker did not finish when it died is done again by another.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from miaformer.prediction.classify import BatchClassifier
+from miaformer.prediction.entries import Entry, Position, Source
+from miaformer.prediction.sources import Inputs
+from miaformer.prediction.unfinished import UnfinishedRun
+from miaformer.ray_cluster import cluster
+
+STRETCH = 8  # batches: what is done again where a worker dies, and what Ray's own work for each is shared by
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some of the inputs, for a worker that knows nothing of the rest."""
+
+    sources: Sequence[Source]
+    place: int  # of the first of them, among all
+    skip: int  # so many entries of the first
+    count: int | None  # entries; None: all that there are
+
+    def entries(self) -> Iterator[tuple[Position, Entry]]:
+        """With the position after each, among all inputs."""
+        found = islice(Inputs(self.sources).entries(Position(0, self.skip)), self.count)
+        for (sources, entries), entry in found:
+            yield Position(self.place + sources, entries), entry
+
+
+def stretches(inputs: Inputs, start: Position, size: int) -> Iterator[Stretch]:
+    """Everything after a position, in order, so many entries each or fewer.
+
+    A source that holds unknown many, as a tar archive does, is one stretch.
+    """
+    place, skip, held = start.sources, start.entries, 0  # where the stretch begins, and how many it has
+    for here in range(start.sources, len(inputs.sources)):
+        begin = start.entries if here == start.sources else 0
+        total = inputs.sources[here].count
+        while total is not None and held + total - begin >= size:
+            yield Stretch(inputs.sources[place : here + 1], place, skip, size)
+            begin += size - held
+            place, skip, held = here, begin, 0
+        if total is not None:
+            held += total - begin
+            continue
+        if held:
+            yield Stretch(inputs.sources[place:here], place, skip, held)
+        yield Stretch(inputs.sources[here : here + 1], here, begin, None)
+        place, skip, held = here + 1, 0, 0
+    if held:
+        yield Stretch(inputs.sources[place:], place, skip, held)
+
+
+def predict_on_ray(
+    inputs: Inputs,
+    make_classifier: Callable[[], BatchClassifier],
+    run: UnfinishedRun,
+    batch_size: int,
+    workers: int,
+    *,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    address: str | None = None,
+    on_rows: Callable[[int], None] = lambda count: None,
+) -> None:
+    """`run.predict` by so many workers, each with a classifier of its own. cpus, gpus: that Ray sets aside for each.
+
+    address: of a cluster; None starts one on this machine. Rows come in the order of the inputs. Stopped by Ctrl-C it
+    makes safe what it has and raises KeyboardInterrupt.
+
+    Raises RuntimeError where a worker fails by itself: dying is not failing.
+    """
+    on_rows(run.tally.rows)
+    work = [{"stretch": pickle.dumps(part)} for part in stretches(inputs, run.position, STRETCH * batch_size)]
+    if work:
+        with cluster(address):
+            import ray
+
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.execution_options.preserve_order = True
+            found = ray.data.from_items(work, override_num_blocks=len(work)).flat_map(
+                _Worker,
+                fn_constructor_args=(make_classifier, batch_size),
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                num_cpus=cpus,
+                num_gpus=gpus,
+            )
+            _keep(found, run, on_rows)
+    run.finish()
+
+
+def _keep(found: Any, run: UnfinishedRun, on_rows: Callable[[int], None]) -> None:
+    from ray.exceptions import RayError
+
+    try:
+        for batch in found.iter_rows():
+            on_rows(run.add(json.loads(batch["rows"]), Position(batch["sources"], batch["entries"])))
+    except KeyboardInterrupt:
+        run.save()
+        raise
+    except RayError as error:
+        run.save()
+        raise RuntimeError(f"a worker failed: {error.__cause__ or error}") from error
+
+
+class _Worker:
+    """Reads, decodes and classifies stretches; in a process of its own."""
+
+    def __init__(self, make_classifier: Callable[[], BatchClassifier], batch_size: int) -> None:
+        self._classify, self._batch_size = make_classifier(), batch_size
+        self._decoders = ThreadPoolExecutor(2)
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        entries = pickle.loads(row["stretch"]).entries()
+        while batch := list(islice(entries, self._batch_size)):
+            found = [entry for _, entry in batch]
+            rows = self._classify.rows(found, list(self._decoders.map(self._classify.prepare, found)))
+            sources, entry = batch[-1][0]
+            yield {"rows": json.dumps(rows), "sources": sources, "entries": entry}
