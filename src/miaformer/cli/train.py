@@ -11,8 +11,8 @@ from miaformer.cli.processes import STOPPED, check_processes, is_one_of_several,
 DESCRIPTION = """\
 Train an adaptive ViT: backbone -> elastic -> supervised -> reinforce, then calibrate its budgets.
 
-OUT gets recipe.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/: a directory that eval, predict
-and MIAFormer.from_pretrained() take. Ctrl-C saves a checkpoint; --resume goes on from it, exactly.
+OUT gets recipe.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/: a directory
+that eval, predict and MIAFormer.from_pretrained() take. Ctrl-C saves a checkpoint; --resume goes on from it, exactly.
 """
 
 EPILOG = """\

@@ -20,6 +20,7 @@ from torch import nn
 from miaformer.backbone import check_supported
 from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform, open_data
 from miaformer.evaluation.calibration import calibrate
+from miaformer.evaluation.environment import describe_environment
 from miaformer.model import MIAFormer, adapt
 from miaformer.model_files import read_json
 from miaformer.stem import ConvPatchEmbed
@@ -45,10 +46,11 @@ def train(
     """Train an adapted model through a recipe's stages, calibrate its budgets and save it in `out`/model.
 
     data: what `miaformer.data.open_data` takes (`digits`, a folder, a timm data set's name), or training images; then
-    `calibration_data` are needed too, and must not be among them. out: gets `recipe.json`, `metrics.jsonl`,
-    TensorBoard files, `checkpoints/` and `model/`. resume: go on from the newest checkpoint in `out`, exactly.
-    device: "cpu" to leave an accelerator alone. teacher: a static model whose soft labels all stages learn from, by the
-    recipe's `distill_weight`; by default every stage after the backbone's learns from the backbone as it was before.
+    `calibration_data` are needed too, and must not be among them. out: gets `recipe.json`, `environment.json`,
+    `metrics.jsonl`, TensorBoard files, `checkpoints/` and `model/`. resume: go on from the newest checkpoint in `out`,
+    exactly. device: "cpu" to leave an accelerator alone. teacher: a static model whose soft labels all stages learn
+    from, by the recipe's `distill_weight`; by default every stage after the backbone's learns from the backbone as it
+    was before.
 
     Returns the model, in evaluation mode. Raises ValueError where `out` holds another run, or recipe and data do not
     fit; `Interrupted` after Ctrl-C, with a checkpoint saved.
@@ -84,6 +86,8 @@ def train(
     if main:
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.json").write_text(json.dumps(description, indent=2) + "\n")
+        environment = describe_environment(accelerator.device, seed)
+        (out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     display = Display(console, enabled=show_progress and main)
     accelerator.init_trackers("tensorboard")
 

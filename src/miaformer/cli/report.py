@@ -1,0 +1,79 @@
+"""`miaformer report`: a training run or a comparison as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miaformer.cli.arguments import add_command, open_batches, open_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from miaformer.pages.page import Markup
+
+DESCRIPTION = """\
+Show a run as one HTML page that stands alone: it opens from disk and needs no network. Curves, tables, settings,
+durations, environment and command; of a run that is not finished, what there is.
+
+RUN is a directory that `miaformer train` or `miaformer compare` writes to, or a file that `miaformer compare --json` or
+`miaformer eval --json` wrote.
+"""
+
+EPILOG = """\
+examples:
+  miaformer report runs/digits --out report.html
+  miaformer report runs/photos --eval photos.json --data photos/ --out report.html
+      with its evaluation, and the images that take least and most
+  miaformer report compare.json --out compare.html
+"""
+
+MOST_IMAGES = 1000  # that are searched for the cheapest and the dearest
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_command(subparsers, "report", "a run or a comparison as one HTML page", DESCRIPTION, EPILOG)
+    parser.add_argument("source", metavar="RUN", help="directory, or .json file")
+    parser.add_argument("--out", required=True, metavar="FILE.html", help="the page")
+    parser.add_argument("--eval", nargs="+", default=[], metavar="FILE", help="what `miaformer eval --json` wrote")
+    parser.add_argument(
+        "--data", metavar="D", help=f"show the cheapest and the dearest of {MOST_IMAGES:,} of its test images"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda where there is one")
+    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from miaformer.cli.output import console
+    from miaformer.pages.page import write_page
+    from miaformer.pages.report import read_evaluation, read_subject, report_page
+
+    out = Path(args.out)
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a directory: give a file, such as {out / 'report.html'}")
+    subject = read_subject(Path(args.source))
+    evaluations = {name: read_evaluation(Path(name)) for name in args.eval}
+    more: list[Markup] = []
+    if args.data:
+        if subject.model is None:
+            raise ValueError(f"--data shows what a trained model does, and {args.source} holds none")
+        more += _extremes(subject.model, args.data, open_device(args.device, args.threads))
+    write_page(out, report_page(subject, evaluations, more))
+    console().print(f"{out}: open it in a browser", soft_wrap=True, markup=False)
+    return 0
+
+
+def _extremes(directory: Path, data: str, device: torch.device) -> Iterator[Markup]:
+    from miaformer.cli.arguments import open_model
+    from miaformer.data import open_data, spread
+    from miaformer.pages.extremes import extremes_section, middle_budget
+
+    model = open_model(str(directory), device)
+    images = spread(open_data(data, "test"), MOST_IMAGES)
+    batches = open_batches(model, images, 64)
+    about = f"{len(images):,} test images of {Path(data).name}"
+    classes = model.label_names or images.classes
+    yield from extremes_section(model, batches.epoch(0), about, middle_budget(model), classes)
