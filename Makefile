@@ -15,7 +15,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_USER := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-zoo lint types format clean clean-all
+.PHONY: help setup demo docs test test-ray test-zoo lint types format clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,12 @@ demo: setup ## train, calibrate and run a small model on digits; writes demo/
 
 test: lint types ## lint, check types, run the tests
 	$(PYTEST)
+
+test-ray: setup ## check prediction and serving on a Ray cluster of two workers on this machine
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m ray
+
+docs: setup ## build the documentation site in site/
+	$(PY) -m mkdocs build --strict
 
 test-zoo: setup ## check every supported timm ViT
 	$(PYTEST) -m zoo
@@ -44,7 +50,7 @@ format: setup ## let ruff mend what it can
 	$(PY) -m ruff format
 
 clean: ## remove caches and built packages
-	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 clean-all: clean ## clean, and remove .venv

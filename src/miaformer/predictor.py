@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from miaformer.images import open_image
+from miaformer.images import MAX_PIXELS, open_image
 from miaformer.model import MIAFormer, Output, Trace
+from miaformer.policy import Policy
 from miaformer.prices import Budget
 
 
@@ -65,9 +67,15 @@ class Predictor:
         self.names = list(known) if known and len(known) == model.num_classes else None
         self._transform: Callable[[Any], Tensor] = build_transform(model.data_config())
 
-    def prepare(self, source: str | Path | bytes | BinaryIO, name: str | None = None) -> Tensor:
-        """A picture as the model takes it, (3, H, W). Raises ImageError, naming it, where it cannot be read."""
-        return self._transform(open_image(source, name))
+    def prepare(
+        self, source: str | Path | bytes | BinaryIO, name: str | None = None, max_pixels: int = MAX_PIXELS
+    ) -> Tensor:
+        """A picture as the model takes it, (3, H, W). Raises ImageError as `open_image` does."""
+        return self.prepare_picture(open_image(source, name, max_pixels))
+
+    def prepare_picture(self, picture: Image.Image) -> Tensor:
+        """The same of a picture that `open_image` gave."""
+        return self._transform(picture)
 
     def run(
         self,
@@ -75,19 +83,26 @@ class Predictor:
         budget: Budget | None = None,
         price: Budget | None = None,
         cap: Budget | None = None,
+        policy: Policy | None = None,
     ) -> Output:
         """`MIAFormer.run` of prepared pictures, on the model's device; budget, price and cap: one, or one each."""
         batch = images if isinstance(images, Tensor) else torch.stack(list(images))
         with torch.inference_mode():
-            return self.model.run(batch.to(next(self.model.parameters())), budget=budget, price=price, cap=cap)
+            on_device = batch.to(next(self.model.parameters()))
+            return self.model.run(on_device, policy=policy, budget=budget, price=price, cap=cap)
 
     def read(self, output: Output, top_k: int = 5) -> list[Prediction]:
         """What an output says of each picture."""
-        likeliest = output.logits.float().softmax(dim=1).topk(min(top_k, self.model.num_classes), dim=1)
+        guesses = self.guesses(output.logits, top_k)
+        return [Prediction(best, *spent) for best, spent in zip(guesses, kept_shares(output.trace), strict=True)]
+
+    def guesses(self, logits: Tensor, top_k: int = 5) -> list[tuple[Guess, ...]]:
+        """The likeliest classes of logits (B, classes), best first."""
+        likeliest = logits.float().softmax(dim=1).topk(min(top_k, self.model.num_classes), dim=1)
         labels, probabilities = likeliest.indices.tolist(), likeliest.values.tolist()
         return [
-            Prediction(tuple(self._guess(*guess) for guess in zip(*guesses, strict=True)), *spent)
-            for *guesses, spent in zip(labels, probabilities, kept_shares(output.trace), strict=True)
+            tuple(self._guess(*guess) for guess in zip(*best, strict=True))
+            for best in zip(labels, probabilities, strict=True)
         ]
 
     def try_once(self, **spend: Any) -> None:

@@ -15,7 +15,20 @@ from typing import NoReturn
 import miaformer
 
 # Modules of this package, in the order that help lists them.
-COMMANDS = ("train", "eval", "compare", "attack", "predict", "bench", "profile", "export", "demo")
+COMMANDS = (
+    "train",
+    "eval",
+    "compare",
+    "attack",
+    "predict",
+    "explain",
+    "report",
+    "serve",
+    "bench",
+    "profile",
+    "export",
+    "demo",
+)
 
 DESCRIPTION = """\
 Vision Transformers that skip blocks, heads and tokens image by image, and do not pay for what they skip.
@@ -36,6 +49,12 @@ examples:
       time sparse against dense execution
   miaformer predict demo/model photos/ --out predictions.csv --budget 0.5
       classify a folder
+  miaformer explain demo/model photos/ --out explained --budget 0.3 0.5 0.9
+      a page a picture: which patches, heads and blocks it was given
+  miaformer report runs/photos --out report.html
+      a training run or a comparison as one page
+  miaformer serve demo/model --p95-ms 200
+      classify over HTTP; under load it spends less on each, and answers in time
   miaformer export demo/model model.onnx
       one file for ONNX Runtime that skips at run time
   miaformer profile demo/model --data digits --out latency.json
@@ -55,6 +74,10 @@ _EXTRAS = {
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
+    "fastapi": "serve",
+    "fastapi_offline": "serve",
+    "prometheus_client": "serve",
+    "uvicorn": "serve",
     "pyautoattack": "attack",
     "imagecorruptions": "corruptions",
 }

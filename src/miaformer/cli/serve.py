@@ -1,0 +1,191 @@
+"""`miaformer serve`: classify pictures over HTTP, with compute that gives way under load."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from miaformer.cli.arguments import add_classes, add_command, add_compute, class_names, open_device, open_model
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from miaformer.serving import Settings
+
+DESCRIPTION = """\
+Serve a model over HTTP: POST /predict, GET /health, GET /metrics (Prometheus), an API page at /docs, and at / a page to
+play with. Pictures of different requests share batches, each with its own budget.
+
+Compute is the safety valve. As long as nothing waits, a picture is given --budget. When requests come faster than that
+can be done, the budget falls, down to --min-budget, so that answers come within --p95-ms; each says what it was given
+and what it took. Only past that are requests refused, with 503 and Retry-After.
+"""
+
+EPILOG = """\
+examples:
+  miaformer serve cifar10-small
+      the bundled model, at http://127.0.0.1:8000
+  miaformer serve runs/photos/model --host 0.0.0.0 --port 80 --budget 0.8 --min-budget 0.4 --p95-ms 300
+      answers within 0.3 s, for up to twice the requests
+  miaformer serve runs/photos/model --replicas 1 8 --ray-address auto
+      the same application on a Ray cluster, in as many processes as load asks
+  curl --data-binary @cat.jpg 'http://127.0.0.1:8000/predict?budget=0.5&top_k=3'
+  curl -F file=@cat.jpg -F file=@dog.jpg -F budget=0.5 http://127.0.0.1:8000/predict
+
+SIGTERM and Ctrl-C stop it: what was admitted is answered first.
+"""
+
+
+# Fields of `Settings`, whose defaults these are: unit, type, meaning.
+_LIMITS = (
+    ("p95_ms", "MS", float, "the objective: from a request's arrival to its answer", 500.0),
+    ("max_batch", "N", int, "pictures in a batch", 32),
+    ("max_queue", "N", int, "pictures that wait", 256),
+    ("max_pictures", "N", int, "pictures in a request", 32),
+    ("max_upload_bytes", "N", int, "bytes of a request", 10 * 2**20),
+    ("max_held_bytes", "N", int, "bytes of all requests that are being read", 256 * 2**20),
+    ("max_pixels", "N", int, "pixels of a picture", 25_000_000),
+    ("upload_seconds", "S", float, "seconds for a request to arrive", 10.0),
+    ("answer_seconds", "S", float, "seconds for it to be answered then", 30.0),
+    ("decoders", "N", int, "threads that decode pictures", 2),
+)
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_command(subparsers, "serve", "classify pictures over HTTP", DESCRIPTION, EPILOG)
+    parser.add_argument("model", metavar="MODEL", help="directory, hub id, or name of a bundled model")
+    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
+    add_classes(parser)
+    spending = parser.add_argument_group("what is spent")
+    spending.add_argument(
+        "--budget", type=float, metavar="B", help="mean MACs while nothing waits; the most that a request may ask for"
+    )
+    spending.add_argument("--min-budget", type=float, metavar="B", help="the least that load lowers it to")
+    spending.add_argument("--cap", type=float, metavar="C", help="the most that any picture takes: hard")
+    spending.add_argument("--static", action="store_true", help="execute everything: the server to compare with")
+    limits = parser.add_argument_group("limits")
+    for name, metavar, kind, about, default in _LIMITS:
+        option = f"--{name.replace('_', '-')}"
+        limits.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{about} (default: {default:,})")
+    limits.add_argument(
+        "--max-connections", type=int, default=512, metavar="N", help="at once; more get 503 (default: 512)"
+    )
+    several = parser.add_argument_group("on Ray")
+    several.add_argument(
+        "--replicas",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="as many of these servers behind one address; two numbers: as load asks, between them (extra `ray`)",
+    )
+    several.add_argument("--ray-address", metavar="A", help="of a running cluster (default: one on this machine)")
+    parser.add_argument("--no-page", action="store_true", help="no page at /, and no /explain")
+    parser.add_argument("--access-log", action="store_true", help="a line for each request")
+    add_compute(parser, batch_size=None)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.max_connections < 1:
+        raise ValueError(f"--max-connections {args.max_connections} must be at least 1")
+    return _run_here(args) if args.replicas is None else _run_on_ray(args)
+
+
+def build(args: argparse.Namespace) -> tuple[FastAPI, Settings]:
+    """The application that these arguments ask for: here, or in a replica on another machine."""
+    from miaformer.predictor import Predictor
+    from miaformer.serving import Settings, create_app
+    from miaformer.serving.settings import budgets_of
+
+    device = open_device(args.device, args.threads)
+    model = open_model(args.model, device, args.dtype)
+    if device.type == "cpu":
+        model.prepack()
+    predictor = Predictor(model, class_names(args.classes, model))
+    budgets = None if args.static else budgets_of(predictor, args.budget, args.min_budget)
+    budget, min_budget = budgets or (None, None)
+    settings = Settings(
+        budget=budget,
+        min_budget=min_budget,
+        cap=args.cap,
+        static=args.static,
+        page=not args.no_page,
+        **{name: getattr(args, name) for name, *_ in _LIMITS},
+    )
+    if args.cap is not None:
+        predictor.try_once(cap=args.cap)
+    return create_app(predictor, settings, name=args.model), settings
+
+
+def _run_here(args: argparse.Namespace) -> int:
+    import uvicorn
+
+    from miaformer.serving.protocol import ImpatientProtocol
+
+    with _listening(args.host, args.port) as listening:
+        app, settings = build(args)
+        _say(f"serving {args.model} at {_url(*listening.getsockname()[:2])}: {_spending(settings)}")
+        config = uvicorn.Config(
+            app,
+            http=ImpatientProtocol,
+            log_level="info" if args.access_log else "warning",
+            access_log=args.access_log,
+            limit_concurrency=args.max_connections,
+            server_header=False,
+        )
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; what had been admitted was answered") from None
+    return 0
+
+
+def _run_on_ray(args: argparse.Namespace) -> int:
+    from miaformer.serving.on_ray import replicated
+
+    _listening(args.host, args.port).close()  # says at once where the address cannot be had
+    with replicated(partial(_app, args), args.host, args.port, args.replicas, args.ray_address) as port:
+        replicas = " to ".join(map(str, dict.fromkeys(args.replicas)))
+        _say(f"serving {args.model} at {_url(args.host, port)}: {replicas} replicas on Ray")
+        while True:
+            time.sleep(3600)
+
+
+def _app(args: argparse.Namespace) -> FastAPI:
+    return build(args)[0]
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Raises OSError, naming the address, where it cannot be had."""
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
+        )
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot listen at {host}:{port}: {reason}") from error
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"miaformer: {line}\n")
+    sys.stderr.flush()
+
+
+def _spending(settings: Settings) -> str:
+    if settings.static:
+        return "everything is executed"
+    if settings.budget is None:
+        return "the model is not calibrated, so everything is executed"
+    return (
+        f"budget {settings.budget:.2f}, under load down to {settings.min_budget:.2f} to answer within "
+        f"{settings.p95_ms:g} ms"
+    )

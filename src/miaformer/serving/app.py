@@ -1,0 +1,101 @@
+"""The HTTP interface: POST /predict and /explain, GET /health and /metrics, and a page to play with at /.
+
+Every error is JSON, {"detail": "..."}: 4xx for what a client can mend, 503 with Retry-After where the server is busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+
+import miaformer
+from miaformer.predictor import Predictor
+from miaformer.serving.schema import Health, PredictReply, Problem, body_of_pictures
+from miaformer.serving.server import Server
+from miaformer.serving.settings import Settings
+
+PAGE = Path(__file__).parent / "page.html"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "Not a picture, or a damaged one"},
+    408: {"model": Problem, "description": "The request did not arrive in time"},
+    413: {"model": Problem, "description": "Too many bytes or pixels"},
+    415: {"model": Problem, "description": "Neither a picture's bytes nor a form of files"},
+    422: {"model": Problem, "description": "A budget, cap or top_k that cannot be"},
+    503: {"model": Problem, "description": "Busy: Retry-After says in how many seconds to ask again"},
+}
+
+Budget = Annotated[float | None, Query(description="mean MACs, as a fraction of the dense model's")]
+Cap = Annotated[float | None, Query(description="the most MACs that one picture may take, a fraction: hard")]
+TopK = Annotated[int, Query(description="classes to name")]
+
+
+def create_app(predictor: Predictor, settings: Settings, name: str = "model") -> FastAPI:
+    """The application, for any ASGI server. Measures a few batches first, so that it knows how long they take.
+
+    name: of the model, as /health and /metrics say it.
+    """
+    server = Server(predictor, settings, name)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.start()
+        yield
+        await server.close()
+
+    app = FastAPIOffline(  # its API pages need no network
+        title="MIA-Former",
+        version=miaformer.__version__,
+        summary="Classifies pictures, each by its own compute.",
+        lifespan=lifespan,
+    )
+    app.state.server = server
+
+    @app.post("/predict", responses={**_PROBLEMS, 200: {"model": PredictReply}}, openapi_extra=body_of_pictures())
+    async def predict(request: Request, budget: Budget = None, cap: Cap = None, top_k: TopK = 5) -> Response:
+        """Classify pictures. Under load they may get less than `budget`: each says what it got and took."""
+        return await server.handle(request, server.predict(request, budget, cap, top_k))
+
+    @app.get("/health", response_model=Health, responses={503: {"model": Health}})
+    async def health() -> Response:
+        """Whether it works, what is served, and what a picture is given now."""
+        found = server.health()
+        return JSONResponse(found, 200 if found["status"] == "ok" else 503)
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    if settings.page:
+        page = PAGE.read_text(encoding="utf-8")
+
+        @app.post("/explain", responses=_PROBLEMS, openapi_extra=body_of_pictures())
+        async def explain(
+            request: Request, budget: Annotated[list[float] | None, Query()] = None, cap: Cap = None, top_k: TopK = 5
+        ) -> Response:
+            """What one picture is given at several budgets, block by block, and what that took in time."""
+            return await server.handle(request, server.explain(request, budget, cap, top_k))
+
+        @app.get("/", include_in_schema=False)
+        async def play() -> Response:
+            return HTMLResponse(page, headers=_PAGE_HEADERS)
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_query(request: Request, error: RequestValidationError) -> Response:
+        said = "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors())
+        return server.reply(request, HTTPException(422, said))
+
+    return app

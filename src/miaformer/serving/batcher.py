@@ -1,0 +1,233 @@
+"""The queue: pictures of different requests, each with its own budget and cap, run together in packed batches."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from miaformer.policy import Full
+from miaformer.predictor import Prediction, Predictor
+from miaformer.serving.governor import Governor, Plan, ServiceTime
+from miaformer.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from miaformer.serving.metrics import Metrics
+
+
+WARM_UPS = 3  # the first of which prepares kernels; the last is what counts
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request wants for each of its pictures."""
+
+    budget: float | None = None
+    cap: float | None = None
+    top_k: int = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    prediction: Prediction
+    budget: float | None  # that it was given
+    lowered: bool  # given less than was asked, for load
+
+
+class BusyError(Exception):
+    """Too much waits. retry_after: seconds."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("the server is busy")
+        self.retry_after = retry_after
+
+
+@dataclass(eq=False)
+class _Waiting:
+    image: Tensor
+    asked: Asked
+    cap: float | None
+    answer: asyncio.Future[Answer]
+
+
+class Batcher:
+    """Runs what waits, in one thread: while a batch runs, the next one gathers.
+
+    Everything but the model's work happens in the event loop, so nothing here needs a lock.
+    """
+
+    def __init__(self, predictor: Predictor, settings: Settings, metrics: Metrics) -> None:
+        self.predictor, self.settings, self._metrics = predictor, settings, metrics
+        bounds = None
+        if settings.budget is not None and settings.min_budget is not None:
+            bounds = settings.budget, settings.min_budget
+        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        time_taken = ServiceTime(self._model_thread.submit(lambda: list(self._measured())).result())
+        objective = settings.p95_ms / 1000
+        self.governor = Governor(time_taken, objective, bounds, settings.max_batch, settings.max_queue)
+        self._queue: deque[_Waiting] = deque()
+        self._arrivals: dict[object, float] = {}  # of requests that have room, in their order
+        self.admitted = 0  # pictures
+        self._filled = asyncio.Event()
+        self._model = (
+            asyncio.Lock()
+        )  # who waits for the model has not yet decided what to run: it may still be cancelled
+        self._task: asyncio.Task[None] | None = None
+
+    # What requests do -------------------------------------------------------------------------------------------
+
+    def check_room(self, pictures: int) -> None:
+        """Raises BusyError where so many more would be answered too late."""
+        retry_after = self.governor.retry_after(self.admitted, pictures, self._oldest())
+        if retry_after is not None:
+            raise BusyError(retry_after)
+
+    @contextmanager
+    def room(self, pictures: int) -> Iterator[None]:
+        """Room for the pictures of one request, until its last answer. Raises BusyError where there is none."""
+        self.check_room(pictures)
+        ticket = object()
+        self._arrivals[ticket] = time.perf_counter()
+        self._count(pictures)
+        try:
+            yield
+        finally:
+            del self._arrivals[ticket]
+            self._count(-pictures)
+
+    def plan(self) -> Plan:
+        """For a batch that would run now."""
+        return self.governor.plan(self.admitted, self._oldest())
+
+    def submit(self, images: Sequence[Tensor], asked: Asked) -> list[asyncio.Future[Answer]]:
+        """Answers to come, of prepared pictures (3, H, W). One that is cancelled before its batch is not run."""
+        loop = asyncio.get_running_loop()
+        cap = least(asked.cap, self.settings.cap)
+        entries = [_Waiting(image, asked, cap, loop.create_future()) for image in images]
+        self._queue.extend(entries)
+        self._filled.set()
+        return [entry.answer for entry in entries]
+
+    async def call(self, work: Callable[[], Any]) -> Any:
+        """Run something else in the model's thread, between two batches."""
+        async with self._model:
+            return await asyncio.get_running_loop().run_in_executor(self._model_thread, work)
+
+    # What runs them ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._serve())
+
+    @property
+    def well(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    async def close(self) -> None:
+        """Answer all that was admitted, then stop."""
+        while self._arrivals:
+            await asyncio.sleep(0.01)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._model_thread.shutdown()
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._filled.wait()
+            async with self._model:
+                batch, plan = self._next_batch()
+                if not batch:
+                    self._filled.clear()
+                    continue
+                try:
+                    answers = await loop.run_in_executor(self._model_thread, self._answer, batch, plan)
+                except Exception as error:
+                    for entry in batch:
+                        if not entry.answer.done():
+                            entry.answer.set_exception(error)
+                    continue
+            for entry, answer in zip(batch, answers, strict=True):
+                if not entry.answer.done():
+                    entry.answer.set_result(answer)
+
+    def _next_batch(self) -> tuple[list[_Waiting], Plan]:
+        """What runs next, first come, first served, until one differs in having a cap: the model takes one for all."""
+        plan = self.plan()
+        batch: list[_Waiting] = []
+        while self._queue and len(batch) < plan.pictures:
+            if self._queue[0].answer.done():  # its client went away
+                self._queue.popleft()
+            elif batch and (self._queue[0].cap is None) != (batch[0].cap is None):
+                break
+            else:
+                batch.append(self._queue.popleft())
+        return batch, plan
+
+    def _answer(self, batch: list[_Waiting], plan: Plan) -> list[Answer]:
+        granted = [least(entry.asked.budget, plan.budget) for entry in batch]
+        start = time.perf_counter()
+        predictions = self._run([entry.image for entry in batch], granted, [entry.cap for entry in batch])
+        seconds = time.perf_counter() - start
+        self.governor.time.add(len(batch), _total(granted), seconds)
+        self._metrics.batch_ran(len(batch), seconds)
+        return [
+            Answer(
+                replace(prediction, top_k=prediction.top_k[: entry.asked.top_k]),
+                budget,
+                lowered=budget is not None and budget < (least(entry.asked.budget, self.settings.budget) or 0),
+            )
+            for entry, prediction, budget in zip(batch, predictions, granted, strict=True)
+        ]
+
+    def _run(
+        self, images: Sequence[Tensor], budgets: Sequence[float | None], caps: Sequence[float | None]
+    ) -> list[Prediction]:
+        """Either none of the budgets is None, or all are; caps alike."""
+        spend: dict[str, Any] = {"policy": Full()} if self.settings.static else {}
+        if not self.settings.static and budgets[0] is not None:
+            spend["budget"] = budgets
+        if caps[0] is not None:
+            spend["cap"] = caps
+        return self.predictor.read(self.predictor.run(images, **spend), top_k=self.predictor.model.num_classes)
+
+    def _measured(self) -> Iterator[tuple[int, float, float]]:
+        """What a few batches of noise take: where the governor starts from."""
+        generator = torch.Generator().manual_seed(0)
+        size = (self.predictor.model.backbone.in_chans, *self.predictor.model.image_size())
+        for pictures in sorted({1, min(8, self.settings.max_batch)}):
+            images = torch.randn(pictures, *size, generator=generator)
+            for budget in dict.fromkeys((self.settings.budget, self.settings.min_budget)):
+                budgets = [budget] * pictures
+                for _ in range(WARM_UPS):
+                    start = time.perf_counter()
+                    self._run(list(images), budgets, [None] * pictures)
+                    seconds = time.perf_counter() - start
+                yield pictures, _total(budgets), seconds
+
+    def _oldest(self) -> float:
+        """Seconds since the first of those that are here came."""
+        first = next(iter(self._arrivals.values()), None)
+        return 0.0 if first is None else time.perf_counter() - first
+
+    def _count(self, pictures: int) -> None:
+        self.admitted += pictures
+        self._metrics.queue.set(self.admitted)
+
+
+def least(*limits: float | None) -> float | None:
+    """The least of those that there are."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _total(budgets: Sequence[float | None]) -> float:
+    return sum(1.0 if budget is None else budget for budget in budgets)

@@ -1,0 +1,203 @@
+"""What happens to a request, from its arrival to its answer or refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from torch import Tensor
+
+import miaformer
+from miaformer.budget import check_fraction
+from miaformer.images import ImageError, TooManyPixelsError
+from miaformer.predictor import Predictor
+from miaformer.serving.batcher import Answer, Asked, Batcher, BusyError
+from miaformer.serving.metrics import Metrics
+from miaformer.serving.playground import explained
+from miaformer.serving.settings import Settings
+from miaformer.serving.uploads import LastWord, Upload, Uploads
+
+T = TypeVar("T")
+
+CLIENT_LEFT = 499  # as nginx counts those who hang up before their answer
+_log = logging.getLogger(__name__)
+
+
+class Server:
+    """One model, its queue, and everything that is counted of it."""
+
+    def __init__(self, predictor: Predictor, settings: Settings, name: str) -> None:
+        self.predictor, self.settings, self.name = predictor, settings, name
+        self.metrics = Metrics()
+        self.metrics.serves(model=name, version=miaformer.__version__)
+        self.batcher = Batcher(predictor, settings, self.metrics)
+        self._uploads = Uploads(settings)
+        self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
+
+    def start(self) -> None:
+        self.batcher.start()
+
+    async def close(self) -> None:
+        """Answer everybody who was admitted, then stop."""
+        await self.batcher.close()
+        self._decoders.shutdown()
+
+    # What is asked ----------------------------------------------------------------------------------------------
+
+    async def predict(self, request: Request, budget: float | None, cap: float | None, top_k: int) -> dict[str, Any]:
+        """The answer to POST /predict, but for its time."""
+        self.batcher.check_room(1)  # before anything is read
+        with ExitStack() as admitted:
+            async with self._uploads.of(request) as upload:
+                asked = self._asked(budget, cap, top_k, upload.fields)
+                names = [name for name, _ in upload.pictures]
+                admitted.enter_context(self.batcher.room(len(names)))
+                images = await self._decode(upload)
+                upload.pictures.clear()
+            answers = await self._answers(request, images, asked)
+        for answer in answers:
+            self.metrics.spent(answer.prediction.macs_fraction, answer.budget, answer.lowered)
+        return {"predictions": [_said(name, answer) for name, answer in zip(names, answers, strict=True)]}
+
+    async def explain(
+        self, request: Request, budgets: Sequence[float] | None, cap: float | None, top_k: int
+    ) -> dict[str, Any]:
+        """The answer to POST /explain, but for its time."""
+        self.batcher.check_room(1)
+        async with self._uploads.of(request) as upload:
+            asked = self._asked(None, cap, top_k, upload.fields)
+            if len(upload.pictures) > 1:
+                raise HTTPException(400, "one picture at a time is explained")
+            for budget in budgets or ():
+                self._check_budget(budget)
+            name, encoded = upload.pictures[0]
+            work = asyncio.ensure_future(explained(self.batcher, self._decoders, name, encoded, budgets, asked))
+            return await self._waited_for(request, work)
+
+    def health(self) -> dict[str, Any]:
+        model, settings = self.predictor.model, self.settings
+        plan = self.batcher.plan()
+        return {
+            "status": "ok" if self.batcher.well else "the model's queue has stopped",
+            "model": self.name,
+            "version": miaformer.__version__,
+            "classes": model.num_classes,
+            "image_size": model.image_size(),
+            "blocks": len(model.backbone.blocks),
+            "heads": model.cost().num_heads,
+            "budget": settings.budget,
+            "min_budget": settings.min_budget,
+            "p95_ms": settings.p95_ms,
+            "queue": self.batcher.admitted,
+            "serving_budget": plan.budget,
+        }
+
+    # How it is answered -----------------------------------------------------------------------------------------
+
+    async def handle(self, request: Request, work: Awaitable[dict[str, Any]]) -> Response:
+        """The response to a request whose answer is `work`, whatever becomes of it."""
+        start = time.perf_counter()
+        try:
+            content = await work
+        except HTTPException as problem:
+            return self.reply(request, problem, start)
+        except BusyError as busy:
+            headers = {"Retry-After": str(math.ceil(busy.retry_after))}
+            return self.reply(request, HTTPException(503, str(busy), headers), start)
+        except TooManyPixelsError as error:
+            return self.reply(request, HTTPException(413, str(error)), start)
+        except ImageError as error:
+            return self.reply(request, HTTPException(400, str(error)), start)
+        except Exception:
+            _log.exception("a request failed")
+            return self.reply(
+                request, HTTPException(500, "this should not have happened; the server's log says more"), start
+            )
+        seconds = time.perf_counter() - start
+        self.metrics.answered(request.url.path, 200, seconds)
+        return JSONResponse({**content, "ms": round(1000 * seconds, 3)})
+
+    def reply(self, request: Request, problem: HTTPException, start: float | None = None) -> Response:
+        """The response that says what was wrong."""
+        seconds = 0.0 if start is None else time.perf_counter() - start
+        self.metrics.answered(request.url.path, problem.status_code, seconds)
+        closes = "Connection" in (problem.headers or {})
+        kind = LastWord if closes else JSONResponse
+        return kind({"detail": problem.detail}, problem.status_code, problem.headers)
+
+    def _asked(self, budget: float | None, cap: float | None, top_k: int, fields: Mapping[str, str]) -> Asked:
+        """Of the query, or of a form's fields, which go before. Raises HTTPException 422."""
+        try:
+            budget = float(fields["budget"]) if "budget" in fields else budget
+            cap = float(fields["cap"]) if "cap" in fields else cap
+            top_k = int(fields["top_k"]) if "top_k" in fields else top_k
+            if top_k < 1:
+                raise ValueError(f"top_k={top_k} must be at least 1")
+            if cap is not None:
+                self._check_cap(cap)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+        if budget is not None:
+            self._check_budget(budget)
+        return Asked(budget, cap, top_k)
+
+    def _check_budget(self, budget: float) -> None:
+        try:
+            self.predictor.model.price_of(check_fraction("budget", budget))
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+
+    def _check_cap(self, cap: float) -> None:
+        model = self.predictor.model
+        cost = model.cost()
+        needed = (cost.fixed + model.controller_macs()) / cost.backbone
+        if check_fraction("cap", cap) < needed:
+            raise ValueError(f"cap={cap:g} is less than the {needed:.4f} that a picture takes whatever is decided")
+
+    async def _decode(self, upload: Upload) -> list[Tensor]:
+        loop, most = asyncio.get_running_loop(), self.settings.max_pixels
+        return await asyncio.gather(
+            *(
+                loop.run_in_executor(self._decoders, self.predictor.prepare, encoded, name, most)
+                for name, encoded in upload.pictures
+            )
+        )
+
+    async def _answers(self, request: Request, images: Sequence[Tensor], asked: Asked) -> list[Answer]:
+        """What the model says."""
+        return await self._waited_for(request, asyncio.gather(*self.batcher.submit(images, asked)))
+
+    async def _waited_for(self, request: Request, work: asyncio.Future[T]) -> T:
+        """What becomes of it, for as long as the client waits."""
+        gone = asyncio.create_task(_left(request))
+        patience = self.settings.answer_seconds
+        try:
+            await asyncio.wait((work, gone), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            if gone.done():
+                raise HTTPException(CLIENT_LEFT, "the client left")
+            raise BusyError(patience)
+        finally:
+            gone.cancel()
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    """Returns when the client hangs up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _said(name: str, answer: Answer) -> dict[str, Any]:
+    return {"picture": name, **answer.prediction.to_json(), "budget": answer.budget, "lowered": answer.lowered}

@@ -1,0 +1,72 @@
+"""What an operator decides of a server."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from miaformer.predictor import Predictor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """budget: what a picture is given where nobody asks and nothing waits; min_budget: the least that load may lower it
+    to. Both None: the model has no budgets, and load lowers nothing.
+
+    Raises ValueError, naming the setting, for what cannot be.
+    """
+
+    budget: float | None = None
+    min_budget: float | None = None
+    p95_ms: float = 500.0  # the objective: from a request's arrival to its answer
+    cap: float | None = None  # the most that any picture may take, whatever its request says
+    max_batch: int = 32  # pictures
+    max_queue: int = 256  # pictures that wait or are decoded
+    max_upload_bytes: int = 10 * 2**20  # of a request
+    max_held_bytes: int = 256 * 2**20  # of all requests that are being read or decoded
+    max_pixels: int = 25_000_000  # of a picture
+    max_pictures: int = 32  # of a request
+    upload_seconds: float = 10.0  # for a request to arrive whole
+    answer_seconds: float = 30.0  # for it to be answered then
+    decoders: int = 2  # threads
+    static: bool = False  # execute everything, without controllers: the server to compare with
+    page: bool = True  # a page to play with at /, and what it asks for at /explain
+
+    def __post_init__(self) -> None:
+        for name in ("p95_ms", "upload_seconds", "answer_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number")
+        for name in ("max_batch", "max_queue", "max_upload_bytes", "max_pixels", "max_pictures", "decoders"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
+        if self.max_held_bytes < self.max_upload_bytes:
+            raise ValueError(
+                f"max_held_bytes={self.max_held_bytes} is less than one upload may have, {self.max_upload_bytes}"
+            )
+        if self.max_queue < self.max_pictures:
+            raise ValueError(f"max_queue={self.max_queue} is less than one request may have, {self.max_pictures}")
+        if (self.budget is None) != (self.min_budget is None):
+            raise ValueError("give both budget and min_budget, or none")
+        if self.budget is not None and self.min_budget is not None and self.min_budget > self.budget:
+            raise ValueError(f"min_budget={self.min_budget:g} is more than budget={self.budget:g}")
+
+
+def budgets_of(predictor: Predictor, budget: float | None, min_budget: float | None) -> tuple[float, float] | None:
+    """(budget, min_budget) of a calibrated model, where None is filled in from it; None of an uncalibrated one.
+
+    By default the model's own budget, else the most of its calibration; and half of that, where it goes so low.
+    Raises ValueError for budgets that the model cannot meet.
+    """
+    model = predictor.model
+    if model.calibration is None:
+        if budget is not None or min_budget is not None:
+            model.price_of(budget or min_budget or 1.0)  # says what is missing
+        return None
+    least, most = model.calibration.range
+    top = budget or model.adapt_config.default_budget or most
+    low = min_budget or min(top, max(least, top / 2))
+    for asked in (top, low):
+        model.price_of(asked)
+    return top, low
