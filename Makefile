@@ -33,7 +33,7 @@ test-ray: setup ## check prediction and serving on a Ray cluster of two workers 
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m ray
 
 docs: setup ## build the documentation site in site/
-	$(PY) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 test-zoo: setup ## check every supported timm ViT
 	$(PYTEST) -m zoo

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -42,8 +42,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
 
 @contextmanager
-def serving(predictor: Predictor, **settings: Any) -> Iterator[str]:
-    """The address of a real server, as patient as a busy machine needs."""
+def serving(predictor: Predictor, full: bool = False, **settings: Any) -> Iterator[str]:
+    """The address of a real server, as patient as a busy machine needs. full: somebody has its last place."""
     both = budgets_of(predictor, None, None)
     assert both is not None
     app = create_app(predictor, Settings(*both, p95_ms=60_000.0, **settings), "cifar10-small")
@@ -53,9 +53,12 @@ def serving(predictor: Predictor, **settings: Any) -> Iterator[str]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        with app.state.server.batcher.room(settings["max_queue"]) if full else nullcontext():
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -260,9 +263,10 @@ def test_picture_with_too_many_pixels_is_made_smaller_and_upright(page: Any, add
 
 def test_server_that_is_busy_or_gone_is_told_in_a_sentence(browser: Any, predictor: Predictor) -> None:
     with (
-        serving(predictor, max_queue=5, max_pictures=1) as address,  # 13 budgets and the dense model do not fit
+        serving(predictor, full=True, max_queue=1, max_pictures=1) as address,
         visiting(browser, address) as page,
     ):
+        page.click("[aria-label='Try a plane']")
         page.wait_for_selector("#told:text('The server is busy: try again in')")
         assert page.is_hidden("#stage")
         page.context.set_offline(True)

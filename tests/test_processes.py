@@ -58,7 +58,7 @@ def test_ctrl_c_stops_all_and_resuming_goes_on(tmp_path: Path) -> None:
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{done:08d}"]
 
     process = start(out, "--resume")
-    told, said = process.communicate(timeout=120)
+    told, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert f"Resuming after step {done}." in told
     assert steps(out) == all_steps()

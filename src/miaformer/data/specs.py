@@ -22,12 +22,10 @@ def open_data(spec: str | Path, split: Split) -> ImageData:
     """Open one split of a data set.
 
     Args:
-        spec: "digits"; a folder of class folders; a folder of parquet files (or one such file); or a name
-        that
+        spec: "digits"; a folder of class folders; a folder of parquet files (or one such file); or a name that
             `timm.data.create_dataset` takes, with its root after a colon: "torch/cifar10:/data".
-        split: "train", "calibration" or "test". How these are made where the data has other splits, or none,
-        is said
-            at `splits.choose_split`: they are always disjoint and always the same.
+        split: "train", "calibration" or "test". How these are made where the data has other splits, or none, is
+            said at `splits.choose_split`: they are always disjoint and always the same.
 
     Raises:
         ValueError: nothing is there, its layout is none of these, or it has no such split.
