@@ -208,7 +208,10 @@ def test_a_compressed_tar_is_checked_to_its_end(tmp_path: Path) -> None:
     assert damaged(path) == expected
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive" * 100, gzip.compress(b"no archive" * 100)])
+NO_ARCHIVES = {"empty": b"", "text": b"no archive" * 100, "compressed text": gzip.compress(b"no archive" * 100)}
+
+
+@pytest.mark.parametrize("content", NO_ARCHIVES.values(), ids=NO_ARCHIVES)
 def test_what_is_no_archive_is_one_failed_entry(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "after.png").write_bytes(PICTURES[0])
     for name in ("a.tar", "a.tgz", "a.parquet"):
