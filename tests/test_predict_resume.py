@@ -255,9 +255,16 @@ def stopped(argv: Sequence[str], out: Path, more: int, sign: int, delay_s: float
 
 @pytest.mark.parametrize(("suffix", "most"), [("csv", 14), ("parquet", 9)])
 def test_killed_again_and_again_it_ends_as_if_it_never_was(
-    capsys: pytest.CaptureFixture[str], calibrated: Path, pictures: list[Path], tmp_path: Path, suffix: str, most: int
+    capsys: pytest.CaptureFixture[str],
+    calibrated: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    suffix: str,
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """most: how many more marks a kill waits for."""
+    monkeypatch.setattr("miaformer.cli.output.PIPED_WIDTH", 1000)  # no name is folded
     generator = random.Random(11)
     whole, out = tmp_path / "whole" / f"out.{suffix}", tmp_path / f"out.{suffix}"
     assert run(capsys, *command(calibrated, pictures, whole, "--budget", 0.5))[0] == 1
