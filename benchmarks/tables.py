@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from miaformer.evaluation.comparison_rows import COLUMNS, OURS, written
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CARD = "src/miaformer/models/cifar10-small/README.md"
@@ -96,28 +98,9 @@ def monitor(report: Report, name: str) -> str:
 
 def comparison(report: Report, name: str) -> str:
     """Every row of `miaformer compare`, budget by budget."""
-    gaps = {(gap["over"], gap["budget"], gap["macs_fraction"][1]): gap for gap in report["differences"]}
-
-    def percent(value: float, interval: list[float], sign: str = "") -> str:
-        low, high = (f"{100 * end:{sign}.2f}" for end in interval)
-        return f"{100 * value:{sign}.2f} ({low}, {high})"
-
-    rows = []
-    for row in sorted(report["rows"], key=lambda r: (-(r["budget"] or 2.0), r["name"] != "learned", -r["accuracy"])):
-        gap = gaps.get((row["name"], row["budget"], row["macs_fraction"]))
-        rows.append(
-            (
-                f"**{row['name']}**" if row["name"] == "learned" else row["name"],
-                "" if row["budget"] is None else f"{row['budget']:g}",
-                f"{row['macs_fraction']:.3f}",
-                "" if row["time_fraction"] is None else f"{row['time_fraction']:.2f}",
-                percent(row["accuracy"], row["accuracy_interval"]),
-                f"{100 * row['accuracy_hardest']:.1f}",
-                "" if gap is None else percent(gap["difference"], gap["interval"], "+"),
-            )
-        )
-    head = ("method", "budget", "MACs", "time", "accuracy, %", "hardest tenth, %", "ours less")
-    return f"`{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
+    order = written(report["rows"], report["differences"])
+    rows = [(f"**{method}**" if method == OURS else method, *cells) for _, (method, *cells) in order]
+    return f"`{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n{_table(COLUMNS, rows)}"
 
 
 METHODS = {

@@ -286,8 +286,8 @@ def test_the_png_is_readable_however_deep_the_model(tmp_path: Path, monkeypatch:
     from miaformer.evaluation import explanation_plot
 
     figures: list[Any] = []
-    save = explanation_plot._save
-    monkeypatch.setattr(explanation_plot, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    save = explanation_plot.save
+    monkeypatch.setattr(explanation_plot, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
     for depth, heads, count in ((3, 3, 1), (14, 16, 2)):
         settings = {"depth": depth, "num_heads": heads, "embed_dim": 2 * heads, "img_size": (16, 24)}
         model = enliven(lively(settings=settings).float())
@@ -309,6 +309,6 @@ def test_a_page_names_a_picture_whose_name_is_no_text(
     try:
         odd.write_bytes((folder / "a" / "cat.png").read_bytes())
     except OSError:
-        pytest.skip("this file system takes no such name")
+        pytest.skip("this file system, as on macOS, takes only names that are valid UTF-8: such a name cannot come up")
     assert run(capsys, "explain", calibrated, odd, "--out", tmp_path / "out")[0] == 0
     assert open_image(tmp_path / "out" / "odd.png").width > 300

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import ROOT, load_script
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 for needed in ("ipykernel", "accelerate", "sklearn", "matplotlib", "onnxruntime", "onnxscript"):
     pytest.importorskip(needed)
 
-ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 MOST_BYTES = 400_000
 Notebook = Any  # nbformat's, or a cell of it
@@ -22,12 +21,7 @@ Notebook = Any  # nbformat's, or a cell of it
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("execute_notebook", ROOT / "tools" / "execute_notebook.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/execute_notebook.py")
 
 
 @pytest.fixture(scope="module")

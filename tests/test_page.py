@@ -23,7 +23,6 @@ from PIL import Image, ImageDraw  # noqa: E402
 import miaformer  # noqa: E402
 from miaformer.predictor import Predictor  # noqa: E402
 from miaformer.serving import Settings, create_app  # noqa: E402
-from miaformer.serving.settings import budgets_of  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -44,9 +43,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @contextmanager
 def serving(predictor: Predictor, full: bool = False, **settings: Any) -> Iterator[str]:
     """The address of a real server, as patient as a busy machine needs. full: somebody has its last place."""
-    both = budgets_of(predictor, None, None)
-    assert both is not None
-    app = create_app(predictor, Settings(*both, p95_ms=60_000.0, **settings), "cifar10-small")
+    app = create_app(predictor, Settings(p95_ms=60_000.0, **settings), "cifar10-small")
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

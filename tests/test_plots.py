@@ -14,7 +14,7 @@ from torch import Tensor
 from vits import lively, pictures
 
 from miaformer.budget import Calibration
-from miaformer.evaluation import plots
+from miaformer.evaluation import extremes, plots
 from miaformer.evaluation.plots import plot_adaptivity, plot_tradeoff
 
 pytest.importorskip("matplotlib")
@@ -30,8 +30,8 @@ class Batch:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved, in order."""
     figures: list[Any] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
     return figures
 
 
@@ -145,7 +145,7 @@ def test_skipped_tokens_fade_and_kept_ones_do_not(batches: list[Batch]) -> None:
     tokens[:, 0] = True  # the first patch always, the second never, the third in half of the deciding blocks
     tokens[decides[: len(decides) // 2], 2] = True
     depth, heads = torch.ones(cost.depth).bool(), torch.ones(cost.depth, cost.num_heads).bool()
-    shown = plots._Shown(torch.zeros(3, 20, 20), 0.5, depth, heads, tokens, 0, 0)
+    shown = extremes.Extreme(torch.zeros(3, 20, 20), 0.5, depth, heads, tokens, 0, 0)
     faded = plots._faded(picture, shown, model)
     assert faded.shape == picture.shape
     assert (faded[:4, :4] == picture[:4, :4]).all()
@@ -159,7 +159,7 @@ def test_pictures_look_as_they_did_before_they_were_normalised() -> None:
     picture = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     normalised = (picture - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    shown = torch.from_numpy(plots._picture(normalised, {"mean": mean, "std": std}))
+    shown = torch.from_numpy(extremes.as_picture(normalised, {"mean": mean, "std": std}))
     assert (shown.permute(2, 0, 1) - picture).abs().max() < 1e-6
 
 

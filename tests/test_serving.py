@@ -24,7 +24,6 @@ from miaformer import load
 from miaformer.predictor import Predictor
 from miaformer.serving import Settings, create_app
 from miaformer.serving.governor import ServiceTime
-from miaformer.serving.settings import budgets_of
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (24, 20), format: str = "PNG") -> bytes:
@@ -42,8 +41,7 @@ def predictor(calibrated: Path) -> Predictor:
 
 
 def settings(predictor: Predictor, **changes: Any) -> Settings:
-    budget, min_budget = budgets_of(predictor, None, None) or (None, None)
-    return Settings(**{"budget": budget, "min_budget": min_budget, "p95_ms": 60_000, "page": False, **changes})
+    return Settings(**{"p95_ms": 60_000, "page": False, **changes}).for_model(predictor)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +87,7 @@ def test_a_picture_is_the_body(client: TestClient, predictor: Predictor) -> None
         reply = client.post("/predict", content=picture(), headers=content_type)
         assert reply.status_code == 200
         (said,) = reply.json()["predictions"]
-        budget = budgets_of(predictor, None, None)[0]
+        budget = predictor.model.calibration.range[1]
         check_says(said, predictor, picture(), budget=budget)
         assert said["budget"] == budget
         assert said["lowered"] is False
@@ -138,6 +136,18 @@ def test_requests_share_batches_and_answers_are_their_own(predictor: Predictor) 
     assert number(metrics, "miaformer_batch_pictures_count") < 24
 
 
+def test_without_settings_of_its_own_it_has_the_models_budgets(predictor: Predictor) -> None:
+    app = create_app(predictor, Settings(p95_ms=60_000, page=False))
+
+    async def work(post: Ask) -> list[httpx.Response]:  # some ask, some do not, in one batch
+        asked = [{"budget": 0.4}, {}, {"budget": 0.5}, {}]
+        return await asyncio.gather(*(post("/predict", content=picture(), params=one) for one in asked))
+
+    said = [reply.json()["predictions"][0]["budget"] for reply in together(app, work)]
+    most = predictor.model.calibration.range[1]
+    assert said == [0.4, most, 0.5, most]
+
+
 def test_the_operators_cap_and_budget_are_the_most_there_is(predictor: Predictor) -> None:
     app = create_app(predictor, settings(predictor, budget=0.6, min_budget=0.4, cap=0.5))
     with TestClient(app) as client:
@@ -162,6 +172,7 @@ def test_a_model_without_budgets_executes_everything(predictor: Predictor) -> No
     with TestClient(create_app(predictor, Settings(static=True, page=False))) as client:
         (said,) = client.post("/predict", content=picture(), params={"budget": 0.5}).json()["predictions"]
         assert said["tokens_kept"] == 1
+        assert said["budget"] is None  # it asked for one, and there are none here
 
 
 # What is wrong with a request -----------------------------------------------------------------------------------
@@ -430,7 +441,7 @@ def test_a_picture_is_explained_at_every_budget(predictor: Predictor) -> None:
         ({"max_batch": 0}, "max_batch=0 must be at least 1"),
         ({"max_held_bytes": 10}, "max_held_bytes=10 is less than one upload"),
         ({"max_queue": 4}, "max_queue=4 is less than one request"),
-        ({"budget": 0.5, "min_budget": None}, "give both"),
+        ({"cap": 1e-3}, "take: give a larger cap"),
         ({"budget": 0.5, "min_budget": 0.6}, "min_budget=0.6 is more than budget=0.5"),
     ],
 )
@@ -441,15 +452,20 @@ def test_settings_that_cannot_be_are_named(predictor: Predictor, changes: dict[s
 
 def test_budgets_are_filled_in_from_the_model(predictor: Predictor) -> None:
     least, most = predictor.model.calibration.range
-    top, low = budgets_of(predictor, None, None)
-    assert top == most
-    assert least <= low < top
-    assert budgets_of(predictor, 0.5, 0.4) == (0.5, 0.4)
+    filled = Settings().for_model(predictor)
+    assert filled.budget == most
+    assert least <= filled.min_budget < filled.budget
+    asked = Settings(budget=0.5, min_budget=0.4).for_model(predictor)
+    assert (asked.budget, asked.min_budget) == (0.5, 0.4)
+    assert Settings(static=True, budget=0.5).for_model(predictor).budget is None
     with pytest.raises(ValueError, match="below"):
-        budgets_of(predictor, 0.5, 0.001)
-    assert budgets_of(Predictor(classifier()), None, None) is None
+        Settings(budget=0.5, min_budget=0.001).for_model(predictor)
+    with pytest.raises(ValueError, match=r"min_budget=0.6 is more than budget=0.5"):
+        Settings(budget=0.5, min_budget=0.6)
+    plain = Predictor(classifier())
+    assert Settings().for_model(plain).budget is None
     with pytest.raises(ValueError, match="not calibrated"):
-        budgets_of(Predictor(classifier()), 0.5, None)
+        Settings(budget=0.5).for_model(plain)
 
 
 def number(metrics: str, name: str) -> float:

@@ -28,6 +28,12 @@ class Explanation:
     heads: list[list[bool]]  # (L, H); all False in a skipped block
     tokens: list[list[bool]]  # (L, N) row-major over grid; all False in a skipped block
 
+    @property
+    def asked(self) -> str:
+        """What it was asked to spend, in words."""
+        budget = "no budget" if self.budget is None else f"budget {self.budget:g}"
+        return budget if self.cap is None else f"{budget}, cap {self.cap:g}"
+
     def to_json(self) -> dict[str, Any]:
         return {
             "prediction": self.prediction.to_json(),
@@ -106,9 +112,7 @@ def _seen_box(predictor: Predictor, picture: Image.Image) -> tuple[float, float,
     from timm.data.transforms import MaybeToTensor, ResizeKeepRatio
     from torchvision.transforms import Resize  # type: ignore[import-untyped]
 
-    from miaformer.data import build_transform
-
-    steps = build_transform(predictor.model.data_config()).steps
+    steps = predictor.transform.steps
     left, top, x, y = 0.0, 0.0, 1.0, 1.0
     before = picture
     for step in takewhile(lambda step: not isinstance(step, MaybeToTensor), steps):

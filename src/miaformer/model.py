@@ -141,6 +141,10 @@ class MIAFormer(
         patches = self.cost(image_size).num_patches
         return sum(c.context_macs + patches * c.token_score_macs for c in self._controllers())
 
+    def least_macs(self, image_size: tuple[int, int] | None = None) -> int:
+        """MACs that every image takes, whatever controllers decide: no cap can be lower."""
+        return self.cost(image_size).fixed + sum(controller.context_macs for controller in self._controllers())
+
     def _controllers(self) -> list[Controller]:
         return [cast(Controller, controller) for controller in self.controllers]
 

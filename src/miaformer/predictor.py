@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 from PIL import Image
@@ -16,12 +16,20 @@ from miaformer.model import MIAFormer, Output, Trace
 from miaformer.policy import Policy
 from miaformer.prices import Budget
 
+if TYPE_CHECKING:
+    from miaformer.data.transforms import Transform
+
 
 @dataclass(frozen=True)
 class Guess:
     label: int
     name: str | None  # of the class, where the model or the user gave names
     probability: float  # softmax
+
+    @property
+    def title(self) -> str:
+        """The class in words."""
+        return f"class {self.label}" if self.name is None else self.name
 
     def to_json(self) -> dict[str, Any]:
         return {"label": self.label, "class": self.name, "probability": self.probability}
@@ -65,7 +73,7 @@ class Predictor:
         known = names or model.label_names
         self.model = model.eval()
         self.names = list(known) if known and len(known) == model.num_classes else None
-        self._transform: Callable[[Any], Tensor] = build_transform(model.data_config())
+        self.transform: Transform = build_transform(model.data_config())
 
     def prepare(
         self, source: str | Path | bytes | BinaryIO, name: str | None = None, max_pixels: int = MAX_PIXELS
@@ -75,7 +83,7 @@ class Predictor:
 
     def prepare_picture(self, picture: Image.Image) -> Tensor:
         """The same of a picture that `open_image` gave."""
-        return self._transform(picture)
+        return self.transform(picture)
 
     def run(
         self,

@@ -256,34 +256,17 @@ def _seeds(measured: list[Run]) -> dict[str, list[int]]:
 def _table(table: Table) -> Any:
     from rich.table import Table as RichTable
 
+    from miaformer.evaluation.comparison_rows import COLUMNS, OURS, written
+
     shown = RichTable(
         caption=f"{table.num_images:,} test images; intervals of 95 % over images; hardest: the tenth with the "
         "greatest dense loss; ours less: by how many points `learned` is ahead. MACs and time: of the backbone's."
     )
-    shown.add_column("method", no_wrap=True)
-    for name in ("budget", "MACs", "time", "accuracy, %", "hardest, %", "ours less"):
+    shown.add_column(COLUMNS[0], no_wrap=True)
+    for name in COLUMNS[1:]:
         shown.add_column(name, justify="right", no_wrap=True)
-    # Static models know no budget: several of one name differ in their MACs.
-    differences = {(d["over"], d["budget"], d["macs_fraction"][1]): d for d in table.differences}
-    rows = sorted(table.rows, key=lambda row: (-(row["budget"] or 2.0), row["name"] != "learned", -row["accuracy"]))
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        gap = differences.get((row["name"], row["budget"], row["macs_fraction"]))
-        margin = "" if gap is None else _points(gap["difference"], gap["interval"], "+")
-        shown.add_row(
-            row["name"],
-            "" if row["budget"] is None else f"{row['budget']:g}",
-            f"{row['macs_fraction']:.3f}",
-            "" if row["time_fraction"] is None else f"{row['time_fraction']:.2f}",
-            _points(row["accuracy"], row["accuracy_interval"]),
-            f"{100 * row['accuracy_hardest']:.1f}",
-            margin,
-            style="bold" if row["name"] == "learned" else None,
-            end_section=following is None or following["budget"] != row["budget"],
-        )
+    rows = written(table.rows, table.differences)
+    for (row, cells), (following, _) in zip(rows, [*rows[1:], ({"budget": -1.0}, ())], strict=True):
+        style = "bold" if row["name"] == OURS else None
+        shown.add_row(*cells, style=style, end_section=following["budget"] != row["budget"])
     return shown
-
-
-def _points(value: float, interval: list[float], sign: str = "") -> str:
-    """A share and its interval, in per cent."""
-    low, high = (f"{100 * end:{sign}.2f}" for end in interval)
-    return f"{100 * value:{sign}.2f} ({low}, {high})"

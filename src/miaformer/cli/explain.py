@@ -209,7 +209,7 @@ def _table(pictures: Sequence[Explained]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from miaformer.pages.explained import asked, named
+    from miaformer.pages.explained import named
 
     left = len(pictures) - MOST_ROWS
     more = f"{left:,} more are in index.html. " if left > 0 else ""
@@ -224,7 +224,7 @@ def _table(pictures: Sequence[Explained]) -> Any:
             spent, guess = shown.prediction, shown.prediction.top_k[0]
             table.add_row(
                 Text(one.name if place == 0 else ""),
-                asked(shown),
+                shown.asked,
                 Text(f"{named(guess)} ({guess.probability:.0%})"),
                 f"{spent.macs_fraction:.3f}",
                 f"{sum(shown.depth)}/{len(shown.depth)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import socket
 import sys
 import time
@@ -10,11 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from miaformer.cli.arguments import add_classes, add_command, add_compute, class_names, open_device, open_model
+from miaformer.serving.settings import Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-    from miaformer.serving import Settings
 
 DESCRIPTION = """\
 Serve a model over HTTP: POST /predict, GET /health, GET /metrics (Prometheus), an API page at /docs, and at / a page to
@@ -40,18 +40,18 @@ SIGTERM and Ctrl-C stop it: what was admitted is answered first.
 """
 
 
-# Fields of `Settings`, whose defaults these are: unit, type, meaning.
+# Fields of `Settings`: unit, type, meaning.
 _LIMITS = (
-    ("p95_ms", "MS", float, "the objective: from a request's arrival to its answer", 500.0),
-    ("max_batch", "N", int, "pictures in a batch", 32),
-    ("max_queue", "N", int, "pictures that wait", 256),
-    ("max_pictures", "N", int, "pictures in a request", 32),
-    ("max_upload_bytes", "N", int, "bytes of a request", 10 * 2**20),
-    ("max_held_bytes", "N", int, "bytes of all requests that are being read", 256 * 2**20),
-    ("max_pixels", "N", int, "pixels of a picture", 25_000_000),
-    ("upload_seconds", "S", float, "seconds for a request to arrive", 10.0),
-    ("answer_seconds", "S", float, "seconds for it to be answered then", 30.0),
-    ("decoders", "N", int, "threads that decode pictures", 2),
+    ("p95_ms", "MS", float, "the objective: from a request's arrival to its answer"),
+    ("max_batch", "N", int, "pictures in a batch"),
+    ("max_queue", "N", int, "pictures that wait"),
+    ("max_pictures", "N", int, "pictures in a request"),
+    ("max_upload_bytes", "N", int, "bytes of a request"),
+    ("max_held_bytes", "N", int, "bytes of all requests that are being read"),
+    ("max_pixels", "N", int, "pixels of a picture"),
+    ("upload_seconds", "S", float, "seconds for a request to arrive"),
+    ("answer_seconds", "S", float, "seconds for it to be answered then"),
+    ("decoders", "N", int, "threads that decode pictures"),
 )
 
 
@@ -69,8 +69,8 @@ def add_parser(subparsers: Any) -> None:
     spending.add_argument("--cap", type=float, metavar="C", help="the most that any picture takes: hard")
     spending.add_argument("--static", action="store_true", help="execute everything: the server to compare with")
     limits = parser.add_argument_group("limits")
-    for name, metavar, kind, about, default in _LIMITS:
-        option = f"--{name.replace('_', '-')}"
+    for name, metavar, kind, about in _LIMITS:
+        option, default = f"--{name.replace('_', '-')}", getattr(Settings, name)
         limits.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{about} (default: {default:,})")
     limits.add_argument(
         "--max-connections", type=int, default=512, metavar="N", help="at once; more get 503 (default: 512)"
@@ -96,30 +96,19 @@ def run(args: argparse.Namespace) -> int:
     return _run_here(args) if args.replicas is None else _run_on_ray(args)
 
 
-def build(args: argparse.Namespace) -> tuple[FastAPI, Settings]:
+def _app(args: argparse.Namespace) -> FastAPI:
     """The application that these arguments ask for: here, or in a replica on another machine."""
     from miaformer.predictor import Predictor
-    from miaformer.serving import Settings, create_app
-    from miaformer.serving.settings import budgets_of
+    from miaformer.serving.app import create_app
 
     device = open_device(args.device, args.threads)
     model = open_model(args.model, device, args.dtype)
     if device.type == "cpu":
         model.prepack()
-    predictor = Predictor(model, class_names(args.classes, model))
-    budgets = None if args.static else budgets_of(predictor, args.budget, args.min_budget)
-    budget, min_budget = budgets or (None, None)
-    settings = Settings(
-        budget=budget,
-        min_budget=min_budget,
-        cap=args.cap,
-        static=args.static,
-        page=not args.no_page,
-        **{name: getattr(args, name) for name, *_ in _LIMITS},
-    )
-    if args.cap is not None:
-        predictor.try_once(cap=args.cap)
-    return create_app(predictor, settings, name=args.model), settings
+    limits = {name: getattr(args, name) for name, *_ in _LIMITS}
+    spending = {"budget": args.budget, "min_budget": args.min_budget, "cap": args.cap, "static": args.static}
+    settings = Settings(**spending, page=not args.no_page, **limits)
+    return create_app(Predictor(model, class_names(args.classes, model)), settings, name=args.model)
 
 
 def _run_here(args: argparse.Namespace) -> int:
@@ -128,8 +117,9 @@ def _run_here(args: argparse.Namespace) -> int:
     from miaformer.serving.protocol import ImpatientProtocol
 
     with _listening(args.host, args.port) as listening:
-        app, settings = build(args)
-        _say(f"serving {args.model} at {_url(*listening.getsockname()[:2])}: {_spending(settings)}")
+        app = _app(args)
+        at = _url(*listening.getsockname()[:2])
+        _say(f"serving {args.model} at {at}: {_spending(app.state.server.settings)}")
         config = uvicorn.Config(
             app,
             http=ImpatientProtocol,
@@ -149,15 +139,18 @@ def _run_on_ray(args: argparse.Namespace) -> int:
     from miaformer.serving.on_ray import replicated
 
     _listening(args.host, args.port).close()  # says at once where the address cannot be had
-    with replicated(partial(_app, args), args.host, args.port, args.replicas, args.ray_address) as port:
+    signal.signal(signal.SIGTERM, _stop)
+    with replicated(
+        partial(_app, args), args.host, args.port, args.replicas, address=args.ray_address, cpus=args.threads or 1
+    ) as port:
         replicas = " to ".join(map(str, dict.fromkeys(args.replicas)))
         _say(f"serving {args.model} at {_url(args.host, port)}: {replicas} replicas on Ray")
         while True:
             time.sleep(3600)
 
 
-def _app(args: argparse.Namespace) -> FastAPI:
-    return build(args)[0]
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt("stopped")
 
 
 def _url(host: str, port: int) -> str:

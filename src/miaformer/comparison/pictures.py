@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from miaformer.evaluation.calibration import LabelledBatch
-from miaformer.evaluation.plots import _FAINT, _INK, _figure, _picture, _save, _short
+from miaformer.evaluation.extremes import as_picture
+from miaformer.evaluation.looks import FAINT, INK, new_figure, save, short
 from miaformer.model import MIAFormer
 
 
@@ -45,7 +46,7 @@ def plot_classes(
         raise ValueError("plot_classes() was given no images")
     labels = sorted(sorted(seen, key=lambda label: -seen[label].count)[:12])
     columns = 2 * count + 2  # the map, the cheapest, a gap, the dearest
-    figure, _ = _figure(1.0 * columns + 1.6, 1.08 * len(labels) + 0.8, axes=False)
+    figure, _ = new_figure(1.0 * columns + 1.6, 1.08 * len(labels) + 0.8, axes=False)
     widths = [1.15, *[1.0] * count, 0.25, *[1.0] * count]
     grid = figure.add_gridspec(
         len(labels), columns, width_ratios=widths,
@@ -59,24 +60,24 @@ def plot_classes(
         one = seen[label]
         cell = figure.add_subplot(grid[row, 0])
         cell.imshow(maps[label], cmap="Blues", vmin=low, vmax=high)
-        name = f"{_short(classes[label])}\n{one.macs_fraction / one.count:.3f}"
-        cell.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=_INK)
+        name = f"{short(classes[label])}\n{one.macs_fraction / one.count:.3f}"
+        cell.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=INK)
         _bare(cell)
         if row == 0:
-            cell.set_title("tokens kept", fontsize=8.5, color=_INK, loc="left")
+            cell.set_title("tokens kept", fontsize=8.5, color=INK, loc="left")
         for start, found, title in ((1, one.least, "cheapest"), (count + 2, one.most, "dearest")):
             for place, (fraction, image) in enumerate(found):
                 cell = figure.add_subplot(grid[row, start + place])
-                cell.imshow(_picture(image, config), interpolation="nearest")
-                cell.set_xlabel(f"{fraction:.2f}", fontsize=7, color=_FAINT, labelpad=1)
+                cell.imshow(as_picture(image, config), interpolation="nearest")
+                cell.set_xlabel(f"{fraction:.2f}", fontsize=7, color=FAINT, labelpad=1)
                 _bare(cell)
                 if row == 0 and place == 0:
-                    cell.set_title(title, fontsize=8.5, color=_INK, loc="left")
+                    cell.set_title(title, fontsize=8.5, color=INK, loc="left")
     figure.suptitle(
         f"Where compute goes at a budget of {budget:g}: mean share of the MACs by class, and of each image",
-        x=0.12, y=0.985, ha="left", va="top", color=_INK, fontsize=11,
+        x=0.12, y=0.985, ha="left", va="top", color=INK, fontsize=11,
     )  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from miaformer.evaluation.plots import _FAINT, _INK, _SKIPPED, _figure, _save
+from miaformer.evaluation.looks import FAINT, INK, SKIPPED, new_figure, save
 
 _LOOKS = {  # colour, marker
     "learned": ("#1f6fb2", "o"),
@@ -38,7 +38,7 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: 
     """
     if not rows:
         raise ValueError("there are no rows to plot")
-    figure, _ = _figure(11.5, 4.8, axes=False)
+    figure, _ = new_figure(11.5, 4.8, axes=False)
     timed = [row for row in rows if row["time_fraction"] is not None]
     panels = [("macs_fraction", "mean MACs per image", rows)]
     panels += [("time_fraction", "time, batches of 64, on this machine", timed)] if timed else []
@@ -49,24 +49,24 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: 
         axes = figure.add_subplot(1, len(panels), place, sharey=shared)
         shared = shared or axes
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_FAINT)
-        axes.tick_params(colors=_INK, length=0)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(colors=INK, length=0)
         for name in dict.fromkeys(row["name"] for row in shown):
             own = sorted((r for r in shown if r["name"] == name), key=lambda row: row[measure])
             xs, ys = [row[measure] for row in own], [100 * row["accuracy"] for row in own]
             if name == "dense":
-                axes.axhline(ys[0], color=_FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
-                axes.plot(xs, ys, marker="*", color=_INK, markersize=14, linestyle="none", label=name, zorder=4)
+                axes.axhline(ys[0], color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+                axes.plot(xs, ys, marker="*", color=INK, markersize=14, linestyle="none", label=name, zorder=4)
                 continue
             colour, marker = _LOOKS.get(name) or looks[name]
             errors = [[100 * abs(r["accuracy"] - r["accuracy_interval"][end]) for r in own] for end in (0, 1)]
             line = {"linewidth": 2.2 if name == "learned" else 1.2, "markersize": 6, "zorder": 3, "capsize": 2}
             axes.errorbar(xs, ys, errors, color=colour, marker=marker, label=name, elinewidth=0.8, **line)
         axes.set_xlabel(f"{label}, as a fraction of the backbone's")
-        axes.grid(color=_SKIPPED, linewidth=0.8)
+        axes.grid(color=SKIPPED, linewidth=0.8)
         if place == 1:
             axes.set_ylabel("accuracy, %")
-            axes.set_title(f"Accuracy per compute: {title}", loc="left", color=_INK)
+            axes.set_title(f"Accuracy per compute: {title}", loc="left", color=INK)
     figure.axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from miaformer.evaluation.plots import _FAINT, _INK, _KEPT, _SKIPPED, _figure, _macs, _rectangle, _save, _short
+from miaformer.evaluation.looks import FAINT, INK, KEPT, SKIPPED, macs_with_unit, new_figure, rectangle, save, short
 from miaformer.explanation import Explanation
 
 Array = NDArray[Any]
@@ -37,36 +37,33 @@ def plot_explanation(
     most = max(len(one.prediction.top_k) for one in shown)
     top = max(height, 0.78 + 0.24 * most) + _ROW
     total = top + sum(strip.height + _ROW for strip in strips) - 0.15
-    figure, _ = _figure(_WIDTH, total, axes=False)
+    figure, _ = new_figure(_WIDTH, total, axes=False)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     _show(axes, np.asarray(seen) / 255, _LEFT, 0.0, width, height)
     _say(axes, shown, width + 0.45, name)
     for strip in strips:
-        axes.plot((0, _WIDTH), (top - _ROW / 2 - 0.02,) * 2, color=_SKIPPED, linewidth=0.8)
+        axes.plot((0, _WIDTH), (top - _ROW / 2 - 0.02,) * 2, color=SKIPPED, linewidth=0.8)
         _spent(axes, strip.shown, top, dense_macs)
         strip.draw(axes, _LEFT + _TEXT, top)
         top += strip.height + _ROW
     axes.set_xlim(-0.02, _WIDTH + 0.02)
     axes.set_ylim(total, 0)
     axes.set_aspect("equal")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _say(axes: Any, shown: Sequence[Explanation], left: float, name: str) -> None:
     """What the model says at each budget: the likeliest classes, with bars."""
-    _text(axes, left, 0.1, _short(name, 70), 9, _FAINT)
+    _text(axes, left, 0.1, short(name, 70), 9, FAINT)
     column = min((_WIDTH - left) / len(shown), 3.0)
     for place, one in enumerate(shown):
         x, length = left + place * column, column - 0.35
-        _text(axes, x, 0.42, _asked(one), 9.5, _INK, weight="bold")
+        _text(axes, x, 0.42, one.asked.capitalize(), 9.5, INK, weight="bold")
         for rank, guess in enumerate(one.prediction.top_k):
             y = 0.68 + 0.24 * rank
-            label = f"class {guess.label}" if guess.name is None else guess.name
-            _text(axes, x, y, _short(label, 6 + int(8 * length)), 9, _INK if rank == 0 else _FAINT)
-            _text(
-                axes, x + length, y, f"{100 * guess.probability:.1f} %", 8.5, _INK if rank == 0 else _FAINT, ha="right"
-            )
+            _text(axes, x, y, short(guess.title, 6 + int(8 * length)), 9, INK if rank == 0 else FAINT)
+            _text(axes, x + length, y, f"{100 * guess.probability:.1f} %", 8.5, INK if rank == 0 else FAINT, ha="right")
             _bar(axes, x, y + 0.09, length, guess.probability, 0.03, faint=rank > 0)
 
 
@@ -74,17 +71,17 @@ def _spent(axes: Any, one: Explanation, top: float, dense_macs: int) -> None:
     """MACs against the budget and the dense model's."""
     spent = one.prediction
     length = _TEXT - 0.45
-    _text(axes, _LEFT, top + 0.06, _asked(one), 9.5, _INK, weight="bold")
+    _text(axes, _LEFT, top + 0.06, one.asked.capitalize(), 9.5, INK, weight="bold")
     _bar(axes, _LEFT, top + 0.25, length, spent.macs_fraction, 0.06)
     for tick in (one.budget, one.cap):
         if tick is not None:
-            axes.add_patch(_rectangle((_LEFT + length * min(tick, 1.0) - 0.01, top + 0.2), 0.02, 0.16, _INK))
+            axes.add_patch(rectangle((_LEFT + length * min(tick, 1.0) - 0.01, top + 0.2), 0.02, 0.16, INK))
     lines = (
-        (f"{spent.macs_fraction:.3f} of the dense MACs", _INK),
-        (f"{_macs(spent.macs_fraction * dense_macs)}", _FAINT),
-        (f"{sum(one.depth)} of {len(one.depth)} blocks", _FAINT),
-        (f"{100 * spent.heads_kept:.0f} % of their heads", _FAINT),
-        (f"{100 * spent.tokens_kept:.0f} % of their patches", _FAINT),
+        (f"{spent.macs_fraction:.3f} of the dense MACs", INK),
+        (f"{macs_with_unit(spent.macs_fraction * dense_macs)}", FAINT),
+        (f"{sum(one.depth)} of {len(one.depth)} blocks", FAINT),
+        (f"{100 * spent.heads_kept:.0f} % of their heads", FAINT),
+        (f"{100 * spent.tokens_kept:.0f} % of their patches", FAINT),
     )
     for place, (line, colour) in enumerate(lines):
         _text(axes, _LEFT, top + 0.5 + 0.19 * place, line, 8.5, colour)
@@ -109,19 +106,19 @@ class _Strip:
             x = left + block % self._columns * (self._width + _GAP)
             y = top + block // self._columns * self._line
             count = sum(self.shown.tokens[block])
-            _text(axes, x, y + 0.06, str(block + 1), 7.5, _INK)
-            _text(axes, x + self._width, y + 0.06, str(count) if runs else "skipped", 7.5, _FAINT, ha="right")
+            _text(axes, x, y + 0.06, str(block + 1), 7.5, INK)
+            _text(axes, x + self._width, y + 0.06, str(count) if runs else "skipped", 7.5, FAINT, ha="right")
             y += 0.2
             if runs:
                 _show(axes, self._dimmed(block), x, y, self._width, self._square)
             else:
-                box = _rectangle((x, y), self._width, self._square, "none")
-                box.set(edgecolor=_FAINT, linestyle=(0, (3, 3)), linewidth=0.7)
+                box = rectangle((x, y), self._width, self._square, "none")
+                box.set(edgecolor=FAINT, linestyle=(0, (3, 3)), linewidth=0.7)
                 axes.add_patch(box)
             y += self._square + 0.07
             for place, kept in enumerate(self.shown.heads[block]):
-                colour = _KEPT if kept else _SKIPPED
-                axes.add_patch(_rectangle((x, y + place * self._head), self._width, 0.75 * self._head, colour))
+                colour = KEPT if kept else SKIPPED
+                axes.add_patch(rectangle((x, y + place * self._head), self._width, 0.75 * self._head, colour))
 
     def _dimmed(self, block: int) -> Array:
         """The picture, patches dimmed that the block skips."""
@@ -134,19 +131,14 @@ class _Strip:
         return dimmed
 
 
-def _asked(one: Explanation) -> str:
-    budget = "No budget" if one.budget is None else f"Budget {one.budget:g}"
-    return budget if one.cap is None else f"{budget}, cap {one.cap:g}"
-
-
 def _show(axes: Any, picture: Array, left: float, top: float, width: float, height: float) -> None:
     smooth = "nearest" if max(picture.shape[:2]) < 100 else "antialiased"
     axes.imshow(picture, interpolation=smooth, extent=(left, left + width, top + height, top), aspect="auto")
 
 
 def _bar(axes: Any, left: float, top: float, length: float, share: float, thick: float, faint: bool = False) -> None:
-    axes.add_patch(_rectangle((left, top), length, thick, _SKIPPED))
-    filled = _rectangle((left, top), length * min(share, 1.0), thick, _KEPT)
+    axes.add_patch(rectangle((left, top), length, thick, SKIPPED))
+    filled = rectangle((left, top), length * min(share, 1.0), thick, KEPT)
     filled.set_alpha(0.45 if faint else 1.0)
     axes.add_patch(filled)
 

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from miaformer.evaluation.calibration import LabelledBatch
+from miaformer.evaluation.extremes import Extreme, as_picture, extremes, kept_share
+from miaformer.evaluation.looks import (
+    FAINT,
+    INK,
+    KEPT,
+    POLICIES,
+    RIGHT,
+    SKIPPED,
+    WRONG,
+    macs_with_unit,
+    new_figure,
+    rectangle,
+    save,
+    short,
+)
 from miaformer.model import MIAFormer
 
 Array = NDArray[Any]
-
-_INK, _FAINT, _PAPER = "#22262b", "#8a9099", "#ffffff"
-_KEPT, _SKIPPED = "#1f6fb2", "#eceef1"
-_RIGHT, _WRONG = "#2e7d4f", "#c0392b"
-_LOOKS = {  # colour, marker, what it is
-    "learned": ("#1f6fb2", "o", "per image"),
-    "static": ("#d98a1f", "s", "same for all"),
-    "random": ("#8a9099", "^", "by chance, as often"),
-    "cls-attention": ("#7a5aa6", "D", "most attended tokens"),
-}
 
 
 def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
@@ -38,11 +40,11 @@ def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
     points = report["points"]
     if not points:
         raise ValueError("the report has no points to plot")
-    figure, axes = _figure(7.2, 4.6)
+    figure, axes = new_figure(7.2, 4.6)
     dense = 100 * report["dense"]["accuracy"]
-    axes.axhline(dense, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+    axes.axhline(dense, color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
     starts = []
-    for name, (colour, marker, _) in _LOOKS.items():
+    for name, (colour, marker, _) in POLICIES.items():
         own = sorted((p["macs_fraction"], 100 * p["accuracy"]) for p in points if p["policy"] == name)
         if own:
             xs, ys = zip(*own, strict=True)
@@ -51,11 +53,11 @@ def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
     for point in points:
         if point["policy"] == "full":
             at = point["macs_fraction"], 100 * point["accuracy"]
-            axes.plot(*at, marker="D", color=_INK, markersize=6, zorder=4)
-            _beside(axes, at, "everything\nexecuted", (0, -9), "center", "top", _INK)
-    axes.plot(1.0, dense, marker="*", color=_INK, markersize=14, zorder=4)
-    reference = f"dense: {dense:.1f} % at {_macs(report['dense']['macs'])}"
-    _beside(axes, (1.0, dense), reference, (8, 12), "right", "bottom", _INK)
+            axes.plot(*at, marker="D", color=INK, markersize=6, zorder=4)
+            _beside(axes, at, "everything\nexecuted", (0, -9), "center", "top", INK)
+    axes.plot(1.0, dense, marker="*", color=INK, markersize=14, zorder=4)
+    reference = f"dense: {dense:.1f} % at {macs_with_unit(report['dense']['macs'])}"
+    _beside(axes, (1.0, dense), reference, (8, 12), "right", "bottom", INK)
     least, most = min(p["macs_fraction"] for p in points), max(p["macs_fraction"] for p in points)
     axes.set_xlim(least - 0.26 * (1.0 - least), max(1.03, most))
     accuracies = [dense, *(100 * p["accuracy"] for p in points)]
@@ -68,11 +70,11 @@ def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
     axes.set_ylabel("accuracy, %")
     images = f", {report['num_images']:,} images" if "num_images" in report else ""
     where = f" on {report['data']}" if "data" in report else ""
-    axes.set_title(f"Accuracy per compute{where}{images}", loc="left", color=_INK, pad=22)
-    named = "  ·  ".join(f"{name}: {_LOOKS[name][2]}" for _, _, name, _ in starts)
-    axes.text(0, 1.03, named, transform=axes.transAxes, fontsize=7.5, color=_FAINT)
-    axes.grid(color=_SKIPPED, linewidth=0.8)
-    _save(figure, path)
+    axes.set_title(f"Accuracy per compute{where}{images}", loc="left", color=INK, pad=22)
+    named = "  ·  ".join(f"{name}: {POLICIES[name][2]}" for _, _, name, _ in starts)
+    axes.text(0, 1.03, named, transform=axes.transAxes, fontsize=7.5, color=FAINT)
+    axes.grid(color=SKIPPED, linewidth=0.8)
+    save(figure, path)
 
 
 def _label_starts(axes: Any, starts: Sequence[tuple[float, float, str, str]]) -> None:
@@ -104,19 +106,6 @@ def _beside(
     axes.annotate(text, at, offset, textcoords="offset points", ha=horizontal, va=vertical, color=colour, fontsize=9)
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """One image and what was done with it."""
-
-    image: Tensor  # (3, H, W), normalised
-    macs_fraction: float
-    depth: Tensor  # (L,)
-    heads: Tensor  # (L, H)
-    tokens: Tensor  # (L, N)
-    predicted: int
-    label: int  # negative: unknown
-
-
 def plot_adaptivity(
     model: MIAFormer,
     batches: Iterable[LabelledBatch],
@@ -135,9 +124,9 @@ def plot_adaptivity(
 
     Raises ValueError where there are fewer than two images.
     """
-    least, most = _extremes(model, batches, budget, cap, count)
+    least, most = extremes(model, batches, budget, cap, count)
     rows = min(count, len(least))
-    figure, _ = _figure(10.6, 0.95 + 1.28 * rows, axes=False)
+    figure, _ = new_figure(10.6, 0.95 + 1.28 * rows, axes=False)
     grid = figure.add_gridspec(
         rows,
         9,
@@ -150,7 +139,7 @@ def plot_adaptivity(
         wspace=0.1,
     )
     spent = "everything executed" if budget is None else f"budget {budget:g} of the dense MACs on average"
-    figure.suptitle(f"What each image gets: {spent}", x=0.012, y=0.985, ha="left", va="top", color=_INK)
+    figure.suptitle(f"What each image gets: {spent}", x=0.012, y=0.985, ha="left", va="top", color=INK)
     for side, (title, shown) in enumerate((("least compute", least), ("most compute", most))):
         for row, one in enumerate(shown[:rows]):
             cells = [figure.add_subplot(grid[row, side * 5 + column]) for column in range(4)]
@@ -158,56 +147,18 @@ def plot_adaptivity(
             if row == 0:
                 for cell, text in zip(cells, (title, "tokens kept", "blocks × heads", ""), strict=True):
                     weight = "bold" if text == title else "normal"
-                    cell.set_title(text, fontsize=9, loc="left", color=_INK, weight=weight)
-    _save(figure, path)
-
-
-@torch.inference_mode()
-def _extremes(
-    model: MIAFormer, batches: Iterable[LabelledBatch], budget: float | None, cap: float | None, count: int
-) -> tuple[list[_Shown], list[_Shown]]:
-    """The `count` images with the fewest MACs, and those with the most, each in order."""
-    parameter = next(model.parameters())
-    training = model.training
-    model.eval()
-    least: list[_Shown] = []
-    most: list[_Shown] = []
-    for batch in batches:
-        output = model.run(batch.images.to(parameter), budget=budget, cap=cap)
-        trace, predicted = output.trace, output.logits.argmax(dim=1)
-        order = trace.macs.argsort(stable=True).tolist()
-        found = {
-            i: _Shown(
-                batch.images[i].float().cpu(),
-                trace.macs_fraction[i].item(),
-                trace.depth[i].cpu(),
-                trace.heads[i].cpu(),
-                trace.tokens[i].cpu(),
-                int(predicted[i]),
-                int(batch.labels[i]),
-            )
-            for i in {*order[:count], *order[-count:]}
-        }
-        least = sorted(least + [found[i] for i in order[:count]], key=_spent)[:count]
-        most = sorted(most + [found[i] for i in order[-count:]], key=_spent, reverse=True)[:count]
-    model.train(training)
-    if len(least) < 2:
-        raise ValueError("plot_adaptivity() needs at least two images")
-    return least, most
-
-
-def _spent(one: _Shown) -> float:
-    return one.macs_fraction
+                    cell.set_title(text, fontsize=9, loc="left", color=INK, weight=weight)
+    save(figure, path)
 
 
 def _draw_row(
     cells: Sequence[Any],
-    one: _Shown,
+    one: Extreme,
     model: MIAFormer,
     data_config: Mapping[str, Any],
     classes: Sequence[str] | None,
 ) -> None:
-    picture = _picture(one.image, data_config)
+    picture = as_picture(one.image, data_config)
     smooth = "nearest" if picture.shape[0] < 100 else "antialiased"
     cells[0].imshow(picture, interpolation=smooth)
     cells[1].imshow(_faded(picture, one, model), interpolation=smooth)
@@ -219,12 +170,12 @@ def _draw_row(
     name = (lambda label: classes[label]) if classes is not None else str
     right = one.predicted == one.label
     cells[3].set_axis_off()
-    verdict = "right" if right else f"wrong: {_short(name(one.label))}" if one.label >= 0 else ""
+    verdict = "right" if right else f"wrong: {short(name(one.label))}" if one.label >= 0 else ""
     lines = (
-        (_short(name(one.predicted)), 11, _INK),
-        *([(verdict, 9, _RIGHT if right else _WRONG)] if one.label >= 0 else []),
-        (f"{one.macs_fraction:.2f} of the MACs", 9, _INK),
-        (f"{int(one.depth.sum())} of {len(one.depth)} blocks", 9, _FAINT),
+        (short(name(one.predicted)), 11, INK),
+        *([(verdict, 9, RIGHT if right else WRONG)] if one.label >= 0 else []),
+        (f"{one.macs_fraction:.2f} of the MACs", 9, INK),
+        (f"{int(one.depth.sum())} of {len(one.depth)} blocks", 9, FAINT),
     )
     for index, (text, size, colour) in enumerate(lines):
         cells[3].text(
@@ -238,70 +189,22 @@ def _draw_row(
         )
 
 
-def _draw_blocks(cell: Any, one: _Shown) -> None:
+def _draw_blocks(cell: Any, one: Extreme) -> None:
     """A square for each head of each block, the first block on top: filled where it was executed."""
     depth, heads = one.heads.shape
     for block in range(depth):
         for head in range(heads):
-            colour = _KEPT if one.heads[block, head] else _SKIPPED
-            cell.add_patch(_rectangle((head + 0.07, block + 0.09), 0.86, 0.82, colour))
+            colour = KEPT if one.heads[block, head] else SKIPPED
+            cell.add_patch(rectangle((head + 0.07, block + 0.09), 0.86, 0.82, colour))
     cell.set_xlim(0, heads)
     cell.set_ylim(depth, 0)
     cell.set_axis_off()
 
 
-def _rectangle(corner: tuple[float, float], width: float, height: float, colour: str) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, width, height, facecolor=colour, edgecolor="none")
-
-
-def _picture(image: Tensor, data_config: Mapping[str, Any]) -> Array:
-    """(3, H, W) normalised to (H, W, 3) in 0 to 1."""
-    mean, std = (torch.tensor(data_config.get(name, (0.5,))).view(-1, 1, 1) for name in ("mean", "std"))
-    picture: Array = (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    return picture
-
-
-def _faded(picture: Array, one: _Shown, model: MIAFormer) -> Array:
+def _faded(picture: Array, one: Extreme, model: MIAFormer) -> Array:
     """The picture, each patch faded by the share of the blocks that decide tokens which skipped it."""
     height, width = picture.shape[:2]
     rows, columns = model.backbone.patch_embed.dynamic_feat_size((height, width))
-    decides = one.depth & torch.tensor([bool(controller.rank) for controller in model.controllers])
-    kept = one.tokens[decides].float().mean(dim=0) if decides.any() else torch.ones(one.tokens.shape[1])
-    weight = F.interpolate(kept.view(1, 1, rows, columns), (height, width))[0, 0, :, :, None].numpy()
+    weight = F.interpolate(kept_share(one, model).view(1, 1, rows, columns), (height, width))[0, 0, :, :, None].numpy()
     faded: Array = picture * weight + (1 - weight) * (0.9 + 0.1 * picture)
     return faded
-
-
-def _short(name: str, most: int = 14) -> str:
-    name = name.partition(",")[0]
-    return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _macs(macs: float) -> str:
-    for unit, size in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
-        if macs >= size:
-            return f"{macs / size:.3g}{unit} MACs"
-    return f"{macs:.0f} MACs"
-
-
-def _figure(width: float, height: float, axes: bool = True) -> tuple[Any, Any]:
-    """A figure of its own, without the state that pyplot keeps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), facecolor=_PAPER, dpi=150)
-    FigureCanvasAgg(figure)
-    if not axes:
-        return figure, None
-    plot = figure.add_subplot()
-    plot.spines[["top", "right"]].set_visible(False)
-    plot.spines[["left", "bottom"]].set_color(_FAINT)
-    plot.tick_params(colors=_INK, length=0)
-    return figure, plot
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.12)

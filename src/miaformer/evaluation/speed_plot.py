@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from miaformer.evaluation.plots import _FAINT, _INK, _SKIPPED, _figure, _save
+from miaformer.evaluation.looks import FAINT, INK, SKIPPED, new_figure, save
 
 _AXES = ("dtype", "batch", "engine", "grains")
 _X = "mean MACs per image, as a fraction of the dense model's"
@@ -36,7 +36,7 @@ def plot_speed(report: Mapping[str, Any], path: str | Path) -> None:
     top = _TOP + 0.17 * max(0, math.ceil((len(looks) + 2) / _COLUMNS) - 2)  # room for two rows of the legend, and more
     width, height = 0.8 + _PANEL * max(len(batches), 2), top + _BOTTOM + _PANEL * len(dtypes)
     left, right = _LEFT / width, (_LEFT + _PANEL * len(batches)) / width
-    figure, _ = _figure(width, height, axes=False)
+    figure, _ = new_figure(width, height, axes=False)
     grid = figure.add_gridspec(
         len(dtypes),
         len(batches),
@@ -53,18 +53,18 @@ def plot_speed(report: Mapping[str, Any], path: str | Path) -> None:
             axes = figure.add_subplot(grid[i, j])
             _draw_panel(axes, [row for row in rows if (row["dtype"], row["batch"]) == (dtype, batch)], looks, most)
             title = f"batch {batch}" if len(dtypes) == 1 else f"{dtype}, batch {batch}"
-            axes.set_title(title, loc="left", fontsize=10, color=_INK)
+            axes.set_title(title, loc="left", fontsize=10, color=INK)
             axes.tick_params(labelleft=j == 0, labelbottom=i == len(dtypes) - 1)
             if i == j == 0:
-                near = {"textcoords": "offset points", "ha": "left", "va": "top", "fontsize": 8, "color": _FAINT}
+                near = {"textcoords": "offset points", "ha": "left", "va": "top", "fontsize": 8, "color": FAINT}
                 axes.annotate("all saved MACs\nare saved time", (0.3, 0.3), (8, -4), **near)
     name, only = str(report["model"]).removeprefix("timm:"), f", {dtypes[0]}" if len(dtypes) == 1 else ""
     title = f"{name}: time saved by skipping{only}"
-    figure.text(left, 1 - 0.16 / height, title, ha="left", va="top", fontsize=12, color=_INK)
+    figure.text(left, 1 - 0.16 / height, title, ha="left", va="top", fontsize=12, color=INK)
     _legend(figure, looks, left, 1 - 0.5 / height)
-    figure.text(0.02, (height + _BOTTOM - top) / 2 / height, _Y, rotation=90, ha="left", va="center", color=_INK)
-    figure.text((left + right) / 2, 0.05 / height, _X, ha="center", va="bottom", color=_INK)
-    _save(figure, path)
+    figure.text(0.02, (height + _BOTTOM - top) / 2 / height, _Y, rotation=90, ha="left", va="center", color=INK)
+    figure.text((left + right) / 2, 0.05 / height, _X, ha="center", va="bottom", color=INK)
+    save(figure, path)
 
 
 def _looks(engines: Sequence[str], grains: Sequence[str]) -> Looks:
@@ -81,12 +81,12 @@ def _looks(engines: Sequence[str], grains: Sequence[str]) -> Looks:
 
 def _draw_panel(axes: Any, rows: Sequence[Mapping[str, Any]], looks: Looks, most: float) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(colors=_INK, length=0, labelsize=8)
-    axes.grid(color=_SKIPPED, linewidth=0.8)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, length=0, labelsize=8)
+    axes.grid(color=SKIPPED, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
-    axes.plot(1, 1, marker="*", color=_INK, markersize=11, zorder=5)
+    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+    axes.plot(1, 1, marker="*", color=INK, markersize=11, zorder=5)
     for (engine, grains), (colour, marker, _) in looks.items():
         own = sorted(
             (row["macs_fraction"], row["time_fraction"], row["budget"])
@@ -111,13 +111,13 @@ def _legend(figure: Any, looks: Looks, left: float, top: float) -> None:
         Line2D([], [], color=colour, marker=marker, linewidth=1.5, markersize=6, label=name)
         for colour, marker, name in looks.values()
     ]
-    for marker, face, size, name in (("o", "white", 6, "everything kept"), ("*", _INK, 9, "dense")):
+    for marker, face, size, name in (("o", "white", 6, "everything kept"), ("*", INK, 9, "dense")):
         handles.append(
             Line2D(
                 *([], []),
                 color="none",
                 marker=marker,
-                markeredgecolor=_INK,
+                markeredgecolor=INK,
                 markerfacecolor=face,
                 markersize=size,
                 label=name,
@@ -130,7 +130,7 @@ def _legend(figure: Any, looks: Looks, left: float, top: float) -> None:
         ncols=len(handles) if len(handles) < 6 else _COLUMNS,
         frameon=False,
         fontsize=8,
-        labelcolor=_INK,
+        labelcolor=INK,
         borderaxespad=0,
         borderpad=0,
         handletextpad=0.5,

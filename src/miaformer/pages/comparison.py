@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from miaformer.evaluation.comparison_rows import COLUMNS, OURS, Row, written
 from miaformer.pages.chart import Chart, Level, Series, coloured, figure
 from miaformer.pages.page import Markup, facts, join, percent, table, tag
 from miaformer.pages.training import duration
 
-OURS, DENSE = SHARED = "learned", "dense"
+DENSE = "dense"
+SHARED = (OURS, DENSE)
 WIDE, NARROW = (1040, 520), (350, 380)  # pixels of a chart
-Row = Mapping[str, Any]  # of a method at a budget
 
 
 def is_comparison(report: Mapping[str, Any]) -> bool:
@@ -76,29 +77,13 @@ def _over(rows: Sequence[Row], measure: str, label: str) -> Chart:
 
 
 def _table(rows: Sequence[Row], differences: Sequence[Row]) -> Markup:
-    columns = ("method", "budget", "MACs", "time", "accuracy, %", "hardest tenth, %", "ours less, points")
-    gaps = {(gap["over"], gap["budget"], gap["macs_fraction"][1]): gap for gap in differences}
-    order = sorted(rows, key=lambda row: (-(row["budget"] or 2.0), row["name"] != OURS, -row["accuracy"]))
-    body = []
-    for row in order:
-        gap = gaps.get((row["name"], row["budget"], row["macs_fraction"]))
-        body.append(
-            (
-                row["name"],
-                "" if row["budget"] is None else f"{row['budget']:g}",
-                f"{row['macs_fraction']:.3f}",
-                "" if row["time_fraction"] is None else f"{row['time_fraction']:.2f}",
-                _points(row["accuracy"], row["accuracy_interval"]),
-                f"{100 * row['accuracy_hardest']:.1f}",
-                "" if gap is None else _points(gap["difference"], gap["interval"], "+"),
-            )
-        )
-    strong = [place for place, row in enumerate(order) if row["name"] == OURS]
+    order = written(rows, differences)
+    strong = [place for place, (row, _) in enumerate(order) if row["name"] == OURS]
     caption = (
         "In brackets 95 % intervals over images. Hardest: the tenth with the greatest dense loss. Ours less: by how "
         "many points ours is ahead. MACs and time: of the backbone's."
     )
-    return table(columns, body, caption, strong)
+    return table(COLUMNS, (cells for _, cells in order), caption, strong)
 
 
 def _equal_accuracy(found: Mapping[str, float]) -> Iterable[Markup]:
@@ -122,9 +107,3 @@ def _durations(seconds: Mapping[str, float]) -> Iterable[Markup]:
         yield tag("h2", "Time to train")
         rows = [(name, duration(value)) for name, value in seconds.items()]
         yield table(("run", "processor time"), rows, "Of all processes together; the mean over seeds.")
-
-
-def _points(value: float, interval: Sequence[float], sign: str = "") -> str:
-    """A share and its interval, in per cent."""
-    low, high = (f"{100 * end:{sign}.2f}" for end in interval)
-    return f"{100 * value:{sign}.2f} ({low}, {high})"

@@ -85,15 +85,9 @@ def thumbnail(seen: Image.Image) -> Markup:
     return picture(small, alt="")
 
 
-def asked(one: Explanation) -> str:
-    """What it was asked to spend, in words."""
-    budget = "no budget" if one.budget is None else f"budget {one.budget:g}"
-    return budget if one.cap is None else f"{budget}, cap {one.cap:g}"
-
-
 def named(guess: Guess) -> str:
     """The class, by the first of its names."""
-    return f"class {guess.label}" if guess.name is None else guess.name.partition(",")[0]
+    return guess.title.partition(",")[0]
 
 
 # Parts of a picture's page --------------------------------------------------------------------------------------------
@@ -114,11 +108,11 @@ def _summary(one: Explained) -> Markup:
     sure = f"{percent(dearest.prediction.top_k[0].probability, 0)} sure"
     if len(one.shown) == 1:
         return tag("p", f"{sure}.", class_="quiet")
-    others = {asked(shown): named(shown.prediction.top_k[0]) for shown in one.shown if shown is not dearest}
+    others = {shown.asked: named(shown.prediction.top_k[0]) for shown in one.shown if shown is not dearest}
     if set(others.values()) == {_headline(one)}:
-        return tag("p", f"{sure} at {asked(dearest)}; the same class at every budget.", class_="quiet")
+        return tag("p", f"{sure} at {dearest.asked}; the same class at every budget.", class_="quiet")
     said = "; ".join(f"at {at}: {name}" for at, name in others.items())
-    return tag("p", f"{sure} at {asked(dearest)}; {said}.", class_="quiet")
+    return tag("p", f"{sure} at {dearest.asked}; {said}.", class_="quiet")
 
 
 def _named(one: Explained) -> str:
@@ -130,7 +124,7 @@ def _guesses(shown: Sequence[Explanation]) -> Markup:
     lists = [
         tag(
             "section",
-            tag("h3", asked(one).capitalize()),
+            tag("h3", one.asked.capitalize()),
             tag(
                 "ol",
                 *(
@@ -170,7 +164,7 @@ def _spent(shown: Explanation, about: About) -> Markup:
     says = f"{spent.macs_fraction:.3f} of the dense model's MACs" + (f"; {against}" if against else "")
     return tag(
         "div",
-        tag("h3", asked(shown).capitalize()),
+        tag("h3", shown.asked.capitalize()),
         bar(spent.macs_fraction, says, ticks),
         tag("p", tag("strong", f"{spent.macs_fraction:.3f}"), " of the dense MACs"),
         tag("p", f"{macs(spent.macs_fraction * about.dense_macs)} of {macs(about.dense_macs)}", class_="quiet"),
@@ -260,7 +254,8 @@ def macs(count: float) -> str:
 
 def _order(shown: Sequence[Explanation]) -> str:
     first = "" if len(shown) == 1 else " at the first"
-    return f"What each takes of the dense model's MACs at {', '.join(map(asked, shown))}: least{first} comes first."
+    budgets = ", ".join(one.asked for one in shown)
+    return f"What each takes of the dense model's MACs at {budgets}: least{first} comes first."
 
 
 def _card(one: Explained, small: Markup) -> Markup:

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from miaformer.evaluation.calibration import LabelledBatch
-from miaformer.evaluation.plots import _extremes, _picture, _Shown
+from miaformer.evaluation.extremes import Extreme, as_picture, extremes, kept_share
 from miaformer.model import MIAFormer
 from miaformer.pages.page import Markup, data_uri, is_small, tag
 
@@ -25,11 +24,15 @@ def extremes_section(
     classes: Sequence[str],
 ) -> Iterable[Markup]:
     """about: what the images are; classes: names of labels. Raises ValueError where there are fewer than two images."""
-    least, most = _extremes(model, batches, budget, None, COUNT)
+    least, most = extremes(model, batches, budget, None, COUNT)
     at = "everything executed" if budget is None else f"budget {budget:g}"
     config = model.data_config()
     yield tag("h2", "The cheapest and the dearest images")
-    yield tag("p", f"Of {about}, at {at}. Patches fade by the share of executed blocks that skip them.", class_="quiet")
+    yield tag(
+        "p",
+        f"Of {about}, at {at}. Patches fade by how often they are skipped.",
+        class_="quiet",
+    )
     for title, found in (("Least compute", least), ("Most compute", most)):
         yield tag("h3", title, class_="group")
         yield tag("ul", *(_card(one, model, config, classes) for one in found), class_="cards small")
@@ -43,7 +46,7 @@ def middle_budget(model: MIAFormer) -> float | None:
     return round(min(max(0.5, least), most), 2) if most - least > 0.02 else most
 
 
-def _card(one: _Shown, model: MIAFormer, config: Mapping[str, Any], classes: Sequence[str]) -> Markup:
+def _card(one: Extreme, model: MIAFormer, config: Mapping[str, Any], classes: Sequence[str]) -> Markup:
     said, label = classes[one.predicted], classes[one.label] if one.label >= 0 else None
     verdict = None if label is None else "right" if one.predicted == one.label else f"wrong: {label.partition(',')[0]}"
     blocks = f"{int(one.depth.sum())} of {len(one.depth)} blocks"
@@ -57,12 +60,12 @@ def _card(one: _Shown, model: MIAFormer, config: Mapping[str, Any], classes: Seq
     )
 
 
-def _fading(one: _Shown, model: MIAFormer, config: Mapping[str, Any]) -> Markup:
+def _fading(one: Extreme, model: MIAFormer, config: Mapping[str, Any]) -> Markup:
     """The image, and beside it the same faded."""
-    image = Image.fromarray(np.rint(255 * _picture(one.image, config)).astype(np.uint8))
+    image = Image.fromarray(np.rint(255 * as_picture(one.image, config)).astype(np.uint8))
     width, height = image.size
     rows, columns = model.backbone.patch_embed.dynamic_feat_size((height, width))
-    kept = one.tokens[one.depth].double().mean(dim=0) if one.depth.any() else torch.zeros(rows * columns)
+    kept = kept_share(one, model)
     covers = [
         tag("rect", x=place % columns, y=place // columns, width=1, height=1, fill_opacity=f"{0.9 * (1 - share):.2f}")
         for place, share in enumerate(kept.tolist())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ def read_comparison(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """
     from miaformer.comparison import ABLATIONS, summarise
     from miaformer.comparison.results import read_points
+    from miaformer.training.progress import core_seconds
 
     runs = _runs(directory)
     measured = [run for run in runs if (run / "measured.json").is_file()]
@@ -37,7 +36,8 @@ def read_comparison(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
         row["ablation"] = row["name"] in ABLATIONS
     reports = [read_json(run / "measured.json") for run in measured]
     seeds: dict[str, list[int]] = {}
-    seconds: dict[str, list[float]] = {"backbone": list(_seconds(backbone))}
+    of_backbone = core_seconds(backbone)
+    seconds = {"backbone": [] if of_backbone is None else [of_backbone]}
     for report in reports:
         seeds.setdefault(report["method"], []).append(report["seed"])
         if report["core_seconds"] is not None:
@@ -70,11 +70,3 @@ def _progress(run: Path) -> str:
     name = run.name if run.name == "backbone" else f"{run.parent.name}, {run.name.replace('seed', 'seed ')}"
     history = read_history(run)
     return f"{name} ({'trained' if history.has_model else f'step {history.done:,} of {history.planned:,}'})"
-
-
-def _seconds(run: Path) -> Iterable[float]:
-    """Of all processes together; none where it was not recorded."""
-    path = run / "durations.jsonl"
-    if path.is_file():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        yield sum(row["seconds"] * row["processes"] for row in rows)

@@ -1,11 +1,21 @@
 """Serving a model over HTTP: pictures of many requests share batches, and compute is what gives way under load.
 
 `settings` what the operator asks for; `uploads` from a request to pictures, within limits; `governor` how long a batch
-takes, and what budget the queue affords; `batcher` the queue and the batches; `app` the HTTP interface. Needs the extra
-`serve`.
+takes, and what budget the queue affords; `batcher` the queue and the batches; `server` a request's way; `app` the HTTP
+interface, `protocol` what uvicorn lacks. Needs the extra `serve`.
 """
 
-from miaformer.serving.app import create_app
+from typing import Any
+
 from miaformer.serving.settings import Settings
 
 __all__ = ["Settings", "create_app"]
+
+
+def __getattr__(name: str) -> Any:
+    """`create_app`, once it is asked for: `Settings` alone need no web server."""
+    if name == "create_app":
+        from miaformer.serving.app import create_app
+
+        return create_app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,9 +45,9 @@ TopK = Annotated[int, Query(description="classes to name")]
 def create_app(predictor: Predictor, settings: Settings, name: str = "model") -> FastAPI:
     """The application, for any ASGI server. Measures a few batches first, so that it knows how long they take.
 
-    name: of the model, as /health and /metrics say it.
+    name: of the model, as /health and /metrics say it. Raises ValueError for settings that the model cannot meet.
     """
-    server = Server(predictor, settings, name)
+    server = Server(predictor, settings.for_model(predictor), name)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

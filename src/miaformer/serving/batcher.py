@@ -52,17 +52,22 @@ class BusyError(Exception):
 
 
 @dataclass(eq=False)
-class _Waiting:
-    image: Tensor
-    asked: Asked
+class _Picture:
+    image: Tensor  # (3, H, W)
+    top_k: int
+    wanted: float | None  # budget, where nothing else waits; None: there are none
     cap: float | None
+
+
+@dataclass(eq=False)
+class _Waiting(_Picture):
     answer: asyncio.Future[Answer]
 
 
 class Batcher:
     """Runs what waits, in one thread: while a batch runs, the next one gathers.
 
-    Everything but the model's work happens in the event loop, so nothing here needs a lock.
+    Everything but the model's work happens in the event loop, so only the model has a lock.
     """
 
     def __init__(self, predictor: Predictor, settings: Settings, metrics: Metrics) -> None:
@@ -78,9 +83,7 @@ class Batcher:
         self._arrivals: dict[object, float] = {}  # of requests that have room, in their order
         self.admitted = 0  # pictures
         self._filled = asyncio.Event()
-        self._model = (
-            asyncio.Lock()
-        )  # who waits for the model has not yet decided what to run: it may still be cancelled
+        self._model = asyncio.Lock()  # what runs next is chosen once it is free: who left by then is not run
         self._task: asyncio.Task[None] | None = None
 
     # What requests do -------------------------------------------------------------------------------------------
@@ -110,9 +113,10 @@ class Batcher:
 
     def submit(self, images: Sequence[Tensor], asked: Asked) -> list[asyncio.Future[Answer]]:
         """Answers to come, of prepared pictures (3, H, W). One that is cancelled before its batch is not run."""
-        loop = asyncio.get_running_loop()
+        wanted = None if self.settings.budget is None else least(asked.budget, self.settings.budget)
         cap = least(asked.cap, self.settings.cap)
-        entries = [_Waiting(image, asked, cap, loop.create_future()) for image in images]
+        loop = asyncio.get_running_loop()
+        entries = [_Waiting(image, asked.top_k, wanted, cap, loop.create_future()) for image in images]
         self._queue.extend(entries)
         self._filled.set()
         return [entry.answer for entry in entries]
@@ -149,16 +153,20 @@ class Batcher:
                 if not batch:
                     self._filled.clear()
                     continue
+                granted = [least(entry.wanted, plan.budget) for entry in batch]
                 try:
-                    answers = await loop.run_in_executor(self._model_thread, self._answer, batch, plan)
+                    found, seconds = await loop.run_in_executor(self._model_thread, self._run, batch, granted)
                 except Exception as error:
                     for entry in batch:
                         if not entry.answer.done():
                             entry.answer.set_exception(error)
                     continue
-            for entry, answer in zip(batch, answers, strict=True):
+            self.governor.time.add(len(batch), _total(granted), seconds)
+            self._metrics.batch_ran(len(batch), seconds)
+            for entry, prediction, budget in zip(batch, found, granted, strict=True):
                 if not entry.answer.done():
-                    entry.answer.set_result(answer)
+                    lowered = budget is not None and entry.wanted is not None and budget < entry.wanted
+                    entry.answer.set_result(Answer(prediction, budget, lowered))
 
     def _next_batch(self) -> tuple[list[_Waiting], Plan]:
         """What runs next, first come, first served, until one differs in having a cap: the model takes one for all."""
@@ -173,46 +181,30 @@ class Batcher:
                 batch.append(self._queue.popleft())
         return batch, plan
 
-    def _answer(self, batch: list[_Waiting], plan: Plan) -> list[Answer]:
-        granted = [least(entry.asked.budget, plan.budget) for entry in batch]
+    def _run(self, batch: Sequence[_Picture], granted: Sequence[float | None]) -> tuple[list[Prediction], float]:
+        """What the model says of each, and the seconds it took. Of budgets and of caps either none is None, or all."""
         start = time.perf_counter()
-        predictions = self._run([entry.image for entry in batch], granted, [entry.cap for entry in batch])
-        seconds = time.perf_counter() - start
-        self.governor.time.add(len(batch), _total(granted), seconds)
-        self._metrics.batch_ran(len(batch), seconds)
-        return [
-            Answer(
-                replace(prediction, top_k=prediction.top_k[: entry.asked.top_k]),
-                budget,
-                lowered=budget is not None and budget < (least(entry.asked.budget, self.settings.budget) or 0),
-            )
-            for entry, prediction, budget in zip(batch, predictions, granted, strict=True)
-        ]
-
-    def _run(
-        self, images: Sequence[Tensor], budgets: Sequence[float | None], caps: Sequence[float | None]
-    ) -> list[Prediction]:
-        """Either none of the budgets is None, or all are; caps alike."""
         spend: dict[str, Any] = {"policy": Full()} if self.settings.static else {}
-        if not self.settings.static and budgets[0] is not None:
-            spend["budget"] = budgets
-        if caps[0] is not None:
-            spend["cap"] = caps
-        return self.predictor.read(self.predictor.run(images, **spend), top_k=self.predictor.model.num_classes)
+        if granted[0] is not None:
+            spend["budget"] = granted
+        if batch[0].cap is not None:
+            spend["cap"] = [entry.cap for entry in batch]
+        output = self.predictor.run([entry.image for entry in batch], **spend)
+        found = self.predictor.read(output, max(entry.top_k for entry in batch))
+        cut = [replace(one, top_k=one.top_k[: entry.top_k]) for one, entry in zip(found, batch, strict=True)]
+        return cut, time.perf_counter() - start
 
     def _measured(self) -> Iterator[tuple[int, float, float]]:
         """What a few batches of noise take: where the governor starts from."""
         generator = torch.Generator().manual_seed(0)
         size = (self.predictor.model.backbone.in_chans, *self.predictor.model.image_size())
         for pictures in sorted({1, min(8, self.settings.max_batch)}):
-            images = torch.randn(pictures, *size, generator=generator)
+            noise = torch.randn(pictures, *size, generator=generator)
             for budget in dict.fromkeys((self.settings.budget, self.settings.min_budget)):
-                budgets = [budget] * pictures
+                batch = [_Picture(image, 5, budget, self.settings.cap) for image in noise]
                 for _ in range(WARM_UPS):
-                    start = time.perf_counter()
-                    self._run(list(images), budgets, [None] * pictures)
-                    seconds = time.perf_counter() - start
-                yield pictures, _total(budgets), seconds
+                    _, seconds = self._run(batch, [budget] * pictures)
+                yield pictures, _total([budget] * pictures), seconds
 
     def _oldest(self) -> float:
         """Seconds since the first of those that are here came."""

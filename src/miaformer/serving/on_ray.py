@@ -52,9 +52,18 @@ def deployment(build: Callable[[], FastAPI], replicas: Sequence[int], cpus: floa
 
 @contextmanager
 def replicated(
-    build: Callable[[], FastAPI], host: str, port: int, replicas: Sequence[int], address: str | None = None
+    build: Callable[[], FastAPI],
+    host: str,
+    port: int,
+    replicas: Sequence[int],
+    *,
+    address: str | None = None,
+    cpus: float = 1.0,
 ) -> Iterator[int]:
-    """Serves until the end of the block, and gives the port. address: of a cluster; None starts one here."""
+    """Serves until the end of the block, and gives the port. address: of a cluster; None starts one here.
+
+    cpus: of a replica, which has so many threads by Ray's own setting; it takes a GPU too, where there are enough.
+    """
     with cluster(address):
         import ray
         from ray import serve
@@ -62,7 +71,7 @@ def replicated(
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= replicas[0] else 0.0
         try:
             serve.start(http_options={"host": host, "port": port})
-            serve.run(deployment(build, replicas, gpus=gpus), name=NAME, route_prefix="/")
+            serve.run(deployment(build, replicas, cpus, gpus), name=NAME, route_prefix="/")
             yield port
         finally:
             serve.shutdown()

@@ -16,7 +16,7 @@ from miaformer.explanation import Explanation, explain, seen_picture
 from miaformer.images import open_image
 from miaformer.pages.page import data_uri
 from miaformer.predictor import Predictor
-from miaformer.serving.batcher import Asked, Batcher
+from miaformer.serving.batcher import Asked, Batcher, least
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ async def explained(
         loop = asyncio.get_running_loop()
         most = batcher.settings.max_pixels
         image, picture = await loop.run_in_executor(decoders, _prepared, predictor, encoded, name, most)
-        cap = asked.cap if batcher.settings.cap is None else min(asked.cap or 1.0, batcher.settings.cap)
+        cap = least(asked.cap, batcher.settings.cap)
         dense, ms = await batcher.call(lambda: _timed(lambda: _dense(predictor, image, asked.top_k)))
         steps = []
         for budget in chosen:

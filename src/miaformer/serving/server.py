@@ -77,6 +77,8 @@ class Server:
             asked = self._asked(None, cap, top_k, upload.fields)
             if len(upload.pictures) > 1:
                 raise HTTPException(400, "one picture at a time is explained")
+            if asked.budget is not None:  # of the form
+                budgets = [asked.budget]
             for budget in budgets or ():
                 self._check_budget(budget)
             name, encoded = upload.pictures[0]
@@ -158,10 +160,9 @@ class Server:
 
     def _check_cap(self, cap: float) -> None:
         model = self.predictor.model
-        cost = model.cost()
-        needed = (cost.fixed + model.controller_macs()) / cost.backbone
-        if check_fraction("cap", cap) < needed:
-            raise ValueError(f"cap={cap:g} is less than the {needed:.4f} that a picture takes whatever is decided")
+        dense, least = model.cost().backbone, model.least_macs()
+        if int(check_fraction("cap", cap) * dense) < least:
+            raise ValueError(f"cap={cap:g} is less than the {least / dense:.4f} that every picture takes")
 
     async def _decode(self, upload: Upload) -> list[Tensor]:
         loop, most = asyncio.get_running_loop(), self.settings.max_pixels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Settings:
     """budget: what a picture is given where nobody asks and nothing waits; min_budget: the least that load may lower it
-    to. Both None: the model has no budgets, and load lowers nothing.
+    to. None: by the model, see `for_model`.
 
     Raises ValueError, naming the setting, for what cannot be.
     """
@@ -47,26 +47,25 @@ class Settings:
             )
         if self.max_queue < self.max_pictures:
             raise ValueError(f"max_queue={self.max_queue} is less than one request may have, {self.max_pictures}")
-        if (self.budget is None) != (self.min_budget is None):
-            raise ValueError("give both budget and min_budget, or none")
         if self.budget is not None and self.min_budget is not None and self.min_budget > self.budget:
             raise ValueError(f"min_budget={self.min_budget:g} is more than budget={self.budget:g}")
 
+    def for_model(self, predictor: Predictor) -> Settings:
+        """These, with the budgets that they leave open: the model's own, else the most it can spend; and half of that.
 
-def budgets_of(predictor: Predictor, budget: float | None, min_budget: float | None) -> tuple[float, float] | None:
-    """(budget, min_budget) of a calibrated model, where None is filled in from it; None of an uncalibrated one.
-
-    By default the model's own budget, else the most of its calibration; and half of that, where it goes so low.
-    Raises ValueError for budgets that the model cannot meet.
-    """
-    model = predictor.model
-    if model.calibration is None:
-        if budget is not None or min_budget is not None:
-            model.price_of(budget or min_budget or 1.0)  # says what is missing
-        return None
-    least, most = model.calibration.range
-    top = budget or model.adapt_config.default_budget or most
-    low = min_budget or min(top, max(least, top / 2))
-    for asked in (top, low):
-        model.price_of(asked)
-    return top, low
+        An uncalibrated model has none, and neither has a static server. Raises ValueError for budgets that the model
+        cannot meet, and for a cap below what any picture takes.
+        """
+        model = predictor.model
+        if self.cap is not None:
+            predictor.try_once(cap=self.cap)
+        if self.static or (model.calibration is None and self.budget is None and self.min_budget is None):
+            return replace(self, budget=None, min_budget=None)
+        if model.calibration is None:
+            raise ValueError("the model is not calibrated, so it knows no budgets: leave budget and min_budget out")
+        least, most = model.calibration.range
+        budget = self.budget or model.adapt_config.default_budget or most
+        min_budget = self.min_budget or min(budget, max(least, budget / 2))
+        for asked in (budget, min_budget):
+            model.price_of(asked)
+        return replace(self, budget=budget, min_budget=min_budget)
