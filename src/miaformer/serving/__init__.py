@@ -5,9 +5,12 @@ takes, and what budget the queue affords; `batcher` the queue and the batches; `
 interface, `protocol` what uvicorn lacks. Needs the extra `serve`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miaformer.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from miaformer.serving.app import create_app
 
 __all__ = ["Settings", "create_app"]
 
