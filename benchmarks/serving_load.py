@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -112,6 +113,8 @@ class Connections:
 
     async def post(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         """Status and JSON. Raises OSError or EOFError where the server hangs up."""
+        while self._idle and self._idle[-1][0].at_eof():  # the server closes those that it has not heard of for long
+            self._idle.pop()[1].close()
         reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
         try:
             head = f"POST {path} HTTP/1.1\r\nHost: s\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -142,14 +145,14 @@ class Seen:
     budgets: list[float] = field(default_factory=list)
     right: list[bool] = field(default_factory=list)
     refused: int = 0
-    failed: int = 0
+    failed: Counter[str] = field(default_factory=Counter)  # by what happened
 
     async def ask(self, connections: Connections, picture: Picture, due: float) -> None:
         try:
             async with asyncio.timeout(PATIENCE):
                 status, content = await connections.post("/predict?top_k=1", picture.encoded)
-        except (OSError, EOFError, TimeoutError):
-            self.failed += 1
+        except (OSError, EOFError, TimeoutError) as error:
+            self.failed[type(error).__name__] += 1
             return
         if status == 200:
             (said,) = content["predictions"]
@@ -157,18 +160,19 @@ class Seen:
             self.macs.append(said["macs_fraction"])
             self.budgets.append(1.0 if said["budget"] is None else said["budget"])
             self.right.append(said["label"] == picture.label)
+        elif status == 503:
+            self.refused += 1
         else:
-            self.refused += status == 503
-            self.failed += status != 503
+            self.failed[f"status {status}"] += 1
 
     def row(self, labelled: bool) -> dict[str, Any]:
         answered = len(self.latencies)
         quantiles = np.quantile(self.latencies, (0.5, 0.95, 0.99)) * 1000 if answered else [np.nan] * 3
         return {
-            "requests": answered + self.refused + self.failed,
+            "requests": answered + self.refused + self.failed.total(),
             "answered": answered,
             "refused": self.refused,
-            "failed": self.failed,
+            "failed": dict(self.failed),
             **{name: round(float(ms), 1) for name, ms in zip(("p50_ms", "p95_ms", "p99_ms"), quantiles, strict=True)},
             "budget": _mean(self.budgets),
             "macs_fraction": _mean(self.macs),
@@ -195,7 +199,7 @@ async def saturate(connections: Connections, pictures: list[Picture], clients: i
 
     await asyncio.gather(*(client(number) for number in range(clients)))
     if seen.refused or seen.failed:
-        raise RuntimeError(f"{seen.refused} refused, {seen.failed} failed: fewer --clients would do")
+        raise RuntimeError(f"{seen.refused} refused, {dict(seen.failed)} failed: fewer --clients would do")
     return sum(begin <= moment <= end for moment in answered) / (end - begin)
 
 

@@ -304,7 +304,7 @@ def test_who_hangs_up_is_not_run(predictor: Predictor) -> None:
 
     async def work() -> None:
         server = app.state.server
-        blocker = asyncio.create_task(server.batcher.call(lambda: time.sleep(0.5)))
+        blocker = asyncio.create_task(server.batcher.call(lambda _: time.sleep(0.5)))
         await call(app, picture(), 0.1)  # leaves while the model is busy
         await blocker
         await asyncio.sleep(0.1)

@@ -85,6 +85,14 @@ class Predictor:
         """The same of a picture that `open_image` gave."""
         return self.transform(picture)
 
+    def pixels(
+        self, source: str | Path | bytes | BinaryIO, name: str | None = None, max_pixels: int = MAX_PIXELS
+    ) -> Tensor:
+        """What `prepare` gives before normalisation, (3, H, W) uint8. `run` takes it as well, and normalises a whole
+        batch in the time of one picture.
+        """
+        return self.transform.pixels(open_image(source, name, max_pixels))
+
     def run(
         self,
         images: Sequence[Tensor] | Tensor,
@@ -93,11 +101,17 @@ class Predictor:
         cap: Budget | None = None,
         policy: Policy | None = None,
     ) -> Output:
-        """`MIAFormer.run` of prepared pictures, on the model's device; budget, price and cap: one, or one each."""
+        """`MIAFormer.run` on the model's device, of pictures that are all prepared or all still pixels.
+
+        budget, price and cap: one, or one each.
+        """
         batch = images if isinstance(images, Tensor) else torch.stack(list(images))
+        weights = next(self.model.parameters())
         with torch.inference_mode():
-            on_device = batch.to(next(self.model.parameters()))
-            return self.model.run(on_device, policy=policy, budget=budget, price=price, cap=cap)
+            on_device = batch.to(weights.device)
+            if batch.dtype == torch.uint8:
+                on_device = self.transform.normalize(on_device)
+            return self.model.run(on_device.to(weights.dtype), policy=policy, budget=budget, price=price, cap=cap)
 
     def read(self, output: Output, top_k: int = 5) -> list[Prediction]:
         """What an output says of each picture."""

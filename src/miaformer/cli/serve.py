@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import socket
 import sys
@@ -15,6 +16,9 @@ from miaformer.serving.settings import Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from miaformer.predictor import Predictor
+    from miaformer.serving.model_process import ModelProcess
 
 DESCRIPTION = """\
 Serve a model over HTTP: POST /predict, GET /health, GET /metrics (Prometheus), an API page at /docs, and at / a page to
@@ -96,28 +100,53 @@ def run(args: argparse.Namespace) -> int:
     return _run_here(args) if args.replicas is None else _run_on_ray(args)
 
 
-def _app(args: argparse.Namespace) -> FastAPI:
-    """The application that these arguments ask for: here, or in a replica on another machine."""
+def _predictor(args: argparse.Namespace) -> Predictor:
+    """The model that these arguments ask for, ready to run."""
     from miaformer.predictor import Predictor
-    from miaformer.serving.app import create_app
 
     device = open_device(args.device, args.threads)
     model = open_model(args.model, device, args.dtype)
     if device.type == "cpu":
         model.prepack()
+    return Predictor(model, class_names(args.classes, model))
+
+
+def _outline(args: argparse.Namespace) -> Predictor:
+    """The same without weights: what a server has to know of it."""
+    import torch
+
+    from miaformer.predictor import Predictor
+
+    model = open_model(args.model, torch.device("cpu")).to("meta")
+    return Predictor(model, class_names(args.classes, model))
+
+
+def _app(args: argparse.Namespace, predictor: Predictor, process: ModelProcess | None = None) -> FastAPI:
+    """The application that these arguments ask for."""
+    from miaformer.serving.app import create_app
+
     limits = {name: getattr(args, name) for name, *_ in _LIMITS}
     spending = {"budget": args.budget, "min_budget": args.min_budget, "cap": args.cap, "static": args.static}
     settings = Settings(**spending, page=not args.no_page, **limits)
-    return create_app(Predictor(model, class_names(args.classes, model)), settings, name=args.model)
+    return create_app(predictor, settings, args.model, process)
+
+
+def _replica(args: argparse.Namespace) -> FastAPI:
+    """The application in a process of a Ray cluster."""
+    return _app(args, _predictor(args))
 
 
 def _run_here(args: argparse.Namespace) -> int:
     import uvicorn
 
+    from miaformer.serving.model_process import ModelProcess
     from miaformer.serving.protocol import ImpatientProtocol
 
     with _listening(args.host, args.port) as listening:
-        app = _app(args)
+        process = ModelProcess(partial(_predictor, args))  # loads while we do
+        app = _app(args, _outline(args), process)
+        gc.collect()
+        gc.freeze()  # what is there by now stays: going through it again and again took a quarter of the loop's time
         at = _url(*listening.getsockname()[:2])
         _say(f"serving {args.model} at {at}: {_spending(app.state.server.settings)}")
         config = uvicorn.Config(
@@ -141,7 +170,7 @@ def _run_on_ray(args: argparse.Namespace) -> int:
     _listening(args.host, args.port).close()  # says at once where the address cannot be had
     signal.signal(signal.SIGTERM, _stop)
     with replicated(
-        partial(_app, args), args.host, args.port, args.replicas, address=args.ray_address, cpus=args.threads or 1
+        partial(_replica, args), args.host, args.port, args.replicas, address=args.ray_address, cpus=args.threads or 1
     ) as port:
         replicas = " to ".join(map(str, dict.fromkeys(args.replicas)))
         _say(f"serving {args.model} at {_url(args.host, port)}: {replicas} replicas on Ray")

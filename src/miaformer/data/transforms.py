@@ -105,8 +105,9 @@ class Transform:
         return bool(np.array_equal(self.pixels(Image.fromarray(noise)).permute(1, 2, 0), noise))
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """(b, 3, H, W) uint8 to normalised float32."""
-        return pixels.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+        """(b, 3, H, W) uint8 to normalised float32, on their device."""
+        mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def __repr__(self) -> str:
         return f"Transform({', '.join(map(repr, self.steps))})"

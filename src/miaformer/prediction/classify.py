@@ -64,11 +64,11 @@ class BatchClassifier:
         return self.rows(entries, [self.prepare(entry) for entry in entries])
 
     def prepare(self, entry: Entry) -> Tensor | Unreadable:
-        """A picture as the model takes it, (3, H, W), or why there is none."""
+        """Pixels as `Predictor.run` takes them, (3, H, W), or why there are none."""
         if isinstance(entry.content, Unreadable):
             return entry.content
         try:
-            return self.predictor.prepare(entry.content, entry.name)
+            return self.predictor.pixels(entry.content, entry.name)
         except ImageError as error:
             return Unreadable(reason(error, entry.name))
 

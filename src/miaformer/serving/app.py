@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 import miaformer
 from miaformer.predictor import Predictor
+from miaformer.serving.model_process import ModelProcess
 from miaformer.serving.schema import Health, PredictReply, Problem, body_of_pictures
 from miaformer.serving.server import Server
 from miaformer.serving.settings import Settings
@@ -42,12 +43,15 @@ Cap = Annotated[float | None, Query(description="the most MACs that one picture 
 TopK = Annotated[int, Query(description="classes to name")]
 
 
-def create_app(predictor: Predictor, settings: Settings, name: str = "model") -> FastAPI:
+def create_app(
+    predictor: Predictor, settings: Settings, name: str = "model", process: ModelProcess | None = None
+) -> FastAPI:
     """The application, for any ASGI server. Measures a few batches first, so that it knows how long they take.
 
-    name: of the model, as /health and /metrics say it. Raises ValueError for settings that the model cannot meet.
+    name: of the model, as /health and /metrics say it. process: runs the model, instead of a thread here; what the
+    predictor is asked for then needs no weights. Raises ValueError for settings that the model cannot meet.
     """
-    server = Server(predictor, settings.for_model(predictor), name)
+    server = Server(predictor, settings.for_model(predictor), name, process)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -8,7 +8,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,14 +16,16 @@ from torch import Tensor
 from miaformer.policy import Full
 from miaformer.predictor import Prediction, Predictor
 from miaformer.serving.governor import Governor, Plan, ServiceTime
+from miaformer.serving.model_process import ModelDiedError, ModelProcess
 from miaformer.serving.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from miaformer.serving.metrics import Metrics
+T = TypeVar("T")
 
-
+RESTART_SECONDS = 10.0  # in which a model's process is started again
 WARM_UPS = 3  # the first of which prepares kernels; the last is what counts
 
 
@@ -53,7 +55,7 @@ class BusyError(Exception):
 
 @dataclass(eq=False)
 class _Picture:
-    image: Tensor  # (3, H, W)
+    image: Tensor  # (3, H, W), pixels or prepared
     top_k: int
     wanted: float | None  # budget, where nothing else waits; None: there are none
     cap: float | None
@@ -67,11 +69,14 @@ class _Waiting(_Picture):
 class Batcher:
     """Runs what waits, in one thread: while a batch runs, the next one gathers.
 
-    Everything but the model's work happens in the event loop, so only the model has a lock.
+    Everything but the model's work happens in the event loop, so only the model has a lock. `process` does that work
+    where it is given, with a model like the predictor's.
     """
 
-    def __init__(self, predictor: Predictor, settings: Settings, metrics: Metrics) -> None:
-        self.predictor, self.settings, self._metrics = predictor, settings, metrics
+    def __init__(
+        self, predictor: Predictor, settings: Settings, metrics: Metrics, process: ModelProcess | None = None
+    ) -> None:
+        self.predictor, self.settings, self._metrics, self._process = predictor, settings, metrics, process
         bounds = None
         if settings.budget is not None and settings.min_budget is not None:
             bounds = settings.budget, settings.min_budget
@@ -112,7 +117,7 @@ class Batcher:
         return self.governor.plan(self.admitted, self._oldest())
 
     def submit(self, images: Sequence[Tensor], asked: Asked) -> list[asyncio.Future[Answer]]:
-        """Answers to come, of prepared pictures (3, H, W). One that is cancelled before its batch is not run."""
+        """Answers to come, of pixels (3, H, W) uint8. One that is cancelled before its batch is not run."""
         wanted = None if self.settings.budget is None else least(asked.budget, self.settings.budget)
         cap = least(asked.cap, self.settings.cap)
         loop = asyncio.get_running_loop()
@@ -121,10 +126,13 @@ class Batcher:
         self._filled.set()
         return [entry.answer for entry in entries]
 
-    async def call(self, work: Callable[[], Any]) -> Any:
-        """Run something else in the model's thread, between two batches."""
+    async def call(self, work: Callable[..., T], *arguments: Any) -> T:
+        """`work(predictor, *arguments)` where the model is, between two batches.
+
+        Raises BusyError if its process ends meanwhile.
+        """
         async with self._model:
-            return await asyncio.get_running_loop().run_in_executor(self._model_thread, work)
+            return await self._of_model(work, *arguments)
 
     # What runs them ---------------------------------------------------------------------------------------------
 
@@ -132,8 +140,11 @@ class Batcher:
         self._task = asyncio.create_task(self._serve())
 
     @property
-    def well(self) -> bool:
-        return self._task is not None and not self._task.done()
+    def trouble(self) -> str | None:
+        """What is wrong, if anything is."""
+        if self._task is None or self._task.done():
+            return "the model's queue has stopped"
+        return None if self._process is None else self._process.trouble
 
     async def close(self) -> None:
         """Answer all that was admitted, then stop."""
@@ -143,9 +154,19 @@ class Batcher:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._model_thread.shutdown()
+        if self._process is not None:
+            self._process.close()
+
+    async def _of_model(self, work: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._model_thread, self._run, work, *arguments)
+        except ModelDiedError:
+            raise BusyError(RESTART_SECONDS) from None
+
+    def _run(self, work: Callable[..., T], *arguments: Any) -> T:
+        return work(self.predictor, *arguments) if self._process is None else self._process(work, *arguments)
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._filled.wait()
             async with self._model:
@@ -155,7 +176,7 @@ class Batcher:
                     continue
                 granted = [least(entry.wanted, plan.budget) for entry in batch]
                 try:
-                    found, seconds = await loop.run_in_executor(self._model_thread, self._run, batch, granted)
+                    found, seconds = await self._of_model(*self._work(batch, granted))
                 except Exception as error:
                     for entry in batch:
                         if not entry.answer.done():
@@ -181,29 +202,25 @@ class Batcher:
                 batch.append(self._queue.popleft())
         return batch, plan
 
-    def _run(self, batch: Sequence[_Picture], granted: Sequence[float | None]) -> tuple[list[Prediction], float]:
-        """What the model says of each, and the seconds it took. Of budgets and of caps either none is None, or all."""
-        start = time.perf_counter()
+    def _work(self, batch: Sequence[_Picture], granted: Sequence[float | None]) -> tuple[Any, ...]:
+        """The call that answers a batch. Of budgets and of caps either none is None, or all."""
         spend: dict[str, Any] = {"policy": Full()} if self.settings.static else {}
         if granted[0] is not None:
             spend["budget"] = granted
         if batch[0].cap is not None:
             spend["cap"] = [entry.cap for entry in batch]
-        output = self.predictor.run([entry.image for entry in batch], **spend)
-        found = self.predictor.read(output, max(entry.top_k for entry in batch))
-        cut = [replace(one, top_k=one.top_k[: entry.top_k]) for one, entry in zip(found, batch, strict=True)]
-        return cut, time.perf_counter() - start
+        return _predictions, torch.stack([entry.image for entry in batch]), spend, [entry.top_k for entry in batch]
 
     def _measured(self) -> Iterator[tuple[int, float, float]]:
         """What a few batches of noise take: where the governor starts from."""
         generator = torch.Generator().manual_seed(0)
         size = (self.predictor.model.backbone.in_chans, *self.predictor.model.image_size())
         for pictures in sorted({1, min(8, self.settings.max_batch)}):
-            noise = torch.randn(pictures, *size, generator=generator)
+            noise = torch.randint(256, (pictures, *size), dtype=torch.uint8, generator=generator)
             for budget in dict.fromkeys((self.settings.budget, self.settings.min_budget)):
                 batch = [_Picture(image, 5, budget, self.settings.cap) for image in noise]
                 for _ in range(WARM_UPS):
-                    _, seconds = self._run(batch, [budget] * pictures)
+                    _, seconds = self._run(*self._work(batch, [budget] * pictures))
                 yield pictures, _total([budget] * pictures), seconds
 
     def _oldest(self) -> float:
@@ -214,6 +231,16 @@ class Batcher:
     def _count(self, pictures: int) -> None:
         self.admitted += pictures
         self._metrics.queue.set(self.admitted)
+
+
+def _predictions(
+    predictor: Predictor, images: Tensor, spend: Mapping[str, Any], top_k: Sequence[int]
+) -> tuple[list[Prediction], float]:
+    """What the model says of each, with so many classes, and the seconds it took."""
+    start = time.perf_counter()
+    found = predictor.read(predictor.run(images, **spend), max(top_k))
+    cut = [replace(one, top_k=one.top_k[:classes]) for one, classes in zip(found, top_k, strict=True)]
+    return cut, time.perf_counter() - start
 
 
 def least(*limits: float | None) -> float | None:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -39,14 +40,10 @@ async def explained(
         most = batcher.settings.max_pixels
         image, picture = await loop.run_in_executor(decoders, _prepared, predictor, encoded, name, most)
         cap = least(asked.cap, batcher.settings.cap)
-        dense, ms = await batcher.call(lambda: _timed(lambda: _dense(predictor, image, asked.top_k)))
+        dense, ms = await batcher.call(_timed, _dense, image, asked.top_k)
         steps = []
         for budget in chosen:
-
-            def step(budget: float | None = budget) -> tuple[Explanation, float]:
-                return _timed(lambda: explain(predictor, image[None], budget, cap, asked.top_k)[0])
-
-            explanation, step_ms = await batcher.call(step)
+            explanation, step_ms = await batcher.call(_timed, _explained, image, budget, cap, asked.top_k)
             steps.append({**explanation.to_json(), "ms": step_ms})
     return {"name": name, "picture": picture, "dense": {"top_k": dense, "ms": ms}, "steps": steps}
 
@@ -73,8 +70,13 @@ def _dense(predictor: Predictor, image: Tensor, top_k: int) -> list[dict[str, An
         return [guess.to_json() for guess in predictor.guesses(logits, top_k)[0]]
 
 
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    """What it gives, and its ms."""
+def _explained(predictor: Predictor, image: Tensor, budget: float | None, cap: float | None, top_k: int) -> Explanation:
+    return explain(predictor, image[None], budget, cap, top_k)[0]
+
+
+def _timed(predictor: Predictor, function: Callable[..., T], *arguments: Any) -> tuple[T, float]:
+    """What it gives of the predictor, and its ms."""
+    work = partial(function, predictor, *arguments)
     work()  # what ran before, in other batches, has pushed this one's weights out of the caches
     taken: list[float] = []
     while True:

@@ -1,7 +1,8 @@
-"""HTTP connections that do not wait for ever: who has not sent the head of a request in time is hung up on.
+"""HTTP connections that neither wait for ever nor take whatever comes.
 
 uvicorn limits bodies by what the application reads of them, and idle connections once they have had an answer, but not
-heads: a thousand connections that send a byte now and then would keep everybody else out.
+heads: a thousand connections that send a byte now and then would keep everybody else out, and one head that never ends
+would fill the memory.
 """
 
 from __future__ import annotations
@@ -9,17 +10,40 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_SECONDS = 10.0
+HEAD_BYTES = 65_536
 
 
-class ImpatientProtocol(H11Protocol):
-    """uvicorn's, whose h11 also limits how large a head may be."""
+class ImpatientProtocol(HttpToolsProtocol):
+    """uvicorn's faster one, that hangs up on who has not sent the head of a request in time, or a larger one."""
+
+    _head_bytes: int | None = None  # so far, of a head that is under way
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        before = self._head_bytes or 0
+        super().data_received(data)
+        if self._head_bytes is not None and not self.transport.is_closing():  # still under way
+            self._head_bytes = before + len(data)
+            if self._head_bytes > HEAD_BYTES:
+                self.send_400_response("The head of the request is too large.")
+
+    def on_message_begin(self) -> None:
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_bytes is not None:  # else it trails a body: nothing reads those
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        super().on_headers_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -22,6 +22,7 @@ from miaformer.images import ImageError, TooManyPixelsError
 from miaformer.predictor import Predictor
 from miaformer.serving.batcher import Answer, Asked, Batcher, BusyError
 from miaformer.serving.metrics import Metrics
+from miaformer.serving.model_process import ModelProcess
 from miaformer.serving.playground import explained
 from miaformer.serving.settings import Settings
 from miaformer.serving.uploads import LastWord, Upload, Uploads
@@ -35,11 +36,13 @@ _log = logging.getLogger(__name__)
 class Server:
     """One model, its queue, and everything that is counted of it."""
 
-    def __init__(self, predictor: Predictor, settings: Settings, name: str) -> None:
+    def __init__(
+        self, predictor: Predictor, settings: Settings, name: str, process: ModelProcess | None = None
+    ) -> None:
         self.predictor, self.settings, self.name = predictor, settings, name
         self.metrics = Metrics()
         self.metrics.serves(model=name, version=miaformer.__version__)
-        self.batcher = Batcher(predictor, settings, self.metrics)
+        self.batcher = Batcher(predictor, settings, self.metrics, process)
         self._uploads = Uploads(settings)
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
 
@@ -89,7 +92,7 @@ class Server:
         model, settings = self.predictor.model, self.settings
         plan = self.batcher.plan()
         return {
-            "status": "ok" if self.batcher.well else "the model's queue has stopped",
+            "status": self.batcher.trouble or "ok",
             "model": self.name,
             "version": miaformer.__version__,
             "classes": model.num_classes,
@@ -168,7 +171,7 @@ class Server:
         loop, most = asyncio.get_running_loop(), self.settings.max_pixels
         return await asyncio.gather(
             *(
-                loop.run_in_executor(self._decoders, self.predictor.prepare, encoded, name, most)
+                loop.run_in_executor(self._decoders, self.predictor.pixels, encoded, name, most)
                 for name, encoded in upload.pictures
             )
         )
