@@ -113,9 +113,16 @@ class Connections:
 
     async def post(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         """Status and JSON. Raises OSError or EOFError where the server hangs up."""
-        while self._idle and self._idle[-1][0].at_eof():  # the server closes those that it has not heard of for long
-            self._idle.pop()[1].close()
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
+        while self._idle:  # a server closes those that it has not heard of for long: as clients do, ask anew then
+            try:
+                return await self._post(*self._idle.pop(), path, body)
+            except (ConnectionError, EOFError):
+                continue
+        return await self._post(*await asyncio.open_connection(*self._address), path, body)
+
+    async def _post(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, body: bytes
+    ) -> tuple[int, dict[str, Any]]:
         try:
             head = f"POST {path} HTTP/1.1\r\nHost: s\r\nContent-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)

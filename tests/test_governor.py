@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaformer.serving.governor import Governor, ServiceTime
+from miaformer.serving.governor import HEADROOM, LATEST, Governor, ServiceTime
 
 A_BATCH, A_PICTURE, A_BUDGET = 0.004, 0.003, 0.02  # seconds; a picture at budget 1 takes 23 ms
 OBJECTIVE = 0.5
@@ -74,9 +74,9 @@ def test_nothing_waits_nothing_is_lowered() -> None:
 
 
 def test_the_budget_is_what_the_time_left_affords() -> None:
-    plan = governor().plan(20, 0.05)
+    plan = governor().plan(18, 0.01)
     assert BOUNDS[1] < plan.budget < BOUNDS[0]
-    assert 0.05 + 2 * A_BATCH + 20 * (A_PICTURE + A_BUDGET * plan.budget) == pytest.approx(0.6 * OBJECTIVE)
+    assert 0.01 + 2 * A_BATCH + 18 * (A_PICTURE + A_BUDGET * plan.budget) == pytest.approx(HEADROOM * OBJECTIVE)
 
 
 def test_no_batch_is_so_long_that_others_would_be_late() -> None:
@@ -87,7 +87,7 @@ def test_no_batch_is_so_long_that_others_would_be_late() -> None:
 
 def test_who_would_be_late_at_the_least_budget_is_refused_and_told_when_to_come() -> None:
     least = A_PICTURE + A_BUDGET * BOUNDS[1] + A_BATCH / 16
-    fits = int(0.85 * OBJECTIVE / least) - 3
+    fits = int(LATEST * OBJECTIVE / least) - 3
     assert governor().retry_after(fits, 1, 0.1) is None
     assert governor().retry_after(fits + 10, 1, 0.1) > 0
     assert governor().retry_after(1, 1, oldest=OBJECTIVE + 0.1) > 0  # slower than it should be: say so

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from miaformer.serving.metrics import Metrics
 T = TypeVar("T")
 
+LEAD_SECONDS = 0.015  # before a batch should end, the next one is sent on its way
 RESTART_SECONDS = 10.0  # in which a model's process is started again
 WARM_UPS = 3  # the first of which prepares kernels; the last is what counts
 
@@ -54,6 +55,14 @@ class BusyError(Exception):
 
 
 @dataclass(eq=False)
+class Place:
+    """A request's, from when it is admitted to its last answer."""
+
+    since: float  # seconds, of a clock
+    coming: int  # pictures that are not in the queue yet
+
+
+@dataclass(eq=False)
 class _Picture:
     image: Tensor  # (3, H, W), pixels or prepared
     top_k: int
@@ -63,14 +72,15 @@ class _Picture:
 
 @dataclass(eq=False)
 class _Waiting(_Picture):
+    since: float
     answer: asyncio.Future[Answer]
 
 
 class Batcher:
-    """Runs what waits, in one thread: while a batch runs, the next one gathers.
+    """Runs what waits, batch after batch: while one runs, the next one gathers.
 
-    Everything but the model's work happens in the event loop, so only the model has a lock. `process` does that work
-    where it is given, with a model like the predictor's.
+    Everything but the model's work happens in the event loop. That work is done in one thread, or by `process` where
+    one is given, with a model like the predictor's.
     """
 
     def __init__(
@@ -80,48 +90,51 @@ class Batcher:
         bounds = None
         if settings.budget is not None and settings.min_budget is not None:
             bounds = settings.budget, settings.min_budget
-        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        time_taken = ServiceTime(self._model_thread.submit(lambda: list(self._measured())).result())
+        # Two threads where they only talk to a process: one batch is on its way there while another runs.
+        self._model_threads = ThreadPoolExecutor(1 if process is None else 2, thread_name_prefix="model")
+        time_taken = ServiceTime(self._model_threads.submit(lambda: list(self._measured())).result())
         objective = settings.p95_ms / 1000
         self.governor = Governor(time_taken, objective, bounds, settings.max_batch, settings.max_queue)
-        self._queue: deque[_Waiting] = deque()
-        self._arrivals: dict[object, float] = {}  # of requests that have room, in their order
         self.admitted = 0  # pictures
+        self._coming = 0  # of which so many are not in the queue yet
+        self._queue: deque[_Waiting] = deque()
         self._filled = asyncio.Event()
         self._model = asyncio.Lock()  # what runs next is chosen once it is free: who left by then is not run
+        self._free_at = 0.0  # when what runs should end
         self._task: asyncio.Task[None] | None = None
 
     # What requests do -------------------------------------------------------------------------------------------
 
     def check_room(self, pictures: int) -> None:
         """Raises BusyError where so many more would be answered too late."""
-        retry_after = self.governor.retry_after(self.admitted, pictures, self._oldest())
+        retry_after = self.governor.retry_after(*self._waiting(pictures))
         if retry_after is not None:
             raise BusyError(retry_after)
 
     @contextmanager
-    def room(self, pictures: int) -> Iterator[None]:
+    def room(self, pictures: int) -> Iterator[Place]:
         """Room for the pictures of one request, until its last answer. Raises BusyError where there is none."""
         self.check_room(pictures)
-        ticket = object()
-        self._arrivals[ticket] = time.perf_counter()
-        self._count(pictures)
+        place = Place(time.perf_counter(), pictures)
+        self._count(pictures, pictures)
         try:
-            yield
+            yield place
         finally:
-            del self._arrivals[ticket]
-            self._count(-pictures)
+            self._count(-pictures, -place.coming)
 
     def plan(self) -> Plan:
         """For a batch that would run now."""
-        return self.governor.plan(self.admitted, self._oldest())
+        waiting, _, oldest, busy = self._waiting()
+        return self.governor.plan(waiting, oldest, busy)
 
-    def submit(self, images: Sequence[Tensor], asked: Asked) -> list[asyncio.Future[Answer]]:
+    def submit(self, images: Sequence[Tensor], asked: Asked, place: Place) -> list[asyncio.Future[Answer]]:
         """Answers to come, of pixels (3, H, W) uint8. One that is cancelled before its batch is not run."""
         wanted = None if self.settings.budget is None else least(asked.budget, self.settings.budget)
         cap = least(asked.cap, self.settings.cap)
         loop = asyncio.get_running_loop()
-        entries = [_Waiting(image, asked.top_k, wanted, cap, loop.create_future()) for image in images]
+        entries = [_Waiting(image, asked.top_k, wanted, cap, place.since, loop.create_future()) for image in images]
+        self._count(0, -len(images))
+        place.coming -= len(images)
         self._queue.extend(entries)
         self._filled.set()
         return [entry.answer for entry in entries]
@@ -148,25 +161,17 @@ class Batcher:
 
     async def close(self) -> None:
         """Answer all that was admitted, then stop."""
-        while self._arrivals:
+        while self.admitted:
             await asyncio.sleep(0.01)
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self._model_thread.shutdown()
+        self._model_threads.shutdown()
         if self._process is not None:
             self._process.close()
 
-    async def _of_model(self, work: Callable[..., T], *arguments: Any) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._model_thread, self._run, work, *arguments)
-        except ModelDiedError:
-            raise BusyError(RESTART_SECONDS) from None
-
-    def _run(self, work: Callable[..., T], *arguments: Any) -> T:
-        return work(self.predictor, *arguments) if self._process is None else self._process(work, *arguments)
-
     async def _serve(self) -> None:
+        before: asyncio.Task[None] | None = None
         while True:
             await self._filled.wait()
             async with self._model:
@@ -175,19 +180,43 @@ class Batcher:
                     self._filled.clear()
                     continue
                 granted = [least(entry.wanted, plan.budget) for entry in batch]
-                try:
-                    found, seconds = await self._of_model(*self._work(batch, granted))
-                except Exception as error:
-                    for entry in batch:
-                        if not entry.answer.done():
-                            entry.answer.set_exception(error)
-                    continue
-            self.governor.time.add(len(batch), _total(granted), seconds)
-            self._metrics.batch_ran(len(batch), seconds)
-            for entry, prediction, budget in zip(batch, found, granted, strict=True):
+                running = asyncio.create_task(self._answer(batch, granted))
+                if before is not None:
+                    await before
+                before = await self._almost_done(running, self.governor.time.of(len(batch), _mean(granted)))
+
+    async def _almost_done(self, running: asyncio.Task[None], expected: float) -> asyncio.Task[None] | None:
+        """Wait until the next batch had better be on its way. Gives back the task if it still runs then."""
+        self._free_at = time.perf_counter() + expected
+        await asyncio.wait({running}, timeout=None if self._process is None else max(0.0, expected - LEAD_SECONDS))
+        if not running.done():
+            return running
+        running.result()
+        return None
+
+    async def _answer(self, batch: Sequence[_Waiting], granted: Sequence[float | None]) -> None:
+        try:
+            found, seconds = await self._of_model(*self._work(batch, granted))
+        except Exception as error:
+            for entry in batch:
                 if not entry.answer.done():
-                    lowered = budget is not None and entry.wanted is not None and budget < entry.wanted
-                    entry.answer.set_result(Answer(prediction, budget, lowered))
+                    entry.answer.set_exception(error)
+            return
+        self.governor.time.add(len(batch), _total(granted), seconds)
+        self._metrics.batch_ran(len(batch), seconds)
+        for entry, prediction, budget in zip(batch, found, granted, strict=True):
+            if not entry.answer.done():
+                lowered = budget is not None and entry.wanted is not None and budget < entry.wanted
+                entry.answer.set_result(Answer(prediction, budget, lowered))
+
+    async def _of_model(self, work: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._model_threads, self._run, work, *arguments)
+        except ModelDiedError:
+            raise BusyError(RESTART_SECONDS) from None
+
+    def _run(self, work: Callable[..., T], *arguments: Any) -> T:
+        return work(self.predictor, *arguments) if self._process is None else self._process(work, *arguments)
 
     def _next_batch(self) -> tuple[list[_Waiting], Plan]:
         """What runs next, first come, first served, until one differs in having a cap: the model takes one for all."""
@@ -223,13 +252,15 @@ class Batcher:
                     _, seconds = self._run(*self._work(batch, [budget] * pictures))
                 yield pictures, _total([budget] * pictures), seconds
 
-    def _oldest(self) -> float:
-        """Seconds since the first of those that are here came."""
-        first = next(iter(self._arrivals.values()), None)
-        return 0.0 if first is None else time.perf_counter() - first
+    def _waiting(self, coming: int = 0) -> tuple[int, int, float, float]:
+        """Pictures that wait; those that come; seconds since the first came; seconds until the model is free."""
+        now = time.perf_counter()
+        oldest = now - self._queue[0].since if self._queue else 0.0
+        return self._coming + len(self._queue), coming, oldest, max(0.0, self._free_at - now)
 
-    def _count(self, pictures: int) -> None:
-        self.admitted += pictures
+    def _count(self, admitted: int, coming: int) -> None:
+        self.admitted += admitted
+        self._coming += coming
         self._metrics.queue.set(self.admitted)
 
 
@@ -246,6 +277,10 @@ def _predictions(
 def least(*limits: float | None) -> float | None:
     """The least of those that there are."""
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _mean(budgets: Sequence[float | None]) -> float:
+    return _total(budgets) / len(budgets)
 
 
 def _total(budgets: Sequence[float | None]) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 FORGET = 0.98  # a batch ago counts so much less: a hundred batches and what was measured before is a seventh
-HEADROOM = 0.6  # of the objective that waiting may take; the rest is for what nobody foresaw
+HEADROOM = 0.45  # of the objective that waiting may take; the rest is for what nobody foresaw
 LATEST = 0.85  # of the objective: who would be answered later, even at the least budget, is refused
 LONGEST_BATCH = 1 / 3  # of the objective: who comes while one runs waits for its end
 
@@ -29,27 +29,30 @@ class ServiceTime:
         self._measured, self._recent = _Sums(), _Sums()
         for batch in measured:
             self._measured.add(*batch, scale=batch[2])
-        self._parts = (self._measured + self._recent).least_squares()
+        self._learn()
 
     def add(self, pictures: int, budgets: float, seconds: float) -> None:
         """A batch that ran."""
         expected = self.of(pictures, budgets / pictures)
         self._recent.fade(FORGET)
         self._recent.add(pictures, budgets, seconds, expected or seconds)
-        self._parts = (self._measured + self._recent).least_squares()
+        self._learn()
 
     def of(self, pictures: float, budget: float, batches: float = 1) -> float:
         """Seconds for so many pictures at this mean budget."""
         a_batch, a_picture, a_budget = self._parts
-        return float(batches * a_batch + pictures * (a_picture + a_budget * budget))
+        return batches * a_batch + pictures * (a_picture + a_budget * budget)
 
     def budget_for(self, seconds: float, pictures: int, batches: int) -> float:
         """The mean budget at which so many pictures take so long; infinite where budgets change nothing."""
         left = seconds - self.of(pictures, 0.0, batches)
-        a_picture = float(self._parts[2]) * pictures
+        a_picture = self._parts[2] * pictures
         if a_picture > 0:
             return left / a_picture
         return math.inf if left >= 0 else -math.inf
+
+    def _learn(self) -> None:
+        self._parts: tuple[float, float, float] = tuple((self._measured + self._recent).least_squares().tolist())
 
 
 @dataclass(frozen=True)
@@ -71,23 +74,23 @@ class Governor:
         self._objective, self._bounds = objective, bounds
         self._max_batch, self._max_queue = max_batch, max_queue
 
-    def plan(self, waiting: int, oldest: float) -> Plan:
-        """waiting: pictures; oldest: seconds since the first of them came."""
+    def plan(self, waiting: int, oldest: float, busy: float = 0.0) -> Plan:
+        """waiting: pictures; oldest: seconds since the first of them came; busy: seconds until the model is free."""
         top, least = self._bounds or (1.0, 1.0)
-        left = HEADROOM * self._objective - oldest
+        left = HEADROOM * self._objective - oldest - busy
         budget = min(top, max(least, self.time.budget_for(left, waiting, math.ceil(waiting / self._max_batch))))
         pictures = min(waiting, self._max_batch)
         while pictures > 1 and self.time.of(pictures, budget) > LONGEST_BATCH * self._objective:
             pictures -= 1
         return Plan(pictures, budget if self._bounds else None)
 
-    def retry_after(self, waiting: int, coming: int, oldest: float) -> float | None:
+    def retry_after(self, waiting: int, coming: int, oldest: float, busy: float = 0.0) -> float | None:
         """Seconds after which to ask again, where `coming` more pictures would be answered too late even at the
         least budget, or find the queue full; None where they are welcome.
         """
         least = self._bounds[1] if self._bounds else 1.0
         everyone = waiting + coming
-        needed = self.time.of(everyone, least, math.ceil(everyone / self._max_batch))
+        needed = busy + self.time.of(everyone, least, math.ceil(everyone / self._max_batch))
         too_late = waiting > 0 and max(needed, oldest) > LATEST * self._objective  # who finds it idle is always served
         if too_late or everyone > self._max_queue:
             return max(needed - HEADROOM * self._objective, needed / 2)

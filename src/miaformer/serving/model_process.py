@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
 from miaformer.predictor import Predictor
@@ -33,30 +32,33 @@ class ModelDiedError(Exception):
 class ModelProcess:
     """Calls functions of the model where it is: `process(function, *arguments)` is `function(predictor, *arguments)`.
 
-    The function is one of a module, and all that goes there and back can be pickled. Calls wait for each other, and the
-    first one for the model to be loaded.
+    The function is one of a module, and all that goes there and back can be pickled. Threads may call at once: they are
+    served in turn, and the next call is there already when one ends. The first waits for the model to be loaded.
     """
 
     def __init__(self, load: Callable[[], Predictor]) -> None:
         """load: called in the process, and again where it has to be started again. Can be pickled."""
         self._load = load
-        self._one_at_a_time = threading.Lock()
-        self._process: SpawnProcess | None = None
-        self._loaded = False
         self._trouble: str | None = None
-        self._start()
+        # A caller takes the second before it leaves the first, so answers go to their calls.
+        self._sending, self._receiving = threading.Lock(), threading.Lock()
+        self._replacing = threading.Lock()
+        self._child: _Child | None = _Child(load)
         atexit.register(self.close)
 
     def __call__(self, work: Callable[..., T], *arguments: Any) -> T:
         """Raises what `work` or `load` raises there, and ModelDiedError."""
         call = pickle.dumps((work, arguments), pickle.HIGHEST_PROTOCOL)
-        with self._one_at_a_time:
-            if self._process is None:
-                self._start()
-            self._wait_until_loaded()
-            with self._surviving():
-                self._there.send_bytes(call)
-                raised, found = pickle.loads(self._there.recv_bytes())
+        with self._sending:
+            child = self._loaded()
+            with self._surviving(child):
+                child.there.send_bytes(call)
+            self._receiving.acquire()
+        try:
+            with self._surviving(child):
+                raised, found = pickle.loads(child.there.recv_bytes())
+        finally:
+            self._receiving.release()
         if raised:
             raise found
         return found
@@ -64,59 +66,68 @@ class ModelProcess:
     @property
     def trouble(self) -> str | None:
         """Why it answers nothing at present, if so."""
-        if self._trouble is not None and self._one_at_a_time.acquire(blocking=False):
+        if self._trouble is not None and self._sending.acquire(blocking=False):
             try:
-                if self._process is not None and not self._loaded and self._there.poll():
+                if self._child is not None and self._child.there.poll():
                     with suppress(Exception):  # then there is trouble still
-                        self._wait_until_loaded()
+                        self._loaded()
             finally:
-                self._one_at_a_time.release()
+                self._sending.release()
         return self._trouble
 
     def close(self) -> None:
         """Stop it, whatever it does."""
         atexit.unregister(self.close)
-        self._stop()
+        if self._child is not None:
+            self._child.stop()
 
-    def _wait_until_loaded(self) -> None:
-        if self._loaded:
-            return
-        with self._surviving():
-            raised, error = pickle.loads(self._there.recv_bytes())
-        if raised:
-            self._trouble = f"the model cannot be loaded: {error}"
-            self._stop()
-            raise error
-        self._loaded, self._trouble = True, None
+    def _loaded(self) -> _Child:
+        """The process, once its model is loaded. Raises what `load` raised."""
+        child = self._child
+        if child is None:
+            child = self._child = _Child(self._load)
+        if not child.loaded:
+            with self._surviving(child):
+                raised, error = pickle.loads(child.there.recv_bytes())
+            if raised:
+                child.stop()
+                self._child, self._trouble = None, f"the model cannot be loaded: {error}"
+                raise error
+            child.loaded, self._trouble = True, None
+        return child
 
     @contextmanager
-    def _surviving(self) -> Iterator[None]:
-        """Start it again where it turns out to have ended."""
+    def _surviving(self, child: _Child) -> Iterator[None]:
+        """Start another process where this one turns out to have ended."""
         try:
             yield
         except (EOFError, OSError):
-            self._trouble = f"the model's process ended ({self._stop()}) and starts again"
-            _log.error("%s", self._trouble)
-            self._start()
-            raise ModelDiedError(self._trouble) from None
+            with self._replacing:
+                if self._child is child:  # the first to find out
+                    self._trouble = f"the model's process ended ({child.stop()}) and starts again"
+                    _log.error("%s", self._trouble)
+                    self._child = _Child(self._load)
+            raise ModelDiedError("the model's process ended") from None
 
-    def _start(self) -> None:
-        self._there, here = multiprocessing.Pipe()
+
+class _Child:
+    """A process, and our end of the line to it."""
+
+    def __init__(self, load: Callable[[], Predictor]) -> None:
+        self.there, here = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")  # a fork would inherit the state of threads that it has not
-        self._process = context.Process(target=_serve, args=(here, self._load), name="model", daemon=True)
+        self._process = context.Process(target=_serve, args=(here, load), name="model", daemon=True)
         self._process.start()
         here.close()  # now the process has the only one: when it ends, so does our waiting
-        self._loaded = False
+        self.loaded = False
 
-    def _stop(self) -> str:
+    def stop(self) -> str:
         """How it ended, in words."""
-        if self._process is None:
-            return "it had been stopped"
-        self._there.close()
+        self.there.close()
         self._process.join(0.1)  # one that died says how
         self._process.kill()  # there is nothing to save
         self._process.join()
-        code, self._process = self._process.exitcode, None
+        code = self._process.exitcode
         return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 

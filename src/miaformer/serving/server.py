@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from miaformer.serving.settings import Settings
 from miaformer.serving.uploads import LastWord, Upload, Uploads
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 
 CLIENT_LEFT = 499  # as nginx counts those who hang up before their answer
 _log = logging.getLogger(__name__)
@@ -56,34 +57,34 @@ class Server:
 
     # What is asked ----------------------------------------------------------------------------------------------
 
-    async def predict(self, request: Request, budget: float | None, cap: float | None, top_k: int) -> dict[str, Any]:
+    async def predict(self, request: Request) -> dict[str, Any]:
         """The answer to POST /predict, but for its time."""
         self.batcher.check_room(1)  # before anything is read
+        asked = self._asked(request.query_params)
         with ExitStack() as admitted:
             async with self._uploads.of(request) as upload:
-                asked = self._asked(budget, cap, top_k, upload.fields)
+                if upload.fields:
+                    asked = self._asked({**request.query_params, **upload.fields})
                 names = [name for name, _ in upload.pictures]
-                admitted.enter_context(self.batcher.room(len(names)))
+                place = admitted.enter_context(self.batcher.room(len(names)))
                 images = await self._decode(upload)
                 upload.pictures.clear()
-            answers = await self._answers(request, images, asked)
+            answers = await self._waited_for(request, asyncio.gather(*self.batcher.submit(images, asked, place)))
         for answer in answers:
             self.metrics.spent(answer.prediction.macs_fraction, answer.budget, answer.lowered)
         return {"predictions": [_said(name, answer) for name, answer in zip(names, answers, strict=True)]}
 
-    async def explain(
-        self, request: Request, budgets: Sequence[float] | None, cap: float | None, top_k: int
-    ) -> dict[str, Any]:
+    async def explain(self, request: Request) -> dict[str, Any]:
         """The answer to POST /explain, but for its time."""
         self.batcher.check_room(1)
+        query = request.query_params
+        budgets = [self._budget(text) for text in query.getlist("budget")]
         async with self._uploads.of(request) as upload:
-            asked = self._asked(None, cap, top_k, upload.fields)
+            asked = self._asked({**query, **upload.fields})
             if len(upload.pictures) > 1:
                 raise HTTPException(400, "one picture at a time is explained")
-            if asked.budget is not None:  # of the form
-                budgets = [asked.budget]
-            for budget in budgets or ():
-                self._check_budget(budget)
+            if "budget" in upload.fields:
+                budgets = [self._budget(upload.fields["budget"])]
             name, encoded = upload.pictures[0]
             work = asyncio.ensure_future(explained(self.batcher, self._decoders, name, encoded, budgets, asked))
             return await self._waited_for(request, work)
@@ -139,33 +140,32 @@ class Server:
         kind = LastWord if closes else JSONResponse
         return kind({"detail": problem.detail}, problem.status_code, problem.headers)
 
-    def _asked(self, budget: float | None, cap: float | None, top_k: int, fields: Mapping[str, str]) -> Asked:
-        """Of the query, or of a form's fields, which go before. Raises HTTPException 422."""
-        try:
-            budget = float(fields["budget"]) if "budget" in fields else budget
-            cap = float(fields["cap"]) if "cap" in fields else cap
-            top_k = int(fields["top_k"]) if "top_k" in fields else top_k
-            if top_k < 1:
-                raise ValueError(f"top_k={top_k} must be at least 1")
-            if cap is not None:
-                self._check_cap(cap)
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from None
-        if budget is not None:
-            self._check_budget(budget)
-        return Asked(budget, cap, top_k)
+    def _asked(self, fields: Mapping[str, str]) -> Asked:
+        """Of the query, and of a form's fields, which go before. Raises HTTPException 422."""
+        top_k = _number(int, "top_k", fields.get("top_k", "5"))
+        if top_k < 1:
+            raise HTTPException(422, f"top_k={top_k} must be at least 1")
+        budget, cap = fields.get("budget"), fields.get("cap")
+        return Asked(None if budget is None else self._budget(budget), None if cap is None else self._cap(cap), top_k)
 
-    def _check_budget(self, budget: float) -> None:
+    def _budget(self, text: str) -> float:
+        budget = _number(float, "budget", text)
         try:
             self.predictor.model.price_of(check_fraction("budget", budget))
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
+        return budget
 
-    def _check_cap(self, cap: float) -> None:
+    def _cap(self, text: str) -> float:
+        cap = _number(float, "cap", text)
         model = self.predictor.model
         dense, least = model.cost().backbone, model.least_macs()
-        if int(check_fraction("cap", cap) * dense) < least:
-            raise ValueError(f"cap={cap:g} is less than the {least / dense:.4f} that every picture takes")
+        try:
+            if int(check_fraction("cap", cap) * dense) < least:
+                raise ValueError(f"cap={cap:g} is less than the {least / dense:.4f} that every picture takes")
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+        return cap
 
     async def _decode(self, upload: Upload) -> list[Tensor]:
         loop, most = asyncio.get_running_loop(), self.settings.max_pixels
@@ -175,10 +175,6 @@ class Server:
                 for name, encoded in upload.pictures
             )
         )
-
-    async def _answers(self, request: Request, images: Sequence[Tensor], asked: Asked) -> list[Answer]:
-        """What the model says."""
-        return await self._waited_for(request, asyncio.gather(*self.batcher.submit(images, asked)))
 
     async def _waited_for(self, request: Request, work: asyncio.Future[T]) -> T:
         """What becomes of it, for as long as the client waits."""
@@ -201,6 +197,14 @@ async def _left(request: Request) -> None:
     """Returns when the client hangs up."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _number(kind: type[Number], name: str, text: str) -> Number:
+    """Raises HTTPException 422."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise HTTPException(422, f"{name}={text!r} is not a {'whole ' if kind is int else ''}number") from None
 
 
 def _said(name: str, answer: Answer) -> dict[str, Any]:
