@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaformer.serving.governor import HEADROOM, LATEST, Governor, ServiceTime
+from miaformer.serving.governor import HEADROOM, LATEST, LONGEST_BATCH, Governor, ServiceTime
 
 A_BATCH, A_PICTURE, A_BUDGET = 0.004, 0.003, 0.02  # seconds; a picture at budget 1 takes 23 ms
 OBJECTIVE = 0.5
@@ -86,13 +86,15 @@ def test_no_batch_is_so_long_that_others_would_be_late() -> None:
 
 
 def test_who_would_be_late_at_the_least_budget_is_refused_and_told_when_to_come() -> None:
-    least = A_PICTURE + A_BUDGET * BOUNDS[1] + A_BATCH / 16
-    fits = int(LATEST * OBJECTIVE / least) - 3
+    batch = int((LONGEST_BATCH * OBJECTIVE - A_BATCH) / (A_PICTURE + A_BUDGET * BOUNDS[1]))
+    batches = int(LATEST * OBJECTIVE / true_time(batch, batch * BOUNDS[1]))
+    fits = batch * batches - 1
     assert governor().retry_after(fits, 1, 0.1) is None
     assert governor().retry_after(fits + 10, 1, 0.1) > 0
     assert governor().retry_after(1, 1, oldest=OBJECTIVE + 0.1) > 0  # slower than it should be: say so
     assert governor().retry_after(0, 32, 0.0) is None
     assert governor(max_queue=10).retry_after(8, 3, 0.0) > 0
+    assert governor().retry_after(fits - batch, 1, 0.1, busy=LATEST * OBJECTIVE) > 0
     assert governor().retry_after(fits * 4, 1, 0.1) > governor().retry_after(fits + 10, 1, 0.1)
 
 

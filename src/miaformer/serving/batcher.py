@@ -101,6 +101,7 @@ class Batcher:
         self._filled = asyncio.Event()
         self._model = asyncio.Lock()  # what runs next is chosen once it is free: who left by then is not run
         self._free_at = 0.0  # when what runs should end
+        self._freed_at = 0.0  # when what ran last had ended
         self._task: asyncio.Task[None] | None = None
 
     # What requests do -------------------------------------------------------------------------------------------
@@ -145,7 +146,10 @@ class Batcher:
         Raises BusyError if its process ends meanwhile.
         """
         async with self._model:
-            return await self._of_model(work, *arguments)
+            try:
+                return await self._of_model(work, *arguments)
+            finally:
+                self._freed_at = time.perf_counter()
 
     # What runs them ---------------------------------------------------------------------------------------------
 
@@ -180,10 +184,12 @@ class Batcher:
                     self._filled.clear()
                     continue
                 granted = [least(entry.wanted, plan.budget) for entry in batch]
+                expected = self.governor.time.of(len(batch), _mean(granted))
                 running = asyncio.create_task(self._answer(batch, granted))
                 if before is not None:
+                    self._free_at += expected
                     await before
-                before = await self._almost_done(running, self.governor.time.of(len(batch), _mean(granted)))
+                before = await self._almost_done(running, expected)
 
     async def _almost_done(self, running: asyncio.Task[None], expected: float) -> asyncio.Task[None] | None:
         """Wait until the next batch had better be on its way. Gives back the task if it still runs then."""
@@ -195,6 +201,7 @@ class Batcher:
         return None
 
     async def _answer(self, batch: Sequence[_Waiting], granted: Sequence[float | None]) -> None:
+        sent = time.perf_counter()
         try:
             found, seconds = await self._of_model(*self._work(batch, granted))
         except Exception as error:
@@ -202,7 +209,8 @@ class Batcher:
                 if not entry.answer.done():
                     entry.answer.set_exception(error)
             return
-        self.governor.time.add(len(batch), _total(granted), seconds)
+        begun, self._freed_at = max(sent, self._freed_at), time.perf_counter()
+        self.governor.time.add(len(batch), _total(granted), self._freed_at - begun)  # with all that went with it
         self._metrics.batch_ran(len(batch), seconds)
         for entry, prediction, budget in zip(batch, found, granted, strict=True):
             if not entry.answer.done():

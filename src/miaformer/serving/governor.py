@@ -14,7 +14,7 @@ import numpy as np
 FORGET = 0.98  # a batch ago counts so much less: a hundred batches and what was measured before is a seventh
 HEADROOM = 0.45  # of the objective that waiting may take; the rest is for what nobody foresaw
 LATEST = 0.85  # of the objective: who would be answered later, even at the least budget, is refused
-LONGEST_BATCH = 1 / 3  # of the objective: who comes while one runs waits for its end
+LONGEST_BATCH = 1 / 4  # of the objective: who comes while one runs waits for its end
 
 
 class ServiceTime:
@@ -42,6 +42,12 @@ class ServiceTime:
         """Seconds for so many pictures at this mean budget."""
         a_batch, a_picture, a_budget = self._parts
         return batches * a_batch + pictures * (a_picture + a_budget * budget)
+
+    def most(self, seconds: float, budget: float) -> float:
+        """The pictures of one batch that takes so long, each at this budget."""
+        a_batch, a_picture, a_budget = self._parts
+        each = a_picture + a_budget * budget
+        return (seconds - a_batch) / each if each > 0 else math.inf
 
     def budget_for(self, seconds: float, pictures: int, batches: int) -> float:
         """The mean budget at which so many pictures take so long; infinite where budgets change nothing."""
@@ -79,10 +85,7 @@ class Governor:
         top, least = self._bounds or (1.0, 1.0)
         left = HEADROOM * self._objective - oldest - busy
         budget = min(top, max(least, self.time.budget_for(left, waiting, math.ceil(waiting / self._max_batch))))
-        pictures = min(waiting, self._max_batch)
-        while pictures > 1 and self.time.of(pictures, budget) > LONGEST_BATCH * self._objective:
-            pictures -= 1
-        return Plan(pictures, budget if self._bounds else None)
+        return Plan(min(waiting, self._largest_batch(budget)), budget if self._bounds else None)
 
     def retry_after(self, waiting: int, coming: int, oldest: float, busy: float = 0.0) -> float | None:
         """Seconds after which to ask again, where `coming` more pictures would be answered too late even at the
@@ -90,11 +93,15 @@ class Governor:
         """
         least = self._bounds[1] if self._bounds else 1.0
         everyone = waiting + coming
-        needed = busy + self.time.of(everyone, least, math.ceil(everyone / self._max_batch))
+        batch = self._largest_batch(least)
+        needed = busy + math.ceil(everyone / batch) * self.time.of(batch, least)  # by then others fill the last one
         too_late = waiting > 0 and max(needed, oldest) > LATEST * self._objective  # who finds it idle is always served
         if too_late or everyone > self._max_queue:
             return max(needed - HEADROOM * self._objective, needed / 2)
         return None
+
+    def _largest_batch(self, budget: float) -> int:
+        return max(1, min(self._max_batch, int(self.time.most(LONGEST_BATCH * self._objective, budget))))
 
 
 class _Sums:
