@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import re
 import signal
 import socket
@@ -62,6 +63,22 @@ def test_it_answers_over_a_socket_and_a_huge_head_is_refused(server: tuple[subpr
     with connect(url) as line:
         line.sendall(b"POST /predict HTTP/1.1\r\nHost: s\r\n" + b"X-Long: " + b"y" * 200_000)
         assert line.recv(1000).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_without_its_model_it_asks_to_come_back_and_gets_another(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = server
+    wait_until_up(url)
+    before = httpx.post(f"{url}/predict", content=picture()).json()["predictions"]
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+    refused = httpx.post(f"{url}/predict", content=picture())
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "10")
+    ill = httpx.get(f"{url}/health")
+    assert (ill.status_code, ill.json()["status"]) == (503, "the model's process ended (signal 9) and starts again")
+    wait_until_up(url)
+    assert httpx.post(f"{url}/predict", content=picture()).json()["predictions"] == before
 
 
 def test_stopped_it_answers_what_it_has_begun(server: tuple[subprocess.Popen[str], str]) -> None:
