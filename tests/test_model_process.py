@@ -79,7 +79,8 @@ def process() -> Iterator[ModelProcess]:
 
 def test_each_thread_gets_its_own_answers(process: ModelProcess) -> None:
     def ask(thread: int) -> bool:
-        return all(process(echo, thread, n, bytes(n * 1000)) == ("model", thread, n, bytes(n * 1000)) for n in range(60))
+        sent = [(thread, n, bytes(n * 1000)) for n in range(60)]
+        return all(process(echo, *what) == ("model", *what) for what in sent)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(8)))
