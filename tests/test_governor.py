@@ -79,6 +79,14 @@ def test_the_budget_is_what_the_time_left_affords() -> None:
     assert 0.01 + 2 * A_BATCH + 18 * (A_PICTURE + A_BUDGET * plan.budget) == pytest.approx(HEADROOM * OBJECTIVE)
 
 
+@given(st.lists(st.tuples(st.integers(1, 32), st.floats(0.01, 1), st.floats(1e-6, 10)), max_size=4))
+def test_whatever_was_learned_there_is_a_plan(batches: list[tuple[int, float, float]]) -> None:
+    time = ServiceTime((pictures, pictures * budget, seconds) for pictures, budget, seconds in batches)
+    learned = Governor(time, OBJECTIVE, BOUNDS, 16, 100)
+    assert 1 <= learned.plan(30, 0.0).pictures <= 16
+    assert learned.retry_after(0, 1, 0.0) is None
+
+
 def test_no_batch_is_so_long_that_others_would_be_late() -> None:
     slow = Governor(ServiceTime([(1, 1.0, 0.1), (1, 0.5, 0.06), (4, 4.0, 0.4)]), OBJECTIVE, BOUNDS, 32, 100)
     plan = slow.plan(30, 0.0)

@@ -101,7 +101,7 @@ class Governor:
         return None
 
     def _largest_batch(self, budget: float) -> int:
-        return max(1, min(self._max_batch, int(self.time.most(LONGEST_BATCH * self._objective, budget))))
+        return max(1, int(min(self._max_batch, self.time.most(LONGEST_BATCH * self._objective, budget))))
 
 
 class _Sums:
