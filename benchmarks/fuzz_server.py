@@ -151,8 +151,10 @@ def request_is_short(request: bytes) -> bool:
 
 
 def memory_mb(process: int, line: str = "VmRSS") -> float:
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(re.search(rf"{line}:\s+(\d+)", status)[1]) / 1024
+    """Of a process and those that it has started."""
+    started = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    statuses = [Path(f"/proc/{number}/status").read_text() for number in (process, *started)]
+    return sum(int(re.search(rf"{line}:\s+(\d+) kB", status)[1]) for status in statuses) / 1024  # type: ignore[index]
 
 
 async def main() -> int:
