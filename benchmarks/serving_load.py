@@ -1,7 +1,7 @@
 """A static and an adaptive server under open-loop load: latency, refusals, compute, and whether answers are right.
 
-    .venv/bin/python benchmarks/serving_load.py cifar10-small --data CIFAR10 --p95-ms 100
-    .venv/bin/python benchmarks/serving_load.py timm:deit_small_patch16_224 --data PICTURES --p95-ms 1000
+    .venv/bin/python benchmarks/serving_load.py cifar10-small --data CIFAR10 --threads 1
+    .venv/bin/python benchmarks/serving_load.py timm:deit_small_patch16_224 --data PICTURES --p95-ms 2000 --clients 48
 
 Starts `miaformer serve` on this machine, static and adaptive in turn. First it finds what the static server sustains
 (so many clients that always ask); then requests come at 0.5, 1, 1.5 and 2 times that rate, at random moments (Poisson),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+import copy
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -228,3 +229,22 @@ def test_a_fixed_decision_may_ask_for_anything() -> None:
         assert torch.equal(fixed.macs, full.macs)
         assert int(fixed.macs.max()) <= cap * cost.backbone
         assert int(fixed.macs.min()) > 0.5 * cap * cost.backbone  # and it is not thrown away either
+
+
+@pytest.mark.parametrize("structure", sorted(CONFIGS))
+def test_a_cap_is_checked_as_running_checks_it(structure: str) -> None:
+    model = model_of(structure)
+    outline = copy.deepcopy(model).to("meta")  # checking needs no weights
+    least = model.least_macs() / model.cost().backbone
+    refused = []
+    for cap in (1.0, least + 1e-6, least - 1e-3, 0.0, 1.5):
+        said = []
+        for check in (partial(model.run, pictures(model.backbone, 1), price=1.0), outline.check_cap):
+            try:
+                check(cap=cap)
+            except ValueError as error:
+                said.append(str(error))
+        assert len(said) in (0, 2)
+        assert len(set(said)) <= 1
+        refused.append(bool(said))
+    assert refused == [False, False, True, True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from command_line import classifier
@@ -67,6 +68,18 @@ def test_pictures_are_prepared_or_named(predictor: Predictor, tmp_path) -> None:
     assert torch.equal(predictor.prepare(path.read_bytes()), predictor.prepare(path))
     with pytest.raises(ImageError, match="upload: not a picture"):
         predictor.prepare(b"text", "upload")
+
+
+def test_pixels_are_normalised_when_they_run(predictor: Predictor, tmp_path) -> None:
+    generator = np.random.default_rng(0)
+    paths = [tmp_path / f"{n}.png" for n in range(3)]
+    for path in paths:
+        Image.fromarray(generator.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(path)
+    pixels, prepared = [predictor.pixels(path) for path in paths], [predictor.prepare(path) for path in paths]
+    assert {(picture.dtype, picture.shape) for picture in pixels} == {(torch.uint8, prepared[0].shape)}
+    assert torch.equal(predictor.run(pixels, price=1.0).logits, predictor.run(prepared, price=1.0).logits)
+    with pytest.raises(ImageError, match="upload: not a picture"):
+        predictor.pixels(b"text", "upload")
 
 
 def test_what_cannot_be_asked_is_told_at_once(predictor: Predictor) -> None:

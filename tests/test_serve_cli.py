@@ -19,13 +19,16 @@ pytest.importorskip("fastapi")
 
 import httpx
 from command_line import run
-from test_serving import number, picture
+from test_serving import check_says, number, picture
+
+from miaformer import load
+from miaformer.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
 def server(calibrated: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and where it listens."""
-    argv = ["serve", calibrated, "--port", 0, "--device", "cpu", "--threads", 1, "--p95-ms", 20_000]
+    argv = ["serve", calibrated, "--port", 0, "--device", "cpu", "--threads", 1, "--p95-ms", 20_000, "--cap", 0.7]
     process = subprocess.Popen(
         [sys.executable, "-m", "miaformer", *map(str, argv)], stderr=subprocess.PIPE, text=True, bufsize=1
     )
@@ -53,11 +56,16 @@ def connect(url: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=20)
 
 
-def test_it_answers_over_a_socket_and_a_huge_head_is_refused(server: tuple[subprocess.Popen[str], str]) -> None:
+def test_it_answers_as_the_model_does_and_a_huge_head_is_refused(
+    server: tuple[subprocess.Popen[str], str], calibrated: Path
+) -> None:
     _, url = server
     wait_until_up(url)
-    (said,) = httpx.post(f"{url}/predict", content=picture(), params={"budget": 0.5}).json()["predictions"]
-    assert said["class"].startswith("kind ")
+    predictor = Predictor(load(calibrated))
+    for seed, asked in enumerate(({}, {"budget": 0.5}, {"budget": 0.5, "cap": 0.4})):
+        (said,) = httpx.post(f"{url}/predict", content=picture(seed), params=asked).json()["predictions"]
+        spend = {"budget": httpx.get(f"{url}/health").json()["budget"], "cap": 0.7, **asked}
+        check_says(said, predictor, picture(seed), **spend)
     assert httpx.get(f"{url}/openapi.json").json()["paths"].keys() >= {"/predict", "/health", "/metrics", "/explain"}
     assert "cdn" not in httpx.get(f"{url}/docs").text  # works where there is no network
     with connect(url) as line:
@@ -106,6 +114,7 @@ def test_stopped_it_answers_what_it_has_begun(server: tuple[subprocess.Popen[str
         (["--budget", "0.001"], "budget=0.001 is below"),
         (["--budget", "0.4", "--min-budget", "0.5"], "min_budget=0.5 is more than budget=0.4"),
         (["--cap", "0.0001"], "of the backbone's MACs that patch embedding, controllers"),
+        (["--device", "abacus"], "--device abacus cannot be used here"),  # only the model's process tries it
         (["--p95-ms", "-5"], "p95_ms=-5.0 must be a positive number"),
         (["--max-connections", "0"], "--max-connections 0 must be at least 1"),
         (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1:0"),

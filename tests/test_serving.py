@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -215,7 +216,11 @@ WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "budget out of reach": ({"content": picture(), "params": {"budget": 1e-3}}, 422, "below .*, the least"),
     "cap 2": ({"content": picture(), "params": {"cap": 2}}, 422, "cap=2.* must be a fraction"),
-    "cap out of reach": ({"content": picture(), "params": {"cap": 1e-3}}, 422, "cap=0.001 is less than"),
+    "cap out of reach": (
+        {"content": picture(), "params": {"cap": 1e-3}},
+        422,
+        "of the backbone's MACs that patch embedding",
+    ),
     "top_k 0": ({"content": picture(), "params": {"top_k": 0}}, 422, "top_k=0 must be at least 1"),
 }
 
@@ -303,6 +308,12 @@ def test_uploads_together_hold_no_more_than_is_allowed(predictor: Predictor) -> 
     assert app.state.server._uploads.held == 0
 
 
+def test_pictures_that_cannot_be_read_leave_no_trace_in_the_queue(predictor: Predictor) -> None:
+    with TestClient(create_app(predictor, settings(predictor, max_queue=2, max_pictures=1))) as client:
+        assert [client.post("/predict", content=b"no picture").status_code for _ in range(5)] == [400] * 5
+        assert [client.post("/predict", content=picture()).status_code for _ in range(5)] == [200] * 5
+
+
 def test_who_hangs_up_is_not_run(predictor: Predictor) -> None:
     app = create_app(predictor, settings(predictor))
 
@@ -347,6 +358,75 @@ def test_load_lowers_budgets_and_answers_say_so(predictor: Predictor, monkeypatc
         assert one["lowered"] == (one["budget"] < 0.8)
     metrics = app.state.server.metrics.text().decode()
     assert number(metrics, "miaformer_lowered_total") == sum(one["lowered"] for one in said)
+
+
+class Beside:
+    """In the place of a `ModelProcess`: runs the model here, and sees what is under way at once."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self.trouble: str | None = None
+        self.sent: list[int] = []  # pictures of each batch
+        self.under_way = self.most_under_way = 0
+        self.seconds = 0.0  # that a batch takes longer
+        self._one_at_a_time = threading.Lock()
+
+    def __call__(self, work: Callable[..., Any], images: Any, *arguments: Any) -> Any:
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        self.sent.append(len(images))
+        with self._one_at_a_time:
+            time.sleep(self.seconds)
+            found = work(self.predictor, images, *arguments)
+        self.under_way -= 1
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_next_batch_is_on_its_way_when_one_ends_and_no_more_than_that(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = Beside(predictor)
+    app = create_app(predictor, settings(predictor, max_batch=4), process=beside)
+    batcher = app.state.server.batcher
+    answer, chosen, most_chosen = batcher._answer, 0, 0
+
+    async def counted(*batch: Any) -> None:
+        nonlocal chosen, most_chosen
+        chosen += 1
+        most_chosen = max(most_chosen, chosen)
+        await answer(*batch)
+        chosen -= 1
+
+    monkeypatch.setattr(batcher, "_answer", counted)
+    beside.seconds = 0.02  # more than it has been told, so the next one is sent too early rather than too late
+    replies = flood(app, 40)
+    for seed, reply in enumerate(replies):
+        assert reply.status_code == 200
+        (said,) = reply.json()["predictions"]
+        check_says(said, predictor, picture(seed % 8), budget=said["budget"])
+    assert beside.most_under_way == most_chosen == 2
+    assert max(beside.sent) == 4
+
+
+def test_waiting_for_a_model_to_be_loaded_again_is_not_taken_for_its_time(predictor: Predictor) -> None:
+    beside = Beside(predictor)
+    app = create_app(predictor, settings(predictor), process=beside)
+    governor = app.state.server.batcher.governor
+    usual = governor.time.of(1, 0.5)
+    beside.seconds = 1.0
+
+    async def work(post: Ask) -> None:
+        beside.trouble = "it is being loaded again"
+        assert (await post("/predict", content=picture())).status_code == 200
+        assert governor.time.of(1, 0.5) == usual
+        beside.trouble = None
+        assert (await post("/predict", content=picture())).status_code == 200
+        assert governor.time.of(1, 0.5) > usual
+
+    together(app, work)
 
 
 def test_past_the_least_budget_requests_are_refused_with_a_time_to_come_back(predictor: Predictor) -> None:

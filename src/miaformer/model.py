@@ -21,6 +21,7 @@ from miaformer.config import AdaptConfig
 from miaformer.controller import Controller
 from miaformer.cost import Cost, Counts, cost_of
 from miaformer.decisions import Decisions
+from miaformer.engine.cap import Purse
 from miaformer.engine.masked import Masked
 from miaformer.engine.products import Packed
 from miaformer.engine.sparse import Sparse
@@ -143,7 +144,15 @@ class MIAFormer(
 
     def least_macs(self, image_size: tuple[int, int] | None = None) -> int:
         """MACs that every image takes, whatever controllers decide: no cap can be lower."""
-        return self.cost(image_size).fixed + sum(controller.context_macs for controller in self._controllers())
+        return self.cost(image_size).fixed + self._context_macs()
+
+    def check_cap(self, cap: Budget, image_size: tuple[int, int] | None = None) -> None:
+        """Raises ValueError for a cap that `run` refuses, without running anything."""
+        cost = self.cost(image_size)
+        Purse(cost, _cap_macs(cap, 1, cost), self._context_macs())
+
+    def _context_macs(self) -> int:
+        return sum(controller.context_macs for controller in self._controllers())
 
     def _controllers(self) -> list[Controller]:
         return [cast(Controller, controller) for controller in self.controllers]

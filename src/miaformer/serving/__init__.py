@@ -1,8 +1,8 @@
 """Serving a model over HTTP: pictures of many requests share batches, and compute is what gives way under load.
 
 `settings` what the operator asks for; `uploads` from a request to pictures, within limits; `governor` how long a batch
-takes, and what budget the queue affords; `batcher` the queue and the batches; `server` a request's way; `app` the HTTP
-interface, `protocol` what uvicorn lacks. Needs the extra `serve`.
+takes, and what budget the queue affords; `batcher` the queue and the batches; `model_process` the model, apart from all
+that; `server` a request's way; `app` the HTTP interface, `protocol` what uvicorn lacks. Needs the extra `serve`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -64,7 +64,7 @@ class Place:
 
 @dataclass(eq=False)
 class _Picture:
-    image: Tensor  # (3, H, W), pixels or prepared
+    image: Tensor  # pixels (3, H, W) uint8
     top_k: int
     wanted: float | None  # budget, where nothing else waits; None: there are none
     cap: float | None
@@ -108,7 +108,8 @@ class Batcher:
 
     def check_room(self, pictures: int) -> None:
         """Raises BusyError where so many more would be answered too late."""
-        retry_after = self.governor.retry_after(*self._waiting(pictures))
+        waiting, oldest, busy = self._load()
+        retry_after = self.governor.retry_after(waiting, pictures, oldest, busy)
         if retry_after is not None:
             raise BusyError(retry_after)
 
@@ -125,8 +126,7 @@ class Batcher:
 
     def plan(self) -> Plan:
         """For a batch that would run now."""
-        waiting, _, oldest, busy = self._waiting()
-        return self.governor.plan(waiting, oldest, busy)
+        return self.governor.plan(*self._load())
 
     def submit(self, images: Sequence[Tensor], asked: Asked, place: Place) -> list[asyncio.Future[Answer]]:
         """Answers to come, of pixels (3, H, W) uint8. One that is cancelled before its batch is not run."""
@@ -201,7 +201,7 @@ class Batcher:
         return None
 
     async def _answer(self, batch: Sequence[_Waiting], granted: Sequence[float | None]) -> None:
-        sent = time.perf_counter()
+        sent, ready = time.perf_counter(), self.trouble is None
         try:
             found, seconds = await self._of_model(*self._work(batch, granted))
         except Exception as error:
@@ -209,8 +209,10 @@ class Batcher:
                 if not entry.answer.done():
                     entry.answer.set_exception(error)
             return
-        begun, self._freed_at = max(sent, self._freed_at), time.perf_counter()
-        self.governor.time.add(len(batch), _total(granted), self._freed_at - begun)  # with all that went with it
+        finally:
+            begun, self._freed_at = max(sent, self._freed_at), time.perf_counter()
+        if ready:  # else it may have waited for the model to be loaded again
+            self.governor.time.add(len(batch), _total(granted), self._freed_at - begun)  # with all that went with it
         self._metrics.batch_ran(len(batch), seconds)
         for entry, prediction, budget in zip(batch, found, granted, strict=True):
             if not entry.answer.done():
@@ -260,11 +262,11 @@ class Batcher:
                     _, seconds = self._run(*self._work(batch, [budget] * pictures))
                 yield pictures, _total([budget] * pictures), seconds
 
-    def _waiting(self, coming: int = 0) -> tuple[int, int, float, float]:
-        """Pictures that wait; those that come; seconds since the first came; seconds until the model is free."""
+    def _load(self) -> tuple[int, float, float]:
+        """Pictures that wait, seconds since the first came, seconds until the model is free."""
         now = time.perf_counter()
         oldest = now - self._queue[0].since if self._queue else 0.0
-        return self._coming + len(self._queue), coming, oldest, max(0.0, self._free_at - now)
+        return self._coming + len(self._queue), oldest, max(0.0, self._free_at - now)
 
     def _count(self, admitted: int, coming: int) -> None:
         self.admitted += admitted

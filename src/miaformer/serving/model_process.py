@@ -22,6 +22,7 @@ from miaformer.predictor import Predictor
 
 T = TypeVar("T")
 
+STOPS = (signal.SIGINT, signal.SIGTERM)  # may come to both processes: the server first answers what it has admitted
 _log = logging.getLogger(__name__)
 
 
@@ -117,7 +118,8 @@ class _Child:
         self.there, here = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")  # a fork would inherit the state of threads that it has not
         self._process = context.Process(target=_serve, args=(here, load), name="model", daemon=True)
-        self._process.start()
+        with _no_stops():
+            self._process.start()
         here.close()  # now the process has the only one: when it ends, so does our waiting
         self.loaded = False
 
@@ -131,13 +133,23 @@ class _Child:
         return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
+@contextmanager
+def _no_stops() -> Iterator[None]:
+    """What is started meanwhile never hears of Ctrl-C and SIGTERM, not even before its first line runs."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(calls: Connection, load: Callable[[], Predictor]) -> None:
     """What the process does, until the other end of `calls` is closed, or gone with the process that had it."""
-    for stops in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # the server may yet need it, whoever sends them
-        signal.signal(stops, signal.SIG_IGN)
+    for stop in STOPS:
+        signal.signal(stop, signal.SIG_IGN)
     try:
         predictor = load()
     except Exception as error:

@@ -27,14 +27,14 @@ ENOUGH_SECONDS = 0.1  # who takes longer is run less often
 
 
 async def explained(
-    batcher: Batcher, decoders: Executor, name: str, encoded: bytes, budgets: Sequence[float] | None, asked: Asked
+    batcher: Batcher, decoders: Executor, name: str, encoded: bytes, budgets: Sequence[float], asked: Asked
 ) -> dict[str, Any]:
     """{"picture": data URI of what the model saw, "dense": {top_k, ms}, "steps": [explanation with ms, ...]}.
 
     Each budget is a piece of work of its own in the model's queue, so that nobody waits long for it.
     """
     predictor = batcher.predictor
-    chosen = list(budgets) if budgets else _all_budgets(predictor)
+    chosen = budgets or _all_budgets(predictor)
     with batcher.room(1):  # one piece of it waits at a time
         loop = asyncio.get_running_loop()
         most = batcher.settings.max_pixels

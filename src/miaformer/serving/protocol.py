@@ -20,16 +20,17 @@ class ImpatientProtocol(HttpToolsProtocol):
     """uvicorn's faster one, that hangs up on who has not sent the head of a request in time, or a larger one."""
 
     _head_bytes: int | None = None  # so far, of a head that is under way
+    _ended = False  # a request has, in the data that came last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
-        before = self._head_bytes or 0
+        before, self._ended = self._head_bytes or 0, False
         super().data_received(data)
         if self._head_bytes is not None and not self.transport.is_closing():  # still under way
-            self._head_bytes = before + len(data)
+            self._head_bytes = 0 if self._ended else before + len(data)  # what ended here is not this head's
             if self._head_bytes > HEAD_BYTES:
                 self.send_400_response("The head of the request is too large.")
 
@@ -44,6 +45,10 @@ class ImpatientProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_bytes = None
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._ended = True
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -142,29 +142,22 @@ class Server:
 
     def _asked(self, fields: Mapping[str, str]) -> Asked:
         """Of the query, and of a form's fields, which go before. Raises HTTPException 422."""
-        top_k = _number(int, "top_k", fields.get("top_k", "5"))
+        top_k = _number(int, "top_k", fields["top_k"]) if "top_k" in fields else Asked.top_k
         if top_k < 1:
             raise HTTPException(422, f"top_k={top_k} must be at least 1")
-        budget, cap = fields.get("budget"), fields.get("cap")
-        return Asked(None if budget is None else self._budget(budget), None if cap is None else self._cap(cap), top_k)
+        budget = self._budget(fields["budget"]) if "budget" in fields else None
+        return Asked(budget, self._cap(fields["cap"]) if "cap" in fields else None, top_k)
 
     def _budget(self, text: str) -> float:
         budget = _number(float, "budget", text)
-        try:
+        with _unprocessable():
             self.predictor.model.price_of(check_fraction("budget", budget))
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from None
         return budget
 
     def _cap(self, text: str) -> float:
         cap = _number(float, "cap", text)
-        model = self.predictor.model
-        dense, least = model.cost().backbone, model.least_macs()
-        try:
-            if int(check_fraction("cap", cap) * dense) < least:
-                raise ValueError(f"cap={cap:g} is less than the {least / dense:.4f} that every picture takes")
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from None
+        with _unprocessable():
+            self.predictor.model.check_cap(cap)
         return cap
 
     async def _decode(self, upload: Upload) -> list[Tensor]:
@@ -200,11 +193,19 @@ async def _left(request: Request) -> None:
 
 
 def _number(kind: type[Number], name: str, text: str) -> Number:
-    """Raises HTTPException 422."""
     try:
         return kind(text)
     except ValueError:
         raise HTTPException(422, f"{name}={text!r} is not a {'whole ' if kind is int else ''}number") from None
+
+
+@contextmanager
+def _unprocessable() -> Iterator[None]:
+    """A ValueError is what the client asked for."""
+    try:
+        yield
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from None
 
 
 def _said(name: str, answer: Answer) -> dict[str, Any]:

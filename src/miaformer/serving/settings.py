@@ -58,7 +58,7 @@ class Settings:
         """
         model = predictor.model
         if self.cap is not None:
-            predictor.try_once(cap=self.cap)
+            model.check_cap(self.cap)
         if self.static or (model.calibration is None and self.budget is None and self.min_budget is None):
             return replace(self, budget=None, min_budget=None)
         if model.calibration is None:
