@@ -143,7 +143,7 @@ def test_replicas_answer_as_one_server_does_and_survive_the_death_of_one(calibra
     import ray
 
     from miaformer.cli import build_parser
-    from miaformer.cli.serve import _app
+    from miaformer.cli.serve import _replica
     from miaformer.serving.on_ray import replicated
 
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -163,12 +163,10 @@ def test_replicas_answer_as_one_server_does_and_survive_the_death_of_one(calibra
             time.sleep(0.1)
         raise AssertionError("no answer")
 
-    with replicated(partial(_app, args), "127.0.0.1", port, [2]):
+    with replicated(partial(_replica, args), "127.0.0.1", port, [2]):
         url = f"http://127.0.0.1:{port}"
         for seed in range(12):
             if seed == 4:
-                from ray.util.state import list_actors  # noqa: F401
-
                 victims = [a for a in ray.util.list_named_actors(all_namespaces=True) if "REPLICA" in a["name"]]
                 assert len(victims) == 2
                 ray.kill(ray.get_actor(victims[0]["name"], namespace=victims[0]["namespace"]))

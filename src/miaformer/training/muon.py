@@ -79,6 +79,10 @@ def _orthogonal(updates: Tensor) -> Tensor:
     return zeropower_via_newtonschulz(updates, _ITERATIONS, [_QUINTIC], dtype=updates.dtype)
 
 
+# torch's new name for it, where there is one: the old one warns of it.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def _shared_by_processes(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """function(rows), for one that treats each of the rows (M, ...) by itself: each process does as many of them.
 
@@ -89,5 +93,5 @@ def _shared_by_processes(function: Callable[[Tensor], Tensor], rows: Tensor) -> 
         return function(rows)
     own = function(rows.chunk(processes)[dist.get_rank()]).contiguous()
     whole = torch.empty_like(rows)
-    dist.all_gather_into_tensor(whole, own)
+    _gather(whole, own)
     return whole
