@@ -268,10 +268,10 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_demo_trains_evaluates_times_and_draws(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The real one, trained a fiftieth as long; a second time it has nothing to train."""
+    """The real one, trained for a few steps; a second time it has nothing to train."""
     monkeypatch.setattr(demo, "TIMED_BATCHES", {1: 2, 4: 1})
     out_dir = tmp_path / "demo"
-    command = ("demo", "--out", out_dir, "--seed", 2, "--epochs-scale", 0.02, "--device", "cpu", "--processes", 1)
+    command = ("demo", "--out", out_dir, "--seed", 2, "--epochs-scale", 0.005, "--device", "cpu", "--processes", 1)
     status, out, err = run(capsys, *command)
     assert (status, err) == (0, "")
     report = json.loads((out_dir / "report.json").read_text())

@@ -24,19 +24,19 @@ from miaformer.training import RECIPES, Recipe, get_recipe
 from miaformer.training.progress import DURATIONS, Duration, core_seconds
 
 BUDGETS = (0.6,)
-ALL = [*RIVALS, "only-reinforce", "no-distillation", "coupled-mlp"]
+ALL = [*RIVALS, "no-distillation"]
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     tiny = get_recipe("digits").scaled(0.01)
     args = {**tiny.model_args, "embed_dim": 32, "depth": 4}
-    return replace(tiny, name="tiny", model_args=args, data_on_device=True)
+    return replace(tiny, name="tiny", model_args=args)
 
 
 @pytest.fixture(scope="module")
 def comparison(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    """With rivals and some ablations trained for a few steps and measured."""
+    """With rivals and an ablation trained for a few steps and measured."""
     out = tmp_path_factory.mktemp("comparison")
     made = Comparison(recipe, "digits", out, BUDGETS, test_images=128)
     made.train_backbone("cpu")
@@ -154,6 +154,20 @@ def test_reinforce_alone_learns_at_the_rates_of_what_it_stands_for(recipe: Recip
     assert stage.kind == "reinforce"
     for name in ("lr", "controller_lr", "temperature"):
         assert getattr(stage, name) == getattr(supervised, name)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_builds_what_it_trains(comparison: Comparison, name: str) -> None:
+    method = METHODS[name]
+    assert method.recipe is not None
+    changed, whole = (made(comparison.recipe) for made in (method.recipe, METHODS["learned"].recipe) if made)
+    assert changed != whole
+    model = comparison._untrained(Run(method, 0)).eval()
+    images = torch.rand(2, 3, *model.backbone.patch_embed.img_size)
+    with torch.inference_mode():
+        out = model.run(images, price=1.0)
+    assert torch.isfinite(out.logits).all()
+    assert (out.trace.macs_fraction <= 1).all()
 
 
 def test_seeds_draw_other_controllers(comparison: Comparison) -> None:

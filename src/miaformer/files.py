@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, wherever a program is stopped."""
+"""Files that are there whole or not at all, wherever a program is stopped, and directories that hold one run."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     unfinished = path.with_name(f"{path.name}.partial")
     yield unfinished
     unfinished.replace(path)
+
+
+def check_holds_no_run(directory: str | Path) -> None:
+    """Raises ValueError where a run's `recipe.json` is there: two runs in one directory would mix."""
+    if (Path(directory) / "recipe.json").exists():
+        raise ValueError(f"{directory} holds a run already: resume it (--resume), or choose another directory")

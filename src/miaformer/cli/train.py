@@ -7,6 +7,7 @@ from typing import Any
 
 from miaformer.cli.arguments import add_command, radius
 from miaformer.cli.processes import STOPPED, check_processes, is_one_of_several, run_in_processes, say_stopped
+from miaformer.files import check_holds_no_run
 
 DESCRIPTION = """\
 Train an adaptive ViT: backbone -> elastic -> supervised -> reinforce, then calibrate its budgets.
@@ -77,6 +78,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_processes(args.processes)
+    if not args.resume and not is_one_of_several():
+        check_holds_no_run(args.out)  # before anything that takes time
     if args.processes > 1 and not is_one_of_several():
         return run_in_processes([*args.argv, "--device", "cpu"], args.processes)
     import torch

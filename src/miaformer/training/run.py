@@ -21,6 +21,7 @@ from miaformer.backbone import check_supported
 from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform, open_data
 from miaformer.evaluation.calibration import calibrate
 from miaformer.evaluation.environment import describe_environment
+from miaformer.files import check_holds_no_run
 from miaformer.model import MIAFormer, adapt
 from miaformer.model_files import read_json
 from miaformer.stem import ConvPatchEmbed
@@ -245,11 +246,11 @@ def _name(images: ImageData, data: str | Path | ImageData) -> str:
 
 def _check_free(out: Path, description: dict[str, Any], resume: bool) -> None:
     """Refuse to mix a run with another one in `out`."""
+    if not resume:
+        check_holds_no_run(out)
     path = out / "recipe.json"
     if not path.exists():
         return
-    if not resume:
-        raise ValueError(f"{out} holds a run already: resume it (--resume), or choose another directory")
     before = read_json(path)
     before["recipe"] = with_defaults(before.get("recipe", {}))
     if before != description:
