@@ -84,11 +84,17 @@ def test_an_exported_file_decides_and_answers_as_the_model(case: str, tmp_path: 
     assert len({round(fraction, 4) for fraction in seen}) > 8  # and there was something to decide
 
 
+@pytest.fixture(scope="module")
+def plain_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    export_onnx(calibrated("plain"), path)
+    return path
+
+
 @pytest.mark.parametrize("kind", ["huge", "black", "constant", "noise"])
-def test_no_image_breaks_the_cap_of_a_file(kind: str, tmp_path: Path) -> None:
+def test_no_image_breaks_the_cap_of_a_file(kind: str, plain_file: Path) -> None:
     model = calibrated("plain")
-    export_onnx(model, tmp_path / "model.onnx")
-    session = open_session(tmp_path / "model.onnx", 1)
+    session = open_session(plain_file, 1)
     images = pictures(model.backbone, 4, seed=2).float()
     shown = {
         "huge": images * 1e8,
@@ -103,11 +109,9 @@ def test_no_image_breaks_the_cap_of_a_file(kind: str, tmp_path: Path) -> None:
             assert np.isfinite(found["logits"]).all()
 
 
-def test_a_file_holds_each_weight_once(tmp_path: Path) -> None:
-    model = calibrated("plain")
-    export_onnx(model, tmp_path / "model.onnx")
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert (tmp_path / "model.onnx").stat().st_size < 1.6 * weights + 400_000  # and the graph beside them
+def test_a_file_holds_each_weight_once(plain_file: Path) -> None:
+    weights = sum(p.numel() * p.element_size() for p in calibrated("plain").parameters())
+    assert plain_file.stat().st_size < 1.6 * weights + 400_000  # and the graph beside them
 
 
 @pytest.mark.parametrize("case", ["plain", "average pooling", "subsets, full MLP"])
