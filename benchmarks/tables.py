@@ -96,6 +96,34 @@ def monitor(report: Report, name: str) -> str:
     return f"`{report['command']}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
 
 
+ATTACKED = {"adaptive": "adaptive at 0.5 of the MACs", "backbone": "static: the backbone, trained under attack"}
+
+
+def under_attack(report: Report, name: str) -> str:
+    """What is right after each attack and those before it, by radius; the other radii lie beside the file named."""
+    folder = Path(name).parent
+    lines = []
+    for eps in (2, 4, 8):
+        for model, about in ATTACKED.items():
+            path = RESULTS / folder / f"{model}-{eps}.json"
+            if not path.exists():
+                continue
+            rows = [row for row in json.loads(path.read_text())["rows"] if row["target"] == model]
+            found = {row["attack"]: row for row in rows}
+            low, high = (f"{100 * end:.1f}" for end in found["worst"]["robust_interval"])
+            lines.append(
+                (
+                    f"{eps}/255",
+                    about,
+                    f"{100 * found['worst']['clean']:.1f}",
+                    *(f"{100 * found[attack]['robust']:.1f}" for attack in ("fgsm", "pgd", "adaptive")),
+                    f"{100 * found['worst']['robust']:.1f} ({low}, {high})",
+                )
+            )
+    head = ("radius", "model", "clean, %", "FGSM", "then PGD", "then adaptive", "worst, % (95 %)")
+    return f"`{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, lines)}"
+
+
 def comparison(report: Report, name: str) -> str:
     """Every row of `miaformer compare`, budget by budget."""
     order = written(report["rows"], report["differences"])
@@ -247,7 +275,19 @@ def digits(report: Report, name: str) -> str:
 
 TABLES: dict[str, Callable[[Report, str], str]] = {
     made.__name__: made
-    for made in (speed, speed_summary, onnx_agreement, monitor, comparison, rivals, card, seeds, ablations, digits)
+    for made in (
+        speed,
+        speed_summary,
+        onnx_agreement,
+        monitor,
+        under_attack,
+        comparison,
+        rivals,
+        card,
+        seeds,
+        ablations,
+        digits,
+    )
 }
 
 
