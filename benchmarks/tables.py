@@ -96,32 +96,37 @@ def monitor(report: Report, name: str) -> str:
     return f"`{report['command']}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
 
 
-ATTACKED = {"adaptive": "adaptive at 0.5 of the MACs", "backbone": "static: the backbone, trained under attack"}
-
-
 def under_attack(report: Report, name: str) -> str:
-    """What is right after each attack and those before it, by radius; the other radii lie beside the file named."""
-    folder = Path(name).parent
-    lines = []
+    """What is right after each attack and those before it. Beside NAME, attack-MODEL-EPS.json, lie its other radii
+    and the static model's.
+    """
+    about = {"adaptive": "adaptive at 0.5 of the MACs", "backbone": "static"}
+    rows = []
     for eps in (2, 4, 8):
-        for model, about in ATTACKED.items():
-            path = RESULTS / folder / f"{model}-{eps}.json"
-            if not path.exists():
-                continue
-            rows = [row for row in json.loads(path.read_text())["rows"] if row["target"] == model]
-            found = {row["attack"]: row for row in rows}
+        for model, words in about.items():
+            other = json.loads((RESULTS / f"attack-{model}-{eps}.json").read_text())
+            found = {row["attack"]: row for row in other["rows"] if row["target"] == model}
+            right = (f"{100 * found[attack]['robust']:.1f}" for attack in ("fgsm", "pgd", "adaptive"))
             low, high = (f"{100 * end:.1f}" for end in found["worst"]["robust_interval"])
-            lines.append(
-                (
-                    f"{eps}/255",
-                    about,
-                    f"{100 * found['worst']['clean']:.1f}",
-                    *(f"{100 * found[attack]['robust']:.1f}" for attack in ("fgsm", "pgd", "adaptive")),
-                    f"{100 * found['worst']['robust']:.1f} ({low}, {high})",
-                )
-            )
-    head = ("radius", "model", "clean, %", "FGSM", "then PGD", "then adaptive", "worst, % (95 %)")
-    return f"`{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, lines)}"
+            worst = f"{100 * found['worst']['robust']:.1f} ({low}, {high})"
+            file = f"[JSON](../benchmarks/results/attack-{model}-{eps}.json)"
+            rows.append((f"{eps}/255", words, f"{100 * found['worst']['clean']:.1f}", *right, worst, file))
+    head = ("radius", "model", "clean, %", "FGSM", "then PGD", "then adaptive", "worst, % (95 %)", "")
+    return f"`{_command(report)}`\n\n{_table(head, rows)}"
+
+
+def dearer(report: Report, name: str) -> str:
+    """What attacks on compute reach."""
+    rows = [
+        (
+            f"a patch of {100 * row['patch_area']:.0f} % of the area, one for all" if row["eps"] is None
+            else f"every pixel by {255 * row['eps']:.0f}/255, image by image",
+            *(f"{row[f'macs_fraction_{which}']:.3f}" for which in ("clean", "attacked", "max")),
+        )
+        for row in report["rows"]
+    ]  # fmt: skip
+    head = ("changed", "MACs before", "after", "the dearest image")
+    return f"`{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
 
 
 def comparison(report: Report, name: str) -> str:
@@ -281,6 +286,7 @@ TABLES: dict[str, Callable[[Report, str], str]] = {
         onnx_agreement,
         monitor,
         under_attack,
+        dearer,
         comparison,
         rivals,
         card,

@@ -20,9 +20,8 @@ CLI_PAGE, CLI_MARK = "reference/cli.md", "<!-- command line -->"
 
 def on_files(files: Files, config: Any) -> Files:
     """Pages link to benchmarks/results, beside docs/: the files become part of the site."""
-    results = ROOT / RESULTS
-    for path in sorted([*results.glob("*.json"), *results.glob("attacks/*.json")]):
-        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    for path in sorted((ROOT / RESULTS).glob("*.json")):
+        files.append(File.generated(config, f"{RESULTS}/{path.name}", abs_src_path=str(path)))
     return files
 
 

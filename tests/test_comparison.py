@@ -24,7 +24,7 @@ from miaformer.training import RECIPES, Recipe, get_recipe
 from miaformer.training.progress import DURATIONS, Duration, core_seconds
 
 BUDGETS = (0.6,)
-ALL = [*RIVALS, "no-distillation"]
+ALL = [*RIVALS, "only-reinforce", "no-distillation", "coupled-mlp"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def comparison(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    """With rivals and an ablation trained for a few steps and measured."""
+    """With rivals and some ablations trained for a few steps and measured."""
     out = tmp_path_factory.mktemp("comparison")
     made = Comparison(recipe, "digits", out, BUDGETS, test_images=128)
     made.train_backbone("cpu")
@@ -156,13 +156,18 @@ def test_reinforce_alone_learns_at_the_rates_of_what_it_stands_for(recipe: Recip
         assert getattr(stage, name) == getattr(supervised, name)
 
 
+def test_no_two_ablations_are_the_same(recipe: Recipe) -> None:
+    names: dict[str, str] = {}
+    for name in ("learned", *ABLATIONS):
+        made = METHODS[name].recipe
+        assert made is not None
+        same = names.setdefault(json.dumps(made(recipe).to_json(), sort_keys=True), name)
+        assert same == name
+
+
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_builds_what_it_trains(comparison: Comparison, name: str) -> None:
-    method = METHODS[name]
-    assert method.recipe is not None
-    changed, whole = (made(comparison.recipe) for made in (method.recipe, METHODS["learned"].recipe) if made)
-    assert changed != whole
-    model = comparison._untrained(Run(method, 0)).eval()
+    model = comparison._untrained(Run(METHODS[name], 0)).eval()
     images = torch.rand(2, 3, *model.backbone.patch_embed.img_size)
     with torch.inference_mode():
         out = model.run(images, price=1.0)

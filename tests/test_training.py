@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_training import RECIPE, STEPS, Quadrants, run, tiny_model
 
 from miaformer import adapt
+from miaformer.cli import main
 from miaformer.data import open_data
 from miaformer.training import Interrupted, Recipe, Stage, get_recipe, train
 from miaformer.training.checkpoint import checkpoints
@@ -134,6 +135,35 @@ def test_a_directory_holds_one_run(uninterrupted: Path) -> None:
         run(uninterrupted)
     with pytest.raises(ValueError, match=r"different in recipe\.weight_decay"):
         run(uninterrupted, replace(RECIPE, weight_decay=0.3), resume=True)
+
+
+def test_a_directory_that_holds_a_run_is_told_of_before_anything_is_started(
+    uninterrupted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*arguments: object) -> int:
+        raise AssertionError("processes were started")
+
+    monkeypatch.setattr("miaformer.cli.train.run_in_processes", start)
+    assert main(["train", "--recipe", "digits", "--out", str(uninterrupted), "--processes", "2"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_images_augmented_on_the_device_train_and_resume(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, data_on_device=True)
+    run(tmp_path / "whole", recipe)
+    with monkeypatch.context() as patch:
+        interrupt_at(6, patch)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "stopped", recipe)
+    run(tmp_path / "stopped", recipe, resume=True)
+    whole, stopped, loaded = (
+        load_file(out / "model" / "model.safetensors")
+        for out in (tmp_path / "whole", tmp_path / "stopped", uninterrupted)
+    )
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert not all(torch.equal(whole[name], loaded[name]) for name in whole)  # by the other way images are augmented
 
 
 def test_a_run_is_the_same_where_a_setting_came_later() -> None:
