@@ -115,6 +115,45 @@ def test_pictures_of_a_form_are_answered_in_their_order(client: TestClient, pred
     assert len({said["macs_fraction"] for said in predictions}) > 1
 
 
+def test_the_shortcut_answers_as_the_routes_do(client: TestClient, predictor: Predictor) -> None:
+    app = create_app(predictor, settings(predictor))
+    app.user_middleware.clear()
+    asked: list[dict[str, Any]] = [
+        {"content": picture(), "params": {"budget": 0.4, "top_k": 2}},
+        {"files": {"any": picture()}, "data": {"cap": "0.6"}},
+        {"content": b"a cat"},
+        {"content": picture(), "params": {"budget": "much"}},
+    ]
+    with TestClient(app) as around:
+        for one in asked:
+            straight, routed = client.post("/predict", **one), around.post("/predict", **one)
+            assert straight.status_code == routed.status_code
+            answers = [{**reply.json(), "ms": None} for reply in (straight, routed)]
+            assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("size", [(24, 20), (128, 129), (1000, 20)])
+def test_small_pictures_are_decoded_at_once_and_others_beside(
+    predictor: Predictor, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[bool] = []
+    decode = Predictor.pixels
+
+    def noted(*args: Any) -> Any:
+        pixels = decode(*args)
+        threads.append(threading.current_thread().name.startswith("decoder"))
+        return pixels
+
+    monkeypatch.setattr(Predictor, "pixels", noted)
+    blank = io.BytesIO()
+    Image.new("RGB", size).save(blank, "PNG")  # few bytes, whatever its size
+    for encoded in (blank.getvalue(), picture(size=size)):
+        with TestClient(create_app(predictor, settings(predictor))) as client:
+            (said,) = client.post("/predict", content=encoded).json()["predictions"]
+        check_says(said, predictor, encoded, budget=said["budget"])
+    assert threads == [size != (24, 20)] * 2
+
+
 def test_requests_share_batches_and_answers_are_their_own(predictor: Predictor) -> None:
     app = create_app(predictor, settings(predictor))
     asked = [
@@ -320,6 +359,7 @@ def test_who_hangs_up_is_not_run(predictor: Predictor) -> None:
     async def work() -> None:
         server = app.state.server
         blocker = asyncio.create_task(server.batcher.call(lambda _: time.sleep(0.5)))
+        await asyncio.sleep(0)  # it has the model now
         await call(app, picture(), 0.1)  # leaves while the model is busy
         await blocker
         await asyncio.sleep(0.1)

@@ -154,6 +154,7 @@ def _run_here(args: argparse.Namespace) -> int:
             http=ImpatientProtocol,
             log_level="info" if args.access_log else "warning",
             access_log=args.access_log,
+            proxy_headers=args.access_log,  # nothing else asks who it was
             limit_concurrency=args.max_connections,
             server_header=False,
         )

@@ -84,6 +84,7 @@ class Transform:
         self.normalizes_batches = len(steps) == split + 2
         self._mean: Tensor = torch.as_tensor(normalize.mean).view(-1, 1, 1)  # type: ignore[attr-defined]
         self._std: Tensor = torch.as_tensor(normalize.std).view(-1, 1, 1)  # type: ignore[attr-defined]
+        self.keeps_pixels = False  # until all steps have shown it
         self.keeps_pixels = deterministic and self._keeps_noise()
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -95,8 +96,9 @@ class Transform:
     def pixels(self, image: Image.Image) -> Tensor:
         """The steps before normalisation: (3, H, W) uint8."""
         value: Any = image
-        for step in self._on_picture:
-            value = step(value)
+        if not (self.keeps_pixels and image.size == self.size[:0:-1]):
+            for step in self._on_picture:
+                value = step(value)
         return torch.from_numpy(np.array(value)).permute(2, 0, 1)
 
     def _keeps_noise(self) -> bool:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Awaitable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -30,6 +30,7 @@ from miaformer.serving.uploads import LastWord, Upload, Uploads
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 
+SMALL_BYTES, SMALL_PIXELS = 16_384, 128 * 128
 CLIENT_LEFT = 499  # as nginx counts those who hang up before their answer
 _log = logging.getLogger(__name__)
 
@@ -161,6 +162,9 @@ class Server:
         return cap
 
     async def _decode(self, upload: Upload) -> list[Tensor]:
+        if len(upload.pictures) == 1:
+            with suppress(TooManyPixelsError):
+                return [self._decoded_here(*upload.pictures[0])]
         loop, most = asyncio.get_running_loop(), self.settings.max_pixels
         return await asyncio.gather(
             *(
@@ -168,6 +172,15 @@ class Server:
                 for name, encoded in upload.pictures
             )
         )
+
+    def _decoded_here(self, name: str, encoded: bytes) -> Tensor:
+        """A picture so small that another thread would take longer to be told of it than to decode it.
+
+        Raises TooManyPixelsError where it is not.
+        """
+        if len(encoded) > SMALL_BYTES:
+            raise TooManyPixelsError(name)
+        return self.predictor.pixels(encoded, name, min(SMALL_PIXELS, self.settings.max_pixels))
 
     async def _waited_for(self, request: Request, work: asyncio.Future[T]) -> T:
         """What becomes of it, for as long as the client waits."""
@@ -182,8 +195,9 @@ class Server:
             raise BusyError(patience)
         finally:
             gone.cancel()
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
+            if not work.done():
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
 
 
 async def _left(request: Request) -> None:
