@@ -21,7 +21,7 @@ from miaformer import MIAFormer, cli
 from miaformer.attacks import Ball, Climb, Pixels, climb, cross_entropy, frozen, judge, static_target
 from miaformer.data import Batches, build_transform
 from miaformer.training.adversarial import Adversary
-from miaformer.training.objective import Objective
+from miaformer.training.objective import Objective, Step
 
 EPS = 24 / 255
 ADVERSARIAL = replace(RECIPE, adversarial_eps=EPS)
@@ -135,6 +135,28 @@ def test_the_sub_network_that_is_attacked_is_the_one_that_learns(
     for attacked, learned in pairs:
         assert (attacked - learned).abs().max() < 1e-3
     assert (pairs[0][0] - pairs[1][0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_attack_and_step_may_take_other_sub_networks_at_other_budgets(
+    apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Step] = []
+    forward = Objective.forward
+
+    def watch(self: Objective, images: Tensor, labels: Tensor, step: Step) -> object:
+        seen.append(step)
+        return forward(self, images, labels, step)
+
+    monkeypatch.setattr(Objective, "forward", watch)
+    out = run(tmp_path / "run", replace(ADVERSARIAL, adversarial_apart=apart, stages=RECIPE.stages[1:]))
+    pairs = list(zip(seen[::2], seen[1::2], strict=True))
+    assert len(pairs) == 12
+    for attacked, learned in pairs:
+        assert torch.equal(attacked.clean, learned.clean)
+        for name in ("budgets", "depth", "tokens"):
+            assert torch.equal(getattr(attacked.draws, name), getattr(learned.draws, name)) != apart
+    assert all(torch.isfinite(p).all() for p in out.parameters())
 
 
 def test_wrong_radii_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

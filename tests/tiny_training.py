@@ -67,13 +67,15 @@ def tiny_model(model_args: Mapping[str, Any] = {}, **config: object) -> MIAForme
     return adapt(backbone, **config)
 
 
-def run(out: Path, recipe: Recipe = RECIPE, model: MIAFormer | None = None, **settings: object) -> MIAFormer:
+def run(
+    out: Path, recipe: Recipe = RECIPE, model: MIAFormer | None = None, seed: int = 3, **settings: object
+) -> MIAFormer:
     return train(
         tiny_model() if model is None else model,
         Quadrants("train"),
         recipe,
         out,
-        seed=3,
+        seed=seed,
         calibration_data=Quadrants("calibration"),
         show_progress=False,
         device="cpu",

@@ -26,6 +26,7 @@ from miaformer.attacks.methods import ATTACKS, DRAWS, Given
 from miaformer.attacks.target import Target, steadied
 from miaformer.evaluation.intervals import interval, resampled
 from miaformer.files import whole_file
+from miaformer.seeds import stream_seed
 
 Array = NDArray[Any]
 OnProgress = Callable[[str, int], None]  # what is under way, and images done
@@ -253,7 +254,7 @@ def weights_hash(model: nn.Module) -> int:
 def seeded(seed: int, what: str) -> Iterator[None]:
     """Draws from PyTorch's global generator (CPU) depend on these alone, and leave it as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed((seed << 32) + zlib.crc32(what.encode()))
+        torch.default_generator.manual_seed(stream_seed(seed, what))
         yield
 
 

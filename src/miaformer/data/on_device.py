@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from miaformer.data.loader import Batch, check_shares, epoch_order, share_of
 from miaformer.data.source import ImageData
 from miaformer.data.transforms import Augmentation, build_transform
+from miaformer.seeds import stream_seed
 
 MAX_DEVICE_BYTES = 4 << 30  # of decoded pictures
 
@@ -81,7 +81,7 @@ class DeviceBatches:
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             part = share_of(self.batch_size, self.rank, self.world_size)
             index = batch[part].to(self.device)
-            generator = torch.Generator().manual_seed(_stream_seed(self.seed, epoch, step))
+            generator = torch.Generator().manual_seed(stream_seed(_AUGMENT, self.seed, epoch, step))
             draws = torch.rand(self.batch_size, _DRAWS, generator=generator)[part].to(self.device)
             noise = None
             if self.augment.re_prob and self.augment.re_mode != "const":
@@ -145,7 +145,3 @@ def _erased(images: Tensor, probability: float, u: list[Tensor], noise: Tensor |
     erased = inside(height, rows, u[3])[:, None, :, None] & inside(width, columns, u[4])[:, None, None, :]
     erased = erased & (u[0] < probability).view(-1, 1, 1, 1)
     return torch.where(erased, torch.zeros_like(images) if noise is None else noise, images)
-
-
-def _stream_seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence([_AUGMENT, *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -86,6 +86,7 @@ class Recipe:
     augmentation: dict[str, Any] = field(default_factory=dict)  # fields of miaformer.data.Augmentation
     adversarial_eps: float = 0.0  # images are moved so far against the loss, pixels from 0 to 1, L-inf; 0: not
     adversarial_steps: int = 1
+    adversarial_apart: bool = False  # the attack climbs on other sub-networks, of other budgets, than the step learns
     data_on_device: bool = False  # all images decoded at once, and augmented on the device: for small ones
     ema_decay: float | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"

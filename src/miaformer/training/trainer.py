@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from miaformer.data import Batch, Batches, DeviceBatches
 from miaformer.engine.masked import Masked
 from miaformer.model import MIAFormer
+from miaformer.seeds import stream_seed
 from miaformer.training.adversarial import Adversary
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
 from miaformer.training.gates import Draws, Leaving, Relaxed
@@ -182,32 +183,23 @@ class Trainer:
             images, labels = self.mixup(images, labels)
         else:
             labels = _smooth(labels, self.model.num_classes, self.recipe.label_smoothing)
-        draws = self._draws(stage, step, images)
-        log_prices = self.tariff.prices(draws.budgets).requires_grad_(stage.decides)
-        first, last = stage.temperature
-        other = (
-            draws.again(self._generator(step, 1), self.recipe.batch_size, self.part)
-            if stage.kind == "reinforce"
-            else draws
-        )
-        given = Step(
-            draws.to(device),
-            other.to(device),
-            log_prices,
-            self.tariff.values(draws.budgets),
-            self.tariff.hardness(),
-            first + (last - first) * progress,
-        )
+        given = self._given(stage, images, progress, self._generator(step, 0), self._generator(step, 1))
+        log_prices = given.log_prices.requires_grad_(stage.decides)
         if self.adversary is not None:
-            given = replace(given, clean=images)
+            given = climbed = replace(given, clean=images)
+            if self.recipe.adversarial_apart:
+                generator = self._generator(step, 3)
+                climbed = replace(self._given(stage, images, progress, generator, generator), clean=images)
             objective = self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=True)
             start = torch.rand((self.recipe.batch_size, *images.shape[1:]), generator=self._generator(step, 2))
             devices = [] if device.type == "cpu" else [device]
 
             def loss(moved: Tensor) -> Tensor:
-                """Of the sub-network that is trained then: what draws from global generators draws the same again."""
+                """Of the sub-network that is trained then, or of another: what draws from global generators draws the
+                same again.
+                """
                 with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-                    return objective(moved, labels, given).loss
+                    return objective(moved, labels, climbed).loss
 
             images = self.adversary.moved(images, loss, start[self.part].to(device))
         outcome: Outcome = wrapped(images, labels, given)
@@ -264,11 +256,26 @@ class Trainer:
         return values
 
     def _generator(self, step: int, stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed(((self.seed * 4 + stream) << 32) + step)
+        return torch.Generator().manual_seed(stream_seed("step", self.seed, step, stream))
 
-    def _draws(self, stage: Stage, step: int, images: Tensor) -> Draws:
+    def _given(
+        self, stage: Stage, images: Tensor, progress: float, first: torch.Generator, second: torch.Generator
+    ) -> Step:
+        """Budgets and sub-networks for the images of a step, drawn from these generators."""
+        device, draws = self.accelerator.device, self._draws(stage, images, first)
+        other = draws.again(second, self.recipe.batch_size, self.part) if stage.kind == "reinforce" else draws
+        start, end = stage.temperature
+        return Step(
+            draws.to(device),
+            other.to(device),
+            self.tariff.prices(draws.budgets),
+            self.tariff.values(draws.budgets),
+            self.tariff.hardness(),
+            start + (end - start) * progress,
+        )
+
+    def _draws(self, stage: Stage, images: Tensor, generator: torch.Generator) -> Draws:
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
-        generator = self._generator(step, 0)
         return Draws.of_step(generator, self.recipe.batch_size, cost, stage.full_share, self.recipe.budgets, self.part)
 
     def _adversary(self) -> Adversary | None:
@@ -298,7 +305,7 @@ class Trainer:
         batch = next(iter(self.batches.epoch(0)))
         images = batch.images.to(device)
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
-        draws = self._draws(stage, 0, images)
+        draws = self._draws(stage, images, self._generator(0, 0))
         draws = replace(draws, full=torch.zeros_like(draws.full))
         self.model.eval()
         x = self.model.embed(images)
@@ -375,10 +382,10 @@ def spans(recipe: Recipe, steps_per_epoch: int) -> list[Span]:
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
     """Python's, numpy's and torch's global generators, for what draws from them in this step (dropout, mixup)."""
-    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]
-    random.seed(int(mixed))
-    np.random.seed(int(mixed))  # noqa: NPY002 - timm's mixup draws from the global generator
-    torch.manual_seed(int(mixed))
+    mixed = stream_seed(seed, step, rank)
+    random.seed(mixed)
+    np.random.seed(mixed)  # noqa: NPY002 - timm's mixup draws from the global generator
+    torch.manual_seed(mixed)
 
 
 def _smooth(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
