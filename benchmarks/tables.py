@@ -107,12 +107,42 @@ def under_attack(report: Report, name: str) -> str:
             other = json.loads((RESULTS / f"attack-{model}-{eps}.json").read_text())
             found = {row["attack"]: row for row in other["rows"] if row["target"] == model}
             right = (f"{100 * found[attack]['robust']:.1f}" for attack in ("fgsm", "pgd", "adaptive"))
-            low, high = (f"{100 * end:.1f}" for end in found["worst"]["robust_interval"])
-            worst = f"{100 * found['worst']['robust']:.1f} ({low}, {high})"
             file = f"[JSON](../benchmarks/results/attack-{model}-{eps}.json)"
-            rows.append((f"{eps}/255", words, f"{100 * found['worst']['clean']:.1f}", *right, worst, file))
+            rows.append(
+                (f"{eps}/255", words, f"{100 * found['worst']['clean']:.1f}", *right, _robust(found["worst"]), file)
+            )
     head = ("radius", "model", "clean, %", "FGSM", "then PGD", "then adaptive", "worst, % (95 %)", "")
     return f"`{_command(report)}`\n\n{_table(head, rows)}"
+
+
+def carried_over(report: Report, name: str) -> str:
+    """What PGD does to sub-networks, made on the static model and made on themselves. Those whose decisions are drawn
+    lie beside NAME.
+    """
+    about = {
+        "backbone": "everything",
+        "adaptive": "what controllers decide, 0.5 of the MACs",
+        "static": "their mean decisions, for every image",
+        "random": "as much of everything, at random",
+        "sampled": "what controllers decide, drawn",
+    }
+    drawn = name.replace(".json", "-drawn.json")
+    found: dict[str, dict[str, Any]] = {}
+    for row in [*report["rows"], *json.loads((RESULTS / drawn).read_text())["rows"]]:
+        found.setdefault(row["target"], {})[row["attack"]] = row
+    rows = []
+    for target, words in about.items():
+        own, carried = found[target].get("pgd"), found[target].get("transfer", found[target].get("pgd"))
+        clean = f"{100 * carried['clean']:.1f}"
+        rows.append((words, clean, _robust(carried), "" if own is None else _robust(own)))
+    head = ("executed", "clean, %", "PGD made on the static model, % (95 %)", "made on itself")
+    files = f"[JSON](../benchmarks/results/{name}), [drawn](../benchmarks/results/{drawn})"
+    return f"`{_command(report)}` ({files})\n\n{_table(head, rows)}"
+
+
+def _robust(row: dict[str, Any]) -> str:
+    low, high = (f"{100 * end:.1f}" for end in row["robust_interval"])
+    return f"{100 * row['robust']:.1f} ({low}, {high})"
 
 
 def dearer(report: Report, name: str) -> str:
@@ -286,6 +316,7 @@ TABLES: dict[str, Callable[[Report, str], str]] = {
         onnx_agreement,
         monitor,
         under_attack,
+        carried_over,
         dearer,
         comparison,
         rivals,
