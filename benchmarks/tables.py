@@ -146,17 +146,21 @@ def _robust(row: dict[str, Any]) -> str:
 
 
 def dearer(report: Report, name: str) -> str:
-    """What attacks on compute reach."""
+    """What attacks on compute reach. Those that keep the class lie beside NAME."""
+    kept = name.replace(".json", "-kept.json")
     rows = [
         (
             f"a patch of {100 * row['patch_area']:.0f} % of the area, one for all" if row["eps"] is None
             else f"every pixel by {255 * row['eps']:.0f}/255, image by image",
+            "wanted" if row["attack"].endswith("-kept") else "",
             *(f"{row[f'macs_fraction_{which}']:.3f}" for which in ("clean", "attacked", "max")),
+            *(f"{100 * row[which]:.1f}" for which in ("clean", "robust")),
         )
-        for row in report["rows"]
+        for row in [*report["rows"], *json.loads((RESULTS / kept).read_text())["rows"]]
     ]  # fmt: skip
-    head = ("changed", "MACs before", "after", "the dearest image")
-    return f"`{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
+    head = ("changed", "class kept", "MACs before", "after", "the dearest image", "right before, %", "after")
+    files = f"[JSON](../benchmarks/results/{name}), [class kept](../benchmarks/results/{kept})"
+    return f"`{_command(report)}` ({files})\n\n{_table(head, rows)}"
 
 
 def comparison(report: Report, name: str) -> str:
