@@ -38,6 +38,8 @@ from miaformer.training.progress import DURATIONS, Display, Duration, Means, Met
 from miaformer.training.recipes import Recipe, Stage
 from miaformer.training.tariff import Tariff
 
+_GATES, _SECOND_GATES, _START, _CLIMBED_GATES = range(4)  # separate streams of random numbers
+
 
 class Interrupted(KeyboardInterrupt):
     """Training stopped on request, its state saved."""
@@ -183,25 +185,17 @@ class Trainer:
             images, labels = self.mixup(images, labels)
         else:
             labels = _smooth(labels, self.model.num_classes, self.recipe.label_smoothing)
-        given = self._given(stage, images, progress, self._generator(step, 0), self._generator(step, 1))
+        given = self._given(
+            stage, images, progress, self._generator(step, _GATES), self._generator(step, _SECOND_GATES)
+        )
         log_prices = given.log_prices.requires_grad_(stage.decides)
         if self.adversary is not None:
-            given = climbed = replace(given, clean=images)
+            given = replace(given, clean=images)
+            climbed = given
             if self.recipe.adversarial_apart:
-                generator = self._generator(step, 3)
+                generator = self._generator(step, _CLIMBED_GATES)
                 climbed = replace(self._given(stage, images, progress, generator, generator), clean=images)
-            objective = self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=True)
-            start = torch.rand((self.recipe.batch_size, *images.shape[1:]), generator=self._generator(step, 2))
-            devices = [] if device.type == "cpu" else [device]
-
-            def loss(moved: Tensor) -> Tensor:
-                """Of the sub-network that is trained then, or of another: what draws from global generators draws the
-                same again.
-                """
-                with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-                    return objective(moved, labels, climbed).loss
-
-            images = self.adversary.moved(images, loss, start[self.part].to(device))
+            images = self._moved(self.adversary, wrapped, images, labels, climbed, step)
         outcome: Outcome = wrapped(images, labels, given)
         self.accelerator.backward(outcome.loss)
         if self.recipe.clip_grad is not None:
@@ -231,6 +225,23 @@ class Trainer:
                 f"{self.checkpoint_dir} with precision='no'"
             )
         return self._account(stage, table[:, :-1])
+
+    def _moved(
+        self, adversary: Adversary, wrapped: nn.Module, images: Tensor, labels: Tensor, climbed: Step, step: int
+    ) -> Tensor:
+        """Images moved to where the loss of these sub-networks is higher. What draws from global generators meanwhile
+        draws the same again when weights learn.
+        """
+        device = images.device
+        objective = self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=True)
+        start = torch.rand((self.recipe.batch_size, *images.shape[1:]), generator=self._generator(step, _START))
+        devices = [] if device.type == "cpu" else [device]
+
+        def loss(moved: Tensor) -> Tensor:
+            with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+                return objective(moved, labels, climbed).loss
+
+        return adversary.moved(images, loss, start[self.part].to(device))
 
     def _account(self, stage: Stage, table: Tensor) -> dict[str, float]:
         """Metrics of all images of a step, and the tariff's update. table: (B, 7)."""
@@ -305,7 +316,7 @@ class Trainer:
         batch = next(iter(self.batches.epoch(0)))
         images = batch.images.to(device)
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
-        draws = self._draws(stage, images, self._generator(0, 0))
+        draws = self._draws(stage, images, self._generator(0, _GATES))
         draws = replace(draws, full=torch.zeros_like(draws.full))
         self.model.eval()
         x = self.model.embed(images)
