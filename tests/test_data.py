@@ -461,6 +461,16 @@ def test_normalising_a_batch_equals_normalising_each_image() -> None:
     assert not build_transform(CONFIG, True, Augmentation(re_prob=0.1)).normalizes_batches
 
 
+def test_pictures_of_the_input_size_are_left_alone_and_no_others() -> None:
+    transform = build_transform({**CONFIG, "input_size": (3, 24, 16), "crop_pct": 1.0})
+    assert transform.keeps_pixels
+    rng = np.random.default_rng(0)
+    exact, turned = (Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((24, 16), (16, 24)))
+    assert np.array_equal(transform.pixels(exact).permute(1, 2, 0), np.asarray(exact))
+    for picture in (exact, turned):
+        assert torch.equal(transform.normalize(transform.pixels(picture)[None])[0], transform(picture))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (10_000, 1), (1, 10_000), (10_000, 700)])
 @pytest.mark.parametrize("augment", [None, Augmentation(hflip=0.5), EVERYTHING])
 def test_any_shape_of_picture_becomes_the_input_size(size: tuple[int, int], augment: Augmentation | None) -> None:

@@ -132,10 +132,14 @@ def test_the_shortcut_answers_as_the_routes_do(client: TestClient, predictor: Pr
             assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("size", [(24, 20), (128, 129), (1000, 20)])
+@pytest.mark.parametrize(
+    ("size", "format", "beside"),
+    [((24, 20), "PNG", False), ((24, 20), "JPEG", False), ((24, 20), "ICO", True), ((128, 129), "PNG", True)],
+)
 def test_small_pictures_are_decoded_at_once_and_others_beside(
-    predictor: Predictor, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, size: tuple[int, int], format: str, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Icons are decoded before they say their size."""
     threads: list[bool] = []
     decode = Predictor.pixels
 
@@ -146,12 +150,12 @@ def test_small_pictures_are_decoded_at_once_and_others_beside(
 
     monkeypatch.setattr(Predictor, "pixels", noted)
     blank = io.BytesIO()
-    Image.new("RGB", size).save(blank, "PNG")  # few bytes, whatever its size
-    for encoded in (blank.getvalue(), picture(size=size)):
+    Image.new("RGB", size).save(blank, format)  # few bytes, whatever its size
+    for encoded in (blank.getvalue(), picture(size=size, format=format)):
         with TestClient(create_app(predictor, settings(predictor))) as client:
             (said,) = client.post("/predict", content=encoded).json()["predictions"]
         check_says(said, predictor, encoded, budget=said["budget"])
-    assert threads == [size != (24, 20)] * 2
+    assert threads == [beside] * 2
 
 
 def test_requests_share_batches_and_answers_are_their_own(predictor: Predictor) -> None:
@@ -317,6 +321,13 @@ def in_lifespan(app: Any, work: Callable[[], Awaitable[Any]]) -> Any:
             return await work()
 
     return asyncio.run(main())
+
+
+def test_small_pictures_mind_the_limit_of_pixels_too(predictor: Predictor) -> None:
+    with TestClient(create_app(predictor, settings(predictor, max_pixels=479))) as client:
+        reply = client.post("/predict", content=picture(size=(24, 20)))
+    assert reply.status_code == 413
+    assert "more than the limit of 479" in reply.json()["detail"]
 
 
 def test_slow_uploads_are_hung_up_on(predictor: Predictor) -> None:

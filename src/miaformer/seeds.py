@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 
 import numpy as np
+import torch
 
 
 def stream_seed(*names: int | str) -> int:
@@ -15,3 +17,11 @@ def stream_seed(*names: int | str) -> int:
     """
     numbers = [zlib.crc32(name.encode()) if isinstance(name, str) else name for name in names]
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def seed_everything(*names: int | str) -> None:
+    """Python's, numpy's and torch's global generators, for what draws from them: new weights, dropout, mixup."""
+    seed = stream_seed(*names)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - timm's mixup draws from the global generator
+    torch.manual_seed(seed)

@@ -31,9 +31,9 @@ from miaformer.evaluation import describe_environment, time_pairs
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
 from miaformer.files import whole_file
 from miaformer.model import MIAFormer, adapt
+from miaformer.seeds import seed_everything
 from miaformer.training import Recipe, is_trained, new_backbone, train, train_recipe
 from miaformer.training.progress import core_seconds
-from miaformer.training.trainer import seed_everything
 
 Array = NDArray[Any]
 

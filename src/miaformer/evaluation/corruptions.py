@@ -7,7 +7,6 @@ strengths are those of ImageNet-C, whatever the size of the pictures: of small o
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from miaformer.data import Batches, ImageData, build_transform
 from miaformer.evaluation.contenders import Contender
 from miaformer.evaluation.evaluate import compare
 from miaformer.model import MIAFormer
+from miaformer.seeds import stream_seed
 
 CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
@@ -50,8 +50,7 @@ class Corrupted(ImageData):
                 f"{self.whole.name}: picture {index} is {picture.width} x {picture.height}, and corruptions need "
                 f"{LEAST_SIDE} pixels a side"
             )
-        drawn = np.random.SeedSequence([self.seed, index, zlib.crc32(self.corruption.encode())])
-        seed = int(drawn.generate_state(1)[0])
+        seed = stream_seed(self.seed, index, self.corruption)
         extra = {"seed": seed} if self.corruption in _SEEDED else {}
         pixels = np.asarray(picture.convert("RGB"))
         before, before_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the library draws from it

@@ -55,7 +55,7 @@ class _Direct(APIRoute):
 
 class _Shortcut:
     """Middleware: answers what most requests ask for before FastAPI looks at it, whose routing and clearing up took
-    another third. That its routes give the same answer, a test holds it to.
+    another third. Its routes give the same answer, and do where the application is mounted below another path.
     """
 
     def __init__(self, app: ASGIApp, path: str, answer: Callable[[Request], Awaitable[Response]]) -> None:

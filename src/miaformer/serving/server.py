@@ -31,6 +31,7 @@ T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 
 SMALL_BYTES, SMALL_PIXELS = 16_384, 128 * 128
+SIZE_FIRST = (b"\x89PNG", b"\xff\xd8\xff")  # formats that say their size before anything is decoded, as icons do not
 CLIENT_LEFT = 499  # as nginx counts those who hang up before their answer
 _log = logging.getLogger(__name__)
 
@@ -162,25 +163,18 @@ class Server:
         return cap
 
     async def _decode(self, upload: Upload) -> list[Tensor]:
-        if len(upload.pictures) == 1:
-            with suppress(TooManyPixelsError):
-                return [self._decoded_here(*upload.pictures[0])]
+        """Small pictures that come alone here and now: to tell another thread of them would take longer."""
         loop, most = asyncio.get_running_loop(), self.settings.max_pixels
+        name, encoded = upload.pictures[0]
+        if len(upload.pictures) == 1 and len(encoded) <= SMALL_BYTES and encoded.startswith(SIZE_FIRST):
+            with suppress(TooManyPixelsError):
+                return [self.predictor.pixels(encoded, name, min(SMALL_PIXELS, most))]
         return await asyncio.gather(
             *(
                 loop.run_in_executor(self._decoders, self.predictor.pixels, encoded, name, most)
                 for name, encoded in upload.pictures
             )
         )
-
-    def _decoded_here(self, name: str, encoded: bytes) -> Tensor:
-        """A picture so small that another thread would take longer to be told of it than to decode it.
-
-        Raises TooManyPixelsError where it is not.
-        """
-        if len(encoded) > SMALL_BYTES:
-            raise TooManyPixelsError(name)
-        return self.predictor.pixels(encoded, name, min(SMALL_PIXELS, self.settings.max_pixels))
 
     async def _waited_for(self, request: Request, work: asyncio.Future[T]) -> T:
         """What becomes of it, for as long as the client waits."""

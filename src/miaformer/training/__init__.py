@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from miaformer.training.interrupts import Interrupted
 from miaformer.training.recipes import RECIPES, Recipe, Stage, get_recipe
 from miaformer.training.run import is_trained, new_backbone, train, train_recipe, trained_model
-from miaformer.training.trainer import Interrupted
 
 __all__ = [
     "RECIPES",

@@ -24,10 +24,11 @@ from miaformer.evaluation.environment import describe_environment
 from miaformer.files import check_holds_no_run
 from miaformer.model import MIAFormer, adapt
 from miaformer.model_files import read_json
+from miaformer.seeds import seed_everything
 from miaformer.stem import ConvPatchEmbed
 from miaformer.training.progress import Display
 from miaformer.training.recipes import Recipe, get_recipe, with_defaults
-from miaformer.training.trainer import Trainer, seed_everything
+from miaformer.training.trainer import Trainer
 
 
 def train(

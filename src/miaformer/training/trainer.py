@@ -7,16 +7,11 @@ that a resumed run goes on exactly, and several processes do what one would.
 from __future__ import annotations
 
 import copy
-import random
-import signal
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -28,10 +23,11 @@ from torch import Tensor, nn
 from miaformer.data import Batch, Batches, DeviceBatches
 from miaformer.engine.masked import Masked
 from miaformer.model import MIAFormer
-from miaformer.seeds import stream_seed
+from miaformer.seeds import seed_everything, stream_seed
 from miaformer.training.adversarial import Adversary
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
 from miaformer.training.gates import Draws, Leaving, Relaxed
+from miaformer.training.interrupts import Interrupted, StopRequest
 from miaformer.training.objective import Objective, Outcome, Step
 from miaformer.training.optimizer import stage_optimizer
 from miaformer.training.progress import DURATIONS, Display, Duration, Means, MetricsFile
@@ -39,14 +35,6 @@ from miaformer.training.recipes import Recipe, Stage
 from miaformer.training.tariff import Tariff
 
 _GATES, _SECOND_GATES, _START, _CLIMBED_GATES = range(4)  # separate streams of random numbers
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training stopped on request, its state saved."""
-
-    def __init__(self, checkpoint: Path, step: int) -> None:
-        super().__init__(f"stopped after step {step}, saved as {checkpoint}")
-        self.checkpoint, self.step = checkpoint, step
 
 
 @dataclass(frozen=True)
@@ -91,7 +79,7 @@ class Trainer:
                 num_classes=model.num_classes,
             )
         self.adversary = self._adversary()
-        self._stop = False  # asked of this process
+        self._stop = StopRequest()  # of this process
         self._agreed_to_stop = False  # by all processes, in the step before
 
     @property
@@ -109,7 +97,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         metrics = MetricsFile(self.out / "metrics.jsonl", start) if main else None
         try:
-            with self._interrupts():
+            with self._stop.by_interrupt():
                 for span in self.spans:
                     if span.last < start:
                         continue
@@ -162,7 +150,7 @@ class Trainer:
                 metrics.write({"step": step, "stage": stage.kind, **values, **rates})
                 self.accelerator.log({f"{stage.kind}/{name}": v for name, v in {**values, **rates}.items()}, step=step)
             self.display.step(step - span.first, running.update(values))
-            stop = self._stop if self.accelerator.num_processes == 1 else self._agreed_to_stop
+            stop = self._stop.asked if self.accelerator.num_processes == 1 else self._agreed_to_stop
             if stop or step == span.last or step % self.recipe.checkpoint_every == 0:
                 saved = save_checkpoint(self.accelerator, self.checkpoint_dir, step, self.recipe.keep_checkpoints)
                 if metrics is not None:
@@ -213,7 +201,7 @@ class Trainer:
                 given.draws.budgets,
                 felt.to(device) * len(images) / self._loss_scale(),
                 outcome.hardness.float(),
-                torch.full_like(outcome.task_loss, float(self._stop)),
+                torch.full_like(outcome.task_loss, float(self._stop.asked)),
             ],
             dim=1,
         )
@@ -332,31 +320,6 @@ class Trainer:
 
         self.tariff.start(mean_fraction)
 
-    @contextmanager
-    def _interrupts(self) -> Iterator[None]:
-        """The first Ctrl-C asks to stop after the step at hand; the second one stops at once.
-
-        One that follows within a second is the same one: terminal and launcher may both pass it on.
-        """
-        asked_at = float("inf")
-
-        def request(signum: int, frame: Any) -> None:
-            nonlocal asked_at
-            if time.monotonic() > asked_at + 1:
-                raise KeyboardInterrupt
-            asked_at = min(asked_at, time.monotonic())
-            self._stop = True
-
-        try:
-            before = signal.signal(signal.SIGINT, request)
-        except ValueError:  # not the main thread: its owner handles signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
 
 class _RunState:
     """What a checkpoint holds beside weights and optimiser."""
@@ -389,14 +352,6 @@ def spans(recipe: Recipe, steps_per_epoch: int) -> list[Span]:
             result.append(Span(stage, first, first + length))
         first += length
     return result
-
-
-def seed_everything(seed: int, step: int, rank: int) -> None:
-    """Python's, numpy's and torch's global generators, for what draws from them in this step (dropout, mixup)."""
-    mixed = stream_seed(seed, step, rank)
-    random.seed(mixed)
-    np.random.seed(mixed)  # noqa: NPY002 - timm's mixup draws from the global generator
-    torch.manual_seed(mixed)
 
 
 def _smooth(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
