@@ -80,6 +80,11 @@ def test_views_answer_what_the_deployed_model_answers(kind: str, cap: float | No
     for name in ("fixed", "through"):
         seen = target.views[name](images)
         assert torch.allclose(seen.logits, deployed.logits, atol=1e-9), name
+        assert seen.logits.requires_grad
+        with torch.no_grad():
+            queried = target.views[name](images)  # skips what it does not execute, as deployed
+        assert torch.equal(queried.logits, deployed.logits), name
+        assert torch.equal(queried.macs_fraction, deployed.macs_fraction), name
     through = target.views["through"](images).macs_fraction
     if cap is None:  # what a cap forbids is not scored, which the view counts
         assert torch.allclose(through, deployed.macs_fraction.double(), atol=1e-6)

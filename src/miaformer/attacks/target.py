@@ -36,7 +36,8 @@ class Target:
     """A classifier under attack.
 
     deployed: what is used, and judged; needs no gradient. views: the same output with gradients, by what they see:
-    `fixed` takes the decisions as given, `through` differentiates through them. is_random: whether two calls differ.
+    `fixed` takes the decisions as given, `through` differentiates through them; asked without gradients they are
+    `deployed`, which skips. is_random: whether two calls differ.
     """
 
     name: str
@@ -123,6 +124,8 @@ def adaptive_target(
 
     def view(make: Callable[[Fixed], Policy]) -> Classifier:
         def classify(images: Tensor) -> Answer:
+            if not torch.is_grad_enabled():  # thousands of times an image where an attack only queries
+                return deployed(images)
             normalised = pixels.normalised(images)
             with torch.no_grad():
                 trace = model.run(normalised.detach(), policy=drawn(), cap=cap).trace
