@@ -63,17 +63,17 @@ def accuracies(model: MIAFormer, eps: float) -> tuple[float, float]:
 def test_a_backbone_trained_on_withstands_more_where_it_is_attacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From one that is trained: from scratch images this small are not learned under attack. Measured 0.44 and 0.99."""
+    """From one that is trained out: images this small are not learned under attack. Four seeds: 0.28 to 0.43 more."""
     monkeypatch.setattr(tiny_training, "IMAGES", 800)
-    first = replace(RECIPE, stages=(replace(RECIPE.stages[0], epochs=6, lr=2e-3),))
+    first = replace(RECIPE, stages=(replace(RECIPE.stages[0], epochs=12, lr=2e-3),))
     trained = run(tmp_path / "first", first)
-    further = replace(first, stages=(replace(first.stages[0], epochs=4),))
+    further = replace(first, stages=(replace(first.stages[0], epochs=4, lr=1e-3),))
     plain = run(tmp_path / "plain", further, copy.deepcopy(trained))
-    robust = run(tmp_path / "robust", replace(further, adversarial_eps=10 / 255), copy.deepcopy(trained))
-    clean, attacked = accuracies(plain, 18 / 255)
-    robust_clean, robust_attacked = accuracies(robust, 18 / 255)
+    robust = run(tmp_path / "robust", replace(further, adversarial_eps=14 / 255), copy.deepcopy(trained))
+    clean, attacked = accuracies(plain, 28 / 255)
+    robust_clean, robust_attacked = accuracies(robust, 28 / 255)
     assert min(clean, robust_clean) > 0.9
-    assert robust_attacked > attacked + 0.25
+    assert robust_attacked > attacked + 0.15
 
 
 def test_the_teacher_sees_images_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
