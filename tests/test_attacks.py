@@ -37,6 +37,7 @@ from miaformer.attacks import (
     universal_patch,
 )
 from miaformer.attacks.compute import Patch, patch_size
+from miaformer.attacks.evaluate import ANSWERS
 from miaformer.attacks.plot import plot_robustness
 from miaformer.policy import Random, Sampling
 
@@ -362,7 +363,7 @@ def evaluation(model: MIAFormer, **settings: Any) -> tuple[RobustnessEvaluation,
     return RobustnessEvaluation(images, labels, static, model.num_classes, Climb(steps=3), **settings), [static, target]
 
 
-def ignored(what: str, done: int) -> None:
+def ignored(what: str, done: int, total: int | None) -> None:
     pass
 
 
@@ -463,13 +464,43 @@ def test_what_is_done_is_kept_and_another_one_is_refused(tmp_path: Path) -> None
         for path in out.glob("adaptive-*.npz"):
             path.unlink()  # as if stopped
         seen: list[str] = []
-        again = attack.run(targets, ("fgsm",), [Ball(0.02)], lambda what, done: seen.append(what))
+        again = attack.run(targets, ("fgsm",), [Ball(0.02)], lambda what, *_: seen.append(what))
     assert again == first
+    seen = [what for what in seen if what != ANSWERS]
     assert seen
     assert all("adaptive" in what for what in seen)  # what was there is not done again
     other, _ = evaluation(model, out=out, fingerprint={"model": "b"})
     with pytest.raises(ValueError, match="attacks with another model"):
         other.run(targets, ("fgsm",), [Ball(0.02)], ignored)
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(2.0)])
+def test_stopped_between_batches_it_goes_on_as_if_it_never_was(tmp_path: Path, sampling: Sampling | None) -> None:
+    model = lively(2)
+    target = learned_target(model, sampling=sampling)
+    done: list[tuple[str, int, int | None]] = []
+
+    def stop(what: str, images: int, total: int | None) -> None:
+        done.append((what, images, total))
+        if "pgd" in what:
+            raise KeyboardInterrupt
+
+    def attack(out: Path | None) -> RobustnessEvaluation:
+        return evaluation(model, out=out, batch_size=10)[0]
+
+    with frozen(model):
+        uninterrupted = attack(None).run([target], ("fgsm", "pgd"), [Ball(0.02)], ignored)
+        with pytest.raises(KeyboardInterrupt):
+            attack(tmp_path).run([target], ("fgsm", "pgd"), [Ball(0.02)], stop)
+        again: list[tuple[str, int, int | None]] = []
+        resumed = attack(tmp_path).run([target], ("fgsm", "pgd"), [Ball(0.02)], lambda *seen: again.append(seen))
+    assert resumed == uninterrupted
+    what = next(what for what, *_ in done if "pgd" in what)
+    assert [images for who, images, _ in done if who == what] == [10]
+    assert [(images, total) for who, images, total in again if who != ANSWERS] == [(20, 24), (24, 24)]
+    answers = [images for who, images, _ in again if who == ANSWERS]  # it tells that it lives, not only batch by batch
+    assert answers == sorted(answers)
+    assert len(answers) > 2 * 3  # the steps of two batches
 
 
 def test_a_target_that_draws_is_judged_by_its_share_of_right_answers() -> None:

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,17 @@ from torch import Tensor, nn
 from miaformer.attacks.compute import Patch, best_patch
 from miaformer.attacks.gradient import Ball, Climb
 from miaformer.attacks.methods import ATTACKS, DRAWS, Given
-from miaformer.attacks.target import Target, steadied
+from miaformer.attacks.target import Target, steadied, watched
 from miaformer.evaluation.intervals import interval, resampled
 from miaformer.files import whole_file
 from miaformer.seeds import stream_seed
 
 Array = NDArray[Any]
-OnProgress = Callable[[str, int], None]  # what is under way, and images done
+OnProgress = Callable[[str, int, int | None], None]  # what is under way, how much of it is done, and of how much
 
 PATCH_DRAWS = 2  # a step: its batches are averaged over anyway
-VERSION = 1  # of what attacks do: another one does not go on with what was kept
+ANSWERS = "answers"  # progress within an attack: images that its target was asked about
+VERSION = 2  # of what attacks do: another one does not go on with what was kept
 ASKED = 8  # times, of a target that draws
 WORST = "worst"
 
@@ -65,7 +65,8 @@ class RobustnessEvaluation:
 
     images: pixels (n, 3, H, W) from 0 to 1; labels: (n,). static: the backbone, to transfer from; spender: the learned
     policy, to transfer attacks on compute from to targets whose decisions have no gradient. out: where verdicts
-    are kept, so that the same evaluation goes on where it was stopped; fingerprint: what must be the same for that.
+    are kept, batch by batch, so that the same evaluation goes on where it was stopped; fingerprint: what must be the
+    same for that.
     cascade: each attack on errors sees only the images that withstood those before it, at this radius and at smaller
     ones: the worst in less time, other rows are cumulative. batch_size: images attacked at once.
     """
@@ -140,7 +141,10 @@ class RobustnessEvaluation:
                 what = f"{attack}, {aim.name}"
                 if aim.name not in patches:
                     steady = steadied(aim, PATCH_DRAWS) if aim.is_random else aim
-                    report = partial(on_progress, what)
+
+                    def report(step: int, what: str = what) -> None:
+                        on_progress(what, step, steps)
+
                     keeps = attack == "patch-kept"
                     with seeded(self.seed, what):
                         patches[aim.name] = best_patch(steady, learned_on, share, steps, keeps, self.seed, report)
@@ -162,33 +166,37 @@ class RobustnessEvaluation:
         self, target: Target, attack: str | None, ball: Ball | None, among: Array, on_progress: OnProgress
     ) -> Verdict:
         """Of the images `among` (n,), attacked or, without attack and ball, as they are; 0 of all others."""
-        path = None
-        if self.out is not None:
-            radius = "" if ball is None else f"-{ball.norm}-{ball.eps!r}"
-            path = self.out / f"{target.name}-{attack or 'clean'}{radius}.npz"
-            if path.exists():
-                with np.load(path) as kept:
-                    if np.array_equal(kept["among"], among):  # in a cascade those before may have been others
-                        return Verdict(kept["right"], kept["macs_fraction"])
         what = f"{attack or 'clean'}, {target.name}" + ("" if ball is None else f", eps {ball}")
-        right, macs = np.zeros(len(among)), np.zeros(len(among))
         places = np.flatnonzero(among)
-        with seeded(self.seed, what):  # the same whatever was done before
-            aim = steadied(target, DRAWS) if target.is_random else target
-            for start in range(0, len(places), self.batch_size):
-                some = places[start : start + self.batch_size]
-                which = torch.from_numpy(some)
-                images, labels = self.images[which], self.labels[which]
+        radius = "" if ball is None else f"-{ball.norm}-{ball.eps!r}"
+        path = None if self.out is None else self.out / f"{target.name}-{attack or 'clean'}{radius}.npz"
+        done, found = _kept(path, among)
+        aim = steadied(target, DRAWS) if target.is_random else target
+        answers = 0
+
+        def on_answers(images: int) -> None:
+            nonlocal answers
+            answers += images
+            on_progress(ANSWERS, answers, None)
+
+        aim, static = watched(aim, on_answers), watched(self.static, on_answers)
+        spender = None if self.spender is None else watched(self.spender, on_answers)
+        for start in range(done, len(places), self.batch_size):
+            some = places[start : start + self.batch_size]
+            which = torch.from_numpy(some)
+            images, labels = self.images[which], self.labels[which]
+            with seeded(self.seed, f"{what}, from {start}"):  # the same whatever was done before
                 if attack is not None and ball is not None:
-                    given = Given(self.static, self.spender, ball, self.climb, self.num_classes, self.seed + start)
+                    given = Given(static, spender, ball, self.climb, self.num_classes, self.seed + start)
                     images = ATTACKS[attack].run(aim, images, labels, given)
-                found = judge(target, images, labels)
-                right[some], macs[some] = found.right, found.macs_fraction
-                on_progress(what, start + len(some))
-        if path is not None:
-            with whole_file(path) as unfinished, unfinished.open("wb") as file:
-                np.savez_compressed(file, right=right, macs_fraction=macs, among=among)
-        return Verdict(right, macs)
+                part = judge(target, images, labels)
+            found.right[some], found.macs_fraction[some] = part.right, part.macs_fraction
+            done = start + len(some)
+            if path is not None:
+                with whole_file(path) as unfinished, unfinished.open("wb") as file:
+                    np.savez_compressed(file, **vars(found), among=among, done=done)
+            on_progress(what, done, len(places))
+        return found
 
     def _check_out(self) -> None:
         """Raises ValueError where `out` holds another one."""
@@ -216,6 +224,15 @@ class RobustnessEvaluation:
         else:
             with whole_file(path) as unfinished:
                 unfinished.write_text(json.dumps(asked, indent=1) + "\n")
+
+
+def _kept(path: Path | None, among: Array) -> tuple[int, Verdict]:
+    """How many of the images `among` (n,) have a verdict there, and these verdicts; 0 of all others."""
+    if path is not None and path.exists():
+        with np.load(path) as kept:
+            if np.array_equal(kept["among"], among):  # in a cascade those before may have been others
+                return int(kept["done"]), Verdict(kept["right"], kept["macs_fraction"])
+    return 0, Verdict(np.zeros(len(among)), np.zeros(len(among)))
 
 
 def _elsewhere(found: Verdict, clean: Verdict, among: Array) -> Verdict:

@@ -67,6 +67,21 @@ def steadied(target: Target, draws: int) -> Target:
     return replace(target, deployed=mean(target.deployed), views=views)
 
 
+def watched(target: Target, on_answers: Callable[[int], None]) -> Target:
+    """The same, which tells of how many images it was asked whenever it is: attacks take long, and say nothing."""
+
+    def telling(classify: Classifier) -> Classifier:
+        def answer(images: Tensor) -> Answer:
+            found = classify(images)
+            on_answers(len(images))
+            return found
+
+        return answer
+
+    views = {name: telling(view) for name, view in target.views.items()}
+    return replace(target, deployed=telling(target.deployed), views=views)
+
+
 @dataclass(frozen=True)
 class Pixels:
     """Between pixels, from 0 to 1, and what a model reads."""

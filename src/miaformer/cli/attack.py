@@ -284,7 +284,7 @@ def _masking(
                 aim, images, labels, largest, evaluation.climb, evaluation.num_classes, evaluation.seed
             )
         found += [{"target": target.name, **vars(sign)} for sign in signs]
-        on_progress("gradient masking", place + 1)
+        on_progress("gradient masking", place + 1, len(targets))
     return found
 
 

@@ -62,9 +62,10 @@ class LiveProgress:
             disable=not out.is_terminal,
         )
 
-    def __call__(self, stage: str, done: int) -> None:
+    def __call__(self, stage: str, done: int, total: int | None = None) -> None:
+        """total: where only the caller knows it."""
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=self._totals.get(stage))
+            self._tasks[stage] = self._progress.add_task(stage, total=total or self._totals.get(stage))
         self._progress.update(self._tasks[stage], completed=done)
 
     def __enter__(self) -> LiveProgress:
