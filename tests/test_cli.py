@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import torch
 from command_line import batches_of, classifier, run
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 from vits import pictures
 
 import miaformer
@@ -305,3 +308,24 @@ def test_pictures_of_the_tests_differ() -> None:
     with torch.inference_mode():
         macs = model.run(pictures(model.backbone, 16), price=1.0).trace.macs
     assert len(set(macs.tolist())) > 3
+
+
+@pytest.mark.parametrize("width", [120, 80, 66, 40])
+def test_no_terminal_is_too_narrow_for_a_table(width: int) -> None:
+    values = [f"{place}.{'7' * 9}" for place in range(6)]
+    table = Table(caption="some numbers")
+    table.add_column("who", no_wrap=True)
+    for place in range(6):
+        table.add_column(f"number {place}", justify="right", no_wrap=True)
+    table.add_row("one", *values, end_section=True)
+    table.add_row("another", *values)
+    shown = io.StringIO()
+    terminal = Console(file=shown, width=width)
+    output.print_table(terminal, table)
+    lines = shown.getvalue().splitlines()
+    assert [line for line in lines if all(value in line for value in values)] == [
+        line for line in lines if "7" in line
+    ]  # nothing is cut, nothing wraps
+    assert len([line for line in lines if "7" in line]) == 2
+    assert max(map(len, lines)) <= max(width, len("another") + sum(1 + len(value) for value in values))
+    assert terminal.width == width

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from miaformer.attacks import Ball, Climb, Pixels, RobustnessEvaluation, frozen, weights_hash
-    from miaformer.cli.output import LiveProgress, console, write_json
+    from miaformer.cli.output import LiveProgress, console, print_table, write_json
     from miaformer.data import open_data, spread
     from miaformer.evaluation.environment import describe_environment
 
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
         "environment": describe_environment(device, args.seed),
     }
     out.print(f"{args.model} on {len(labels):,} images of {data.name}", markup=False, soft_wrap=True)
-    out.print(_table(rows))
+    print_table(out, _table(rows))
     for sign in signs:
         if not sign["passed"]:
             out.print(

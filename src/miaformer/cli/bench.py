@@ -140,11 +140,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace, report: dict[str, Any]) -> None:
     from miaformer.cli.bench_output import bench_notes, bench_tables
-    from miaformer.cli.output import console, write_json
+    from miaformer.cli.output import console, print_table, write_json
 
     out = console()
     for table in bench_tables(report):
-        out.print(table)
+        print_table(out, table)
     for note in bench_notes(report):
         out.print(note, soft_wrap=True, markup=False)
     if args.json:

@@ -189,13 +189,13 @@ def _train(comparison: Comparison, what: list[str], device: str | None) -> int:
 def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run], missing: list[Run]) -> None:
     from dataclasses import asdict
 
-    from miaformer.cli.output import console, write_json
+    from miaformer.cli.output import console, print_table, write_json
     from miaformer.comparison.results import read_points, summarise
     from miaformer.evaluation.environment import describe_environment
 
     table = summarise(*read_points([comparison.directory(one) for one in measured]))
     out = console()
-    out.print(_table(table))
+    print_table(out, _table(table))
     for name, fraction in table.at_equal_accuracy.items():
         out.print(f"{name}: half a point below dense at {fraction:.3f} of the MACs", markup=False)
     for at in table.adaptivity:

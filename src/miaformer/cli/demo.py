@@ -103,7 +103,7 @@ def _train_and_show(args: argparse.Namespace, out: Path, device: torch.device) -
 
 def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
     """Evaluate and time a calibrated model on the test split, print the table, and write report and pictures."""
-    from miaformer.cli.output import LiveProgress, console, report_notes, report_table, write_json
+    from miaformer.cli.output import LiveProgress, console, print_table, report_notes, report_table, write_json
     from miaformer.data import open_data
     from miaformer.evaluation import compare, contenders
     from miaformer.evaluation.plots import plot_adaptivity, plot_tradeoff
@@ -121,7 +121,7 @@ def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
     for row in rows:
         timings.setdefault((row["policy"], row["budget"]), {})[row["batch"]] = row["time_fraction"]
     terminal = console()
-    terminal.print(report_table(report, timings))
+    print_table(terminal, report_table(report, timings))
     for note in report_notes(report):
         terminal.print(note, soft_wrap=True, markup=False)
 

@@ -104,7 +104,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from miaformer.cli.output import LiveProgress, console, report_notes, report_table, write_json
+    from miaformer.cli.output import LiveProgress, console, print_table, report_notes, report_table, write_json
     from miaformer.data import open_data
     from miaformer.evaluation import calibrate, compare, contenders
 
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     report = {"model": args.model, "data": images.name, "calibration": _calibration(model), **report}
     out = console()
     out.print(f"{args.model} on {images.name}")
-    out.print(report_table(report))
+    print_table(out, report_table(report))
     for note in report_notes(report):
         out.print(note, soft_wrap=True, markup=False)
     for row in report.get("latency", ()):
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.calibrate and model.calibration is not None:
         out.print(f"Calibrated for this evaluation on {model.calibration.data}.", soft_wrap=True, markup=False)
     if "corruptions" in report:
-        out.print(_corruption_table(report["corruptions"]))
+        print_table(out, _corruption_table(report["corruptions"]))
     if args.json:
         write_json(args.json, report)
         out.print(f"wrote {args.json}", soft_wrap=True, markup=False)

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -85,6 +87,29 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed:.1f} {self.unit}/s", style="cyan")
+
+
+def print_table(out: Console, table: Table) -> None:
+    """Print it whole, however narrow the terminal: without a frame where that does not fit, then closer together, and
+    at last beyond the edge.
+    """
+    if _width(out, table) > out.width:
+        table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, (0, 1, 0, 0)
+        for column in table.columns:
+            column.header = str(column.header).replace(" ", "\n")
+    if _width(out, table) > out.width:
+        table.padding = 0
+    terminal = out.width
+    out.width = max(terminal, _width(out, table))
+    try:
+        out.print(table, crop=False)
+    finally:
+        out.width = terminal
+
+
+def _width(out: Console, table: Table) -> int:
+    """Columns that it takes when nothing is cut off."""
+    return Measurement.get(out, out.options.update(width=10_000), table).maximum
 
 
 def report_table(
