@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from miaformer.evaluation.comparison_rows import COLUMNS, OURS, written
+from miaformer.evaluation.corruptions import mean_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -102,7 +103,7 @@ def under_attack(report: Report, name: str) -> str:
     """
     about = {"adaptive": "adaptive at 0.5 of the MACs", "backbone": "static"}
     rows = []
-    for eps in (2, 4, 8):
+    for eps in (1, 2, 4, 8):
         for model, words in about.items():
             other = json.loads((RESULTS / f"attack-{model}-{eps}.json").read_text())
             found = {row["attack"]: row for row in other["rows"] if row["target"] == model}
@@ -138,6 +139,44 @@ def carried_over(report: Report, name: str) -> str:
     head = ("executed", "clean, %", "PGD made on the static model, % (95 %)", "made on itself")
     files = f"[JSON](../benchmarks/results/{name}), [drawn](../benchmarks/results/{drawn})"
     return f"`{_command(report)}` ({files})\n\n{_table(head, rows)}"
+
+
+def withstood(report: Report, name: str) -> str:
+    """What is right after each attack and those before it, AutoAttack the last. Beside NAME, which is the adaptive
+    model's, lie the static one's and the one's that draws its decisions.
+    """
+    about = {"backbone": "static", "adaptive": "adaptive at 0.5 of the MACs", "sampled": "the same, decisions drawn"}
+    attacks = ("fgsm", "pgd", "adaptive", "transfer", "autoattack")
+    rows = []
+    for model, words in about.items():
+        file = name.replace("adaptive", model)
+        other = json.loads((RESULTS / file).read_text())
+        found = {row["attack"]: row for row in other["rows"]}
+        right = (f"{100 * found[one]['robust']:.1f}" if one in found else "" for one in attacks)
+        clean = f"{100 * found['worst']['clean']:.1f}"
+        link = f"[JSON](../benchmarks/results/{file})"
+        rows.append((words, other["steps"], clean, *right, _robust(found["worst"]), link))
+    head = ("model", "steps", "clean, %", "FGSM", "then PGD", "then adaptive", "then carried over", "then AutoAttack")
+    return f"`{_command(report)}`\n\n{_table((*head, 'worst, % (95 %)', ''), rows)}"
+
+
+def corrupted(report: Report, name: str) -> str:
+    """Accuracy, and MACs where images differ in them, by corruption: means over severities."""
+    means = mean_rows(report["corruptions"])
+    asked = list(dict.fromkeys((row["policy"], row["budget"]) for row in means))
+    found = {(row["corruption"], row["policy"], row["budget"]): row for row in means}
+
+    def cell(corruption: str, policy: str, budget: float | None) -> str:
+        row = found[corruption, policy, budget]
+        accuracy = f"{100 * row['accuracy']:.1f}"
+        return accuracy if policy == "dense" else f"{accuracy} ({row['macs_fraction']:.3f})"
+
+    rows = [
+        (f"**{one}**" if one == "mean" else one.replace("_", " "), *(cell(one, *column) for column in asked))
+        for one in dict.fromkeys(row["corruption"] for row in means)
+    ]
+    head = ("", *(policy if budget is None else f"{policy}, {budget:g}" for policy, budget in asked))
+    return f"`{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
 
 
 def _robust(row: dict[str, Any]) -> str:
@@ -321,6 +360,8 @@ TABLES: dict[str, Callable[[Report, str], str]] = {
         monitor,
         under_attack,
         carried_over,
+        withstood,
+        corrupted,
         dearer,
         comparison,
         rivals,

@@ -47,6 +47,22 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"miaformer {miaformer.__version__}\n", "")
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("train", "--recipe", "digits", "--out", "x", "--seed", -1), "--seed: -1 must be a whole number"),
+        (("attack", "x", "--data", "x", "--seed", 2**63), "less than 2**63 (see miaformer attack --help)"),
+        (("compare", "--seeds", 0, 1.5), "--seeds: 1.5 must be a whole number"),
+        (("export", "x", "x.onnx", "--budget", 0.5), "arguments: --budget 0.5 (see miaformer export --help)"),
+    ],
+)
+def test_wrong_usage_is_said_in_a_line(capsys: pytest.CaptureFixture[str], argv: tuple[object, ...], said: str) -> None:
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
 def test_help_and_wrong_usage_wait_for_no_heavy_import() -> None:
     script = (
         "import sys; from miaformer.cli import main\n"

@@ -23,6 +23,11 @@ def test_every_name_has_numbers_of_its_own() -> None:
     assert torch.equal(again, firsts[5])
 
 
+def test_a_number_below_zero_is_named() -> None:
+    with pytest.raises(ValueError, match="seed -3 must be a whole number, 0 or more"):
+        stream_seed("start", -3)
+
+
 def test_attacks_of_other_seeds_and_of_other_names_draw_otherwise() -> None:
     found = []
     for seed, what in ((0, "pgd"), (1, "pgd"), (0, "fgsm"), (0, "pgd")):

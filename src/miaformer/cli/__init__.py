@@ -108,9 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (by default this process's own) and return its exit status."""
     try:
-        args = build_parser().parse_args(argv)
+        args, unknown = build_parser().parse_known_args(argv)
     except SystemExit as end:  # of --help, --version and wrong usage
         return int(end.code or 0)
+    if unknown:
+        _say(f"error: unrecognized arguments: {' '.join(unknown)} (see miaformer {args.command} --help)")
+        return 2
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.run(args))

@@ -42,6 +42,13 @@ def class_names(file: str | None, model: MIAFormer) -> list[str] | None:
     return names
 
 
+def seed_number(text: str) -> int:
+    """What --seed may be, as an argparse type."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, 0 or more and less than 2**63")
+    return int(text)
+
+
 def add_compute(parser: argparse.ArgumentParser, batch_size: int | None) -> None:
     """--batch-size (unless None), --device, --dtype and --threads."""
     group = parser.add_argument_group("how it runs")

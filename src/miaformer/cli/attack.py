@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model, radius
+from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model, radius, seed_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +88,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--patch-area", type=float, default=0.02, metavar="A", help="of the image (default: 0.02)")
     parser.add_argument("--patch-steps", type=int, default=200, metavar="N", help="of learning it (default: 200)")
     parser.add_argument("--no-masking-check", action="store_true", help="leave the check for gradient masking out")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of everything random (default: 0)")
     parser.add_argument("--out", metavar="DIR", help="keep what is done here, and go on from there")
     parser.add_argument("--json", metavar="FILE", help="write the report here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy over the radius here")

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import DTYPES, add_command, open_device, open_model
+from miaformer.cli.arguments import DTYPES, add_command, open_device, open_model, seed_number
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--memory", action="store_true", help="measure peak memory too, in processes of their own")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
-    parser.add_argument("--seed", type=int, default=0, help="of pictures, weights and controllers (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of pictures, weights and controllers (default: 0)")
     parser.add_argument("--json", metavar="FILE", help="write the report here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw time over MACs here")
     parser.set_defaults(run=run)

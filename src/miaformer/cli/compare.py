@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, open_device
+from miaformer.cli.arguments import add_command, open_device, seed_number
 from miaformer.cli.processes import (
     STOPPED,
     add_processes,
@@ -67,9 +67,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--data", metavar="D", help="a folder, or a name timm knows; default: the recipe's")
     parser.add_argument("--out", required=True, metavar="DIR", help="where runs lie, and are looked for")
     parser.add_argument("--methods", nargs="+", metavar="M", help="some of those above (default: all but ablations)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of ours (default: 0 1 2)")
     parser.add_argument(
-        "--rival-seeds", type=int, nargs="+", default=[0], metavar="N", help="of the others (default: 0)"
+        "--seeds", type=seed_number, nargs="+", default=[0, 1, 2], metavar="N", help="of ours (default: 0 1 2)"
+    )
+    parser.add_argument(
+        "--rival-seeds", type=seed_number, nargs="+", default=[0], metavar="N", help="of the others (default: 0)"
     )
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), metavar="B")
     parser.add_argument("--epochs-scale", type=float, default=1.0, metavar="X", help="every stage X times as long")

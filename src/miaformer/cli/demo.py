@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, open_batches, open_device
+from miaformer.cli.arguments import add_command, open_batches, open_device, seed_number
 from miaformer.cli.demo_pictures import BUNDLED_MODEL, show_pictures
 from miaformer.cli.processes import (
     STOPPED,
@@ -52,7 +52,7 @@ TIMED_PAIRS = 3  # of each
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "demo", "train, evaluate and draw a small model", DESCRIPTION, EPILOG)
     parser.add_argument("--out", default="demo", metavar="DIR", help="where everything is written (default: demo)")
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the random policy (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of training and of the random policy (default: 0)")
     parser.add_argument("--recipe", default="digits", metavar="R", help="one with data of its own (default: digits)")
     parser.add_argument("--epochs-scale", type=float, default=1.0, metavar="X", help="train X times as long")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda where there is one")

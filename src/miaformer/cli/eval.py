@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model
+from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model, seed_number
 from miaformer.cli.budget_ms import MsBudget, add_budget_ms, open_budgets_ms
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def add_parser(subparsers: Any) -> None:
         help="measure the table from budgets to prices on DATA's calibration split first; MODEL is left as it is",
     )
     parser.add_argument("--pretrained", action="store_true", help="with timm:NAME: download its weights")
-    parser.add_argument("--seed", type=int, default=0, help="of the random policy, and of random weights (default: 0)")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of the random policy, and of random weights (default: 0)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy over MACs here")
     add_compute(parser, batch_size=64)

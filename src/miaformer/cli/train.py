@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import add_command, radius
+from miaformer.cli.arguments import add_command, radius, seed_number
 from miaformer.cli.processes import STOPPED, check_processes, is_one_of_several, run_in_processes, say_stopped
 from miaformer.files import check_holds_no_run
 
@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of weights, order, augmentation and decisions (default: 0)"
+        "--seed", type=seed_number, default=0, help="of weights, order, augmentation and decisions (default: 0)"
     )
     parser.add_argument("--epochs-scale", type=float, default=1.0, metavar="X", help="every stage X times as long")
     parser.add_argument(
