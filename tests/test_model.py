@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from vits import STRUCTURES, enliven, lively, pictures, relative, vit
@@ -197,6 +198,41 @@ def test_features_are_those_that_the_head_reads() -> None:
         cost = model.cost()
         assert features.shape == (3, cost.num_prefix_tokens + cost.num_patches, model.embed_dim)
         assert relative(model.forward_head(features), model(images, price=1.0)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("through", ["model", "backbone"])
+def test_another_classifier_is_saved_and_budgets_stay(name: str, through: str, tmp_path: Path) -> None:
+    backbone = timm.create_model(name, img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    model = miaformer.adapt(backbone)
+    model.label_names = list("abcde")
+    model.calibration = CALIBRATION
+    (model if through == "model" else model.backbone).reset_classifier(3)
+    model = model.double().eval()
+    images = torch.rand(2, 3, 32, 32).double()
+    logits = model(images, budget=0.5)
+    assert logits.shape == (2, 3)
+    model.save_pretrained(tmp_path / "model")
+    again = MIAFormer.from_pretrained(tmp_path / "model").double().eval()
+    assert torch.allclose(again(images, budget=0.5), logits, atol=1e-6)
+    assert again.num_classes == model.to_timm().num_classes == 3
+    found = again.get_classifier()
+    assert all(head.out_features == 3 for head in (found if isinstance(found, tuple) else (found,)))
+    assert again.calibration == CALIBRATION
+    assert again.label_names is model.label_names is None
+    if through == "model":
+        model.reset_classifier(0)
+        assert model(images, budget=0.5).shape == (2, 32)
+
+
+def test_a_classifier_that_cannot_be_is_named_and_changes_nothing() -> None:
+    model = lively(1)
+    before = model.get_classifier()
+    with pytest.raises(ValueError, match="num_classes=-1 must be at least 0"):
+        model.reset_classifier(-1)
+    with pytest.raises(ValueError, match="global_pool='map'"):
+        model.reset_classifier(3, "map")
+    assert model.get_classifier() is before
 
 
 def test_a_price_scale_changes_the_unit_of_prices_only() -> None:

@@ -74,8 +74,12 @@ class MIAFormer(
 
     # What it is ------------------------------------------------------------------------------------------------
 
+    @property
+    def _description(self) -> dict[str, Any]:
+        """Of the backbone as it is: one whose classifier was changed is saved as it was changed."""
+        return static.describe(self.backbone)
+
     def _describes_itself(self) -> None:
-        self._description = static.describe(self.backbone)
         self._meta = [static.check_describes(self._description, self.backbone)]  # a list: not a submodule
         self._costs: dict[tuple[int, int], Cost] = {}
 
@@ -106,7 +110,7 @@ class MIAFormer(
     def label_names(self) -> list[str] | None:
         """Names of the classes, saved with the model; None where nobody gave them."""
         names = self.pretrained_cfg.get("label_names")
-        return None if names is None else list(names)
+        return list(names) if names is not None and len(names) == self.num_classes else None
 
     @label_names.setter
     def label_names(self, names: list[str]) -> None:
@@ -323,6 +327,31 @@ class MIAFormer(
         return super().load_state_dict(*args, **kwargs)
 
     # What it becomes -------------------------------------------------------------------------------------------
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """The layer that gives logits; of a distilled ViT both, as timm has it."""
+        return cast("nn.Module | tuple[nn.Module, ...]", self.backbone.get_classifier())
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Another number of classes, by a new layer to be trained; 0 for none: features instead of logits.
+
+        What is pooled stays as it is. So do controllers and the calibration table, which tell images apart without the
+        classifier. Names of classes go. Raises ValueError for fewer classes than none, and for another pooling.
+        """
+        if num_classes < 0:
+            raise ValueError(f"num_classes={num_classes} must be at least 0")
+        if global_pool not in (None, self.backbone.global_pool):
+            raise ValueError(
+                f"global_pool={global_pool!r}: this model pools by {self.backbone.global_pool!r}; change it in timm, "
+                "before the backbone is adapted"
+            )
+        parameter = next(self.parameters())
+        self.backbone.reset_classifier(num_classes)
+        self.backbone.to(device=parameter.device, dtype=parameter.dtype)
+        known = {name: value for name, value in self.pretrained_cfg.items() if name != "label_names"}
+        if known:
+            self.backbone.pretrained_cfg = {**known, "num_classes": num_classes}  # type: ignore[assignment]
+        self._describes_itself()
 
     def to_timm(self) -> VisionTransformer:
         """The (fine-tuned) backbone as a timm model of its own, heads, units and channels in their first order."""
