@@ -18,6 +18,7 @@ import miaformer
 from miaformer import MIAFormer
 from miaformer.cost import count_macs
 from miaformer.decisions import Decisions
+from miaformer.engine import processor, products
 from miaformer.engine.products import _ONEDNN_DTYPES, OneDnn, Plain, products_for
 from miaformer.engine.sparse import ROWS_THAT_COME_AGAIN
 from miaformer.policy import Fixed, Full, Random
@@ -28,6 +29,13 @@ DTYPES = [d for d in (torch.float32, torch.bfloat16) if d in _ONEDNN_DTYPES]  # 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 # Wide enough that products of a whole image pay for oneDNN's overhead, and 144 patches, so that rows come in 16s.
 WIDE: dict[str, Any] = {"img_size": 48, "embed_dim": 192, "num_heads": 3, "mlp_ratio": 4.0, "depth": 4}
+
+
+@pytest.fixture(autouse=True)
+def one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same products are fused on every machine."""
+    monkeypatch.setattr(products, "_LEAST_MACS", 6_000_000)
+    monkeypatch.setattr(products, "_LEAST_MACS_PACKED", 0)
 
 
 class Calls(TorchDispatchMode):
@@ -118,6 +126,51 @@ def test_fused_products_are_used_where_nobody_differentiates() -> None:
         model.run(images, price=0.0)
     assert not any("_linear_pointwise" in name for name in switched_off.count)
     assert isinstance(products_for(images.double()), Plain)
+
+
+@needs_onednn
+def test_products_too_small_to_pay_are_pytorchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Intel's processors those are many, whether weights are packed or not."""
+    model = wide(torch.float32)
+    images = pictures(model.backbone, 2)
+    monkeypatch.setattr(products, "_LEAST_MACS", 10**12)
+    monkeypatch.setattr(products, "_LEAST_MACS_PACKED", 10**12)
+    with torch.inference_mode():
+        wanted = model.run(images, price=0.0, execution="masked").logits
+        for prepacked in (False, True):
+            if prepacked:
+                model.prepack()
+            with Calls() as calls:
+                found = model.run(images, price=0.0).logits
+            assert not any("_linear_pointwise" in name for name in calls.count)
+            assert relative(found, wanted) < 1e-5
+        monkeypatch.setattr(products, "_LEAST_MACS_PACKED", 10_000_000)  # a whole image's MLP, not its projection
+        with Calls() as calls:
+            found = model.run(images[:1], price=0.0).logits
+        assert 0 < sum(count for name, count in calls.count.items() if "_linear_pointwise" in name) <= 3 * 4
+        assert any("addmm" in name for name in calls.count)
+        assert relative(found, wanted[:1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name", "intel"),
+    [
+        ("processor : 0\nvendor_id : GenuineIntel\nmodel name : Xeon\n\nprocessor : 1\n", "Xeon", True),
+        ("processor : 0\nvendor_id : AuthenticAMD\nmodel name : AMD EPYC: 9\n\n", "AMD EPYC: 9", False),
+        ("processor : 0\nBogoMIPS : 50\n", None, False),
+    ],
+)
+def test_the_processor_is_known_by_what_linux_says(
+    cpuinfo: str, name: str | None, intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor.described.cache_clear()
+    monkeypatch.setattr(processor.Path, "read_text", lambda path: cpuinfo)
+    monkeypatch.setattr(processor.platform, "processor", lambda: "")
+    try:
+        assert processor.is_intel() is intel
+        assert processor.processor_name() == (name or processor.platform.machine())
+    finally:
+        processor.described.cache_clear()
 
 
 def test_an_images_rows_come_in_few_numbers() -> None:

@@ -18,6 +18,8 @@ from timm.layers import GELU, GELUTanh
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
+from miaformer.engine.processor import is_intel
+
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
 
@@ -80,8 +82,7 @@ class OneDnn(Plain):
 
     def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         if not _pays(x, weight):
-            out = torch.addmm(residual, x, weight.t())
-            return out if bias is None else out.add_(bias)
+            return _added(x, weight, bias, residual)
         fused: Tensor = _POINTWISE.binary(x, residual, weight, bias, "add")
         return fused
 
@@ -98,12 +99,16 @@ class Packed(OneDnn):
         self._copies: dict[tuple[Any, ...], _Copy] = {}
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._pays(x, weight):
+            return F.linear(x, weight, bias)
         out: Tensor = _POINTWISE.default(x, self._packed(weight), bias, "none", [], "")
         return out
 
     def side_by_side(self, x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
         """As one product with a copy of all layers together: a tenth faster at a hundred rows, a fifth at fifty."""
         weights, biases = zip(*layers, strict=True)
+        if not self._pays(x, *weights):
+            return [F.linear(x, weight, bias) for weight, bias in layers]
         originals = weights if biases[0] is None else (*weights, *biases)
         copy = self._copy_of(*originals, make=lambda: _joined(weights, biases))
         out: Tensor = _POINTWISE.default(x, copy.weight, copy.bias, "none", [], "")
@@ -111,15 +116,23 @@ class Packed(OneDnn):
 
     def activated(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any) -> Tensor:
         gelu = gelu_kind(act)
-        if gelu is None:
+        if gelu is None or not self._pays(x, weight):
             activated: Tensor = act(self.linear(x, weight, bias))
             return activated
         out: Tensor = _POINTWISE.default(x, self._packed(weight), bias, "gelu", [], gelu)
         return out
 
     def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        if not self._pays(x, weight):
+            return _added(x, weight, bias, residual)
         fused: Tensor = _POINTWISE.binary(x, residual, self._packed(weight), bias, "add")
         return fused
+
+    @staticmethod
+    def _pays(x: Tensor, *weights: Tensor) -> bool:
+        """Whether oneDNN is the faster one for one product with all of these together."""
+        macs = len(x) * sum(weight.numel() for weight in weights)
+        return x.dtype != torch.float32 or macs >= _LEAST_MACS_PACKED
 
     def _packed(self, weight: Tensor) -> Tensor:
         return self._copy_of(weight, make=lambda: (weight.detach(), None)).weight
@@ -159,6 +172,12 @@ def _joined(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Layer
     return torch.cat([weight.detach() for weight in weights]), torch.cat(given) if given else None
 
 
+def _added(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """PyTorch's own product plus bias and residual (T, out), in two passes over the result."""
+    out = torch.addmm(residual, x, weight.t())
+    return out if bias is None else out.add_(bias)
+
+
 def gelu_kind(act: Any) -> str | None:
     """What PyTorch calls the approximation of a GELU, its own or timm's; None for other activations."""
     if type(act) is nn.GELU:
@@ -168,7 +187,10 @@ def gelu_kind(act: Any) -> str | None:
 
 _POINTWISE: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None where PyTorch was built without oneDNN
 
-_LEAST_MACS = 6_000_000  # of a float32 product: below, a call's overhead (30 us, of PyTorch's own 6) is not regained
+# MACs of a float32 product from which oneDNN's linear is faster than PyTorch's own, with plain weights and with packed
+# ones, as measured (docs/log.md). A call of it takes 30 us, one of PyTorch's own 6, and a plain weight is rearranged.
+# PyTorch's own is MKL, which is at its best on Intel's processors alone.
+_LEAST_MACS, _LEAST_MACS_PACKED = (60_000_000, 20_000_000) if is_intel() else (6_000_000, 0)
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:

@@ -15,6 +15,7 @@ import timm
 import torch
 
 import miaformer
+from miaformer.engine.processor import processor_name
 
 
 def describe_environment(device: torch.device | str, seed: int) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def describe_environment(device: torch.device | str, seed: int) -> dict[str, Any
             "onnxruntime": _installed("onnxruntime"),
         },
         "device": device_name(torch.device(device)),
-        "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "git_commit": git_commit(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -41,7 +42,7 @@ def device_name(device: torch.device) -> str:
     """`cuda (NVIDIA H100)` or `cpu (AMD EPYC 7763)`."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"{device.type} ({_processor()})" if device.type == "cpu" else device.type
+    return f"{device.type} ({processor_name()})" if device.type == "cpu" else device.type
 
 
 def _installed(package: str) -> str | None:
@@ -49,16 +50,6 @@ def _installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:
