@@ -269,3 +269,24 @@ def test_an_unsupported_backbone_is_named_and_left_alone(name: str, head_choice:
         miaformer.adapt(backbone, head_choice=head_choice)  # type: ignore[arg-type]
     if isinstance(backbone, nn.Module):
         assert all(torch.equal(tensor, weights[key]) for key, tensor in backbone.state_dict().items())
+
+
+def test_the_tanh_form_of_gelu_is_kept(tmp_path: Path) -> None:
+    model = miaformer.adapt(vit(0, act_layer=partial(nn.GELU, approximate="tanh"))).double().eval()
+    images = pictures(model.backbone, 3).double()
+    with torch.no_grad():
+        wanted = model.backbone(images)
+        model.save_pretrained(tmp_path)
+        saved = MIAFormer.from_pretrained(tmp_path).to(images).eval()
+        assert relative(saved.backbone(images), wanted) < 1e-6
+        assert relative(model.to_timm()(images), wanted) < 1e-6
+
+
+def test_what_a_description_would_not_say_is_refused() -> None:
+    """Silently it would be another function once it is saved and loaded."""
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.act is LeakyReLU\(negative_slope=0\.5\)"):
+        miaformer.adapt(vit(0, act_layer=partial(nn.LeakyReLU, negative_slope=0.5)))
+    backbone = vit(0)
+    backbone.norm.eps = 0.1
+    with pytest.raises(ValueError, match=r"norm is LayerNorm\(.*eps=0\.1"):
+        miaformer.adapt(backbone)

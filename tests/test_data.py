@@ -195,6 +195,15 @@ def test_a_calibration_part_is_used_as_it_is(tmp_path: Path, calibration: str) -
     assert numbers(open_data(tmp_path, "calibration")) == {50, 51, 52, 53}
 
 
+def test_of_a_large_validation_part_some_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits_module, "MAX_CALIBRATION", 4)
+    write_folder(tmp_path / "train", {"a": 20, "b": 20})
+    write_folder(tmp_path / "val", {"a": 6, "b": 6}, start=50)
+    write_folder(tmp_path / "test", {"a": 5, "b": 2}, start=90)
+    assert [len(open_data(tmp_path, split)) for split in SPLITS] == [40, 4, 7]
+    assert open_data(tmp_path, "calibration").labels.tolist() == [0, 0, 1, 1]
+
+
 def test_a_split_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     write_folder(tmp_path / "one" / "train", {"a": 20})
     with pytest.raises(ValueError, match=r"one: no test split: it has only train"):

@@ -424,3 +424,21 @@ def test_full_execution_of_a_lively_model_is_the_backbone() -> None:
     model = enliven(miaformer.adapt(vit(2), mlp_width="coupled")).double().eval()
     images = pictures(model.backbone, 3)
     assert relative(model.run(images, Full()).logits, model.backbone(images)) < 1e-10
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_gradients_reach_the_last_block_alone(batch: int) -> None:
+    """As in fine-tuning the end of a frozen backbone: what a block reads must not be written over."""
+    model = lively(0).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("backbone.blocks.2.", "backbone.norm", "backbone.head")))
+    images = pictures(model.backbone, batch)
+    found = []
+    for execution in ("sparse", "masked"):
+        model.zero_grad()
+        policy = Random(1.0, 0.7, 0.7, seed=1)
+        model.run(images, policy, execution=execution).logits.square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], atol=1e-9), name

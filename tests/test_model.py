@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -483,3 +484,65 @@ def test_a_model_that_was_copied_is_its_own(lively_model: MIAFormer) -> None:
     with torch.no_grad():
         twin.backbone.head.weight.zero_()
     assert not torch.equal(twin(images, price=1.0), lively_model(images, price=1.0))
+
+
+@pytest.mark.parametrize("cap", [0.35, [0.3, 0.5, 0.7, 0.25], 0.01 + 0.2])
+def test_a_cap_alone_is_spent_where_it_matters(cap: Any) -> None:
+    """As a budget, not on the first blocks until it is gone."""
+    model = calibrated().eval()
+    images = pictures(model.backbone, 4).float()
+    alone, both = model.run(images, cap=cap), model.run(images, budget=torch.tensor(cap).clamp(0.2, 0.8), cap=cap)
+    assert torch.equal(alone.trace.tokens, both.trace.tokens)
+    assert torch.equal(alone.logits, both.logits)
+    model.adapt_config = replace(model.adapt_config, default_budget=0.5)
+    least = model.run(images, budget=torch.tensor(cap).clamp(0.2, 0.5), cap=cap)
+    assert torch.equal(model.run(images, cap=cap).logits, least.logits)
+    with pytest.raises(ValueError, match="cap"):
+        model.run(images, cap=-0.1)
+    with pytest.raises(ValueError, match="cap"):
+        model.run(images, cap=float("nan"))
+
+
+def test_a_model_that_cannot_be_written_whole_leaves_the_one_that_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = calibrated().eval()
+    images = pictures(model.backbone, 2).float()
+    wanted = model(images, budget=0.5)
+    model.save_pretrained(tmp_path)
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    model.reset_classifier(3)
+    model.calibration = None
+    monkeypatch.setattr("miaformer.model_files.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(MIAFormer.from_pretrained(tmp_path).eval()(images, budget=0.5), wanted)
+
+
+def test_pictures_are_prepared_alike_whether_classes_have_names_or_not() -> None:
+    model = miaformer.adapt(vit(0, img_size=224, patch_size=16))
+    model.backbone.pretrained_cfg = {}  # built by hand
+    before = model.data_config()
+    model.label_names = list("abcde")
+    assert model.data_config() == before
+    assert before["crop_pct"] == 1.0
+    assert before["input_size"] == (3, 224, 224)
+
+
+def test_what_is_adapted_is_of_the_backbones_precision() -> None:
+    model = miaformer.adapt(vit(0).bfloat16())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.to_timm().parameters()} == {torch.bfloat16}
+
+
+def test_features_in_training_are_the_backbones_with_what_it_drops() -> None:
+    model = lively(0, {"drop_path_rate": 0.9}).train()
+    images = pictures(model.backbone, 8)
+    torch.manual_seed(0)
+    found = model.forward_features(images)
+    torch.manual_seed(0)
+    assert torch.equal(model.forward_head(found), model(images))
+    assert not torch.allclose(model.forward_features(images), found)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_data import CONFIG, Noise, assert_same, global_random_state
 
-from miaformer.data import Augmentation, Batch, DeviceBatches, build_transform
+from miaformer.data import Augmentation, Batch, Batches, DeviceBatches, build_transform
 
 EVERYTHING = Augmentation(
     hflip=0.5, vflip=0.2, scale=(0.3, 1.0), ratio=(0.7, 1.4), color_jitter=0.4, re_prob=0.5, re_mode="pixel"
@@ -124,3 +124,15 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("miaformer.data.on_device.MAX_DEVICE_BYTES", 1000)
     with pytest.raises(ValueError, match="load on the host"):
         batches()
+
+
+def test_training_sees_the_whole_picture_whatever_evaluation_crops() -> None:
+    config = {**CONFIG, "crop_pct": 0.5}
+    plain = Augmentation()
+    on_device = DeviceBatches(Noise(6), config, plain, 6, seed=0, device=torch.device("cpu"))
+    on_host = Batches(
+        Noise(6), build_transform(config, training=True, augment=plain), 6, seed=0, shuffle=True, drop_last=True
+    )
+    one, other = next(iter(on_device.epoch(0))), next(iter(on_host.epoch(0)))
+    assert torch.equal(one.index, other.index)
+    assert torch.allclose(one.images, other.images, atol=1e-5)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
 from tiny_training import RECIPE, STEPS, Quadrants, run, tiny_model
 
-from miaformer import adapt
+from miaformer import MIAFormer, adapt
 from miaformer.cli import main
-from miaformer.data import open_data
+from miaformer.data import Batches, build_transform, open_data
 from miaformer.training import Interrupted, Recipe, Stage, get_recipe, train
 from miaformer.training.checkpoint import checkpoints
 from miaformer.training.progress import Display
@@ -315,3 +320,53 @@ def test_every_stage_learns_from_a_teacher_that_is_given(kind: str, tmp_path: Pa
     images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
         assert (model.backbone(images).argmax(dim=1) == 2).all()
+
+
+def test_the_average_of_each_stage_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its warm-up starts with the stage: else a short late stage ends near where it began."""
+    seen: list[int] = []
+    monkeypatch.setattr(ModelEmaV3, "update", lambda self, model, step: seen.append(step))
+    run(tmp_path, replace(RECIPE, ema_decay=0.99))
+    assert seen == [*range(1, STEPS + 1)] * len(RECIPE.stages)
+
+
+def test_budgets_are_met_by_the_weights_that_are_trained_last(uninterrupted: Path, tmp_path: Path) -> None:
+    model = MIAFormer.from_pretrained(uninterrupted / "model")
+    before = model.calibration
+    assert before is not None
+    further = replace(RECIPE, stages=(replace(RECIPE.stages[0], lr=3e-2),))
+    run(tmp_path / "further", further, model)
+    after = model.calibration
+    assert after is not None
+    assert after != before
+    batches = Batches(
+        Quadrants("calibration"), build_transform(model.data_config()), 48, seed=0, shuffle=False, drop_last=False
+    )
+    images = next(iter(batches.epoch(0))).images
+    for budget in (after.range[0], sum(after.range) / 2, after.range[1]):
+        assert model.run(images, budget=budget).trace.macs_fraction.mean() == pytest.approx(budget, abs=0.02)
+
+
+def test_half_precision_steps_are_clipped_and_those_that_overflow_teach_no_prices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the gradient scaler of a GPU, here on the CPU; its scale is too large at first."""
+
+    class Scaled(Accelerator):
+        def __init__(self, **settings: object) -> None:
+            super().__init__(**{**settings, "mixed_precision": "no"})  # type: ignore[arg-type]
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-30)
+            self.native_amp = True
+            self.state._mixed_precision = "fp16"
+
+        @contextmanager
+        def autocast(self, *args: object, **kwargs: object) -> Iterator[None]:
+            yield
+
+    monkeypatch.setattr("miaformer.training.run.Accelerator", Scaled)
+    model = run(tmp_path, replace(RECIPE, precision="fp16"))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == STEPS * len(RECIPE.stages)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert all(math.isfinite(value) for value in model.price_scale.tolist())
+    assert model.calibration is not None

@@ -156,7 +156,7 @@ def describe(backbone: VisionTransformer) -> dict[str, Any]:
         "attn_drop_rate": attn.attn_drop.p,
         "drop_path_rate": getattr(block.drop_path1, "drop_prob", 0.0) or 0.0,
         "norm_layer": _described_norm(first.norm1),
-        "act_layer": type(mlp.act).__name__,
+        "act_layer": "GELUTanh" if getattr(mlp.act, "approximate", "none") == "tanh" else type(mlp.act).__name__,
         "mlp_layer": type(mlp).__name__,
         "gate_last": getattr(mlp, "gate_last", None),
     }
@@ -216,13 +216,32 @@ def build_on_meta(description: dict[str, Any]) -> VisionTransformer:
 
 
 def check_describes(description: dict[str, Any], backbone: nn.Module) -> VisionTransformer:
-    """Raise ValueError unless `build` gives the backbone's parameters, name by name; else the meta model."""
+    """Raise ValueError unless `build` gives the backbone's parameters, name by name, and layers without any that
+    compute the same; else the meta model.
+    """
     copy = build_on_meta(description)
     found, built = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (backbone, copy))
     if found != built:
         odd = sorted(k for k in found.keys() | built.keys() if found.get(k) != built.get(k))
         raise ValueError(f"The backbone has parameters that a timm ViT of its settings has not: {', '.join(odd[:5])}")
+    twins = dict(copy.named_modules())
+    for name, module in backbone.named_modules():
+        twin = twins.get(name)
+        if getattr(module, "eps", None) != getattr(twin, "eps", None) or not _acts_alike(module, twin):
+            raise ValueError(f"{name} is {module}, which a timm ViT of the backbone's settings has otherwise: {twin}")
     return copy
+
+
+def _acts_alike(one: nn.Module, other: nn.Module | None) -> bool:
+    """Whether two activations without parameters give the same; True for all other layers."""
+    if (
+        type(one).__module__.rpartition(".")[2] not in ("activation", "activations")
+        or next(one.parameters(), None) is not None
+    ):
+        return True
+    probe = torch.linspace(-6, 6, 97)
+    with torch.no_grad():
+        return other is not None and torch.allclose(one(probe.clone()), other(probe.clone()), atol=1e-6)
 
 
 def _named_layer(name: str) -> Any:

@@ -121,7 +121,11 @@ class MIAFormer(
     def data_config(self) -> dict[str, Any]:
         """timm's data configuration, for images of the size that the backbone takes."""
         size = (self.backbone.in_chans, *self.image_size())
-        known = self.pretrained_cfg or {"input_size": size, "crop_pct": 1.0}  # none: a backbone built by hand
+        known = {"input_size": size, "crop_pct": 1.0}  # where nothing is said of it: a backbone built by hand
+        if "input_size" in self.pretrained_cfg:
+            known = self.pretrained_cfg
+        else:
+            known |= self.pretrained_cfg
         config = cast(dict[str, Any], resolve_data_config({}, pretrained_cfg=known))
         if tuple(config["input_size"]) != size:  # made for another size than its pretrained weights
             config.update(input_size=size, crop_pct=1.0)
@@ -192,7 +196,8 @@ class MIAFormer(
         """Classify, and say what was executed.
 
         images: (B, 3, H, W), normalised as the backbone expects. policy: what decides; by default the controllers
-        where a budget or a price is known, else everything is executed. budget: mean MACs over data like the
+        where a budget or a price is known, else everything is executed. A cap alone is a budget too: a calibrated
+        model spends what it allows where it matters, not on the first blocks. budget: mean MACs over data like the
         calibration set, as a fraction of the backbone's; one for all images or one each. price: what a dense
         forward costs, in units of loss, instead of a budget. cap: the most MACs any one image takes, as a fraction:
         hard; one for all images or one each. execution: "sparse" computes nothing that is skipped; "masked" computes
@@ -207,7 +212,7 @@ class MIAFormer(
         if execution not in ("sparse", "masked"):
             raise ValueError(f"execution={execution!r} must be 'sparse' or 'masked'")
         cost = self.cost((images.shape[-2], images.shape[-1]))
-        chosen = self._policy(policy, budget, price, len(images))
+        chosen = self._policy(policy, budget, price, cap, len(images))
         if sample:
             chosen = _drawing(chosen, Sampling() if sample is True else sample)
         x, steps = self._walk(images, cost, chosen, cap, execution)
@@ -225,10 +230,15 @@ class MIAFormer(
         price: Budget | None = None,
         cap: Budget | None = None,
     ) -> Tensor:
-        """All tokens (B, P+N, C) after the final norm, for dense tasks; skipped tokens keep their value."""
+        """All tokens (B, P+N, C) after the final norm, for dense tasks; skipped tokens keep their value.
+
+        In training mode without budget, price and cap these are the backbone's.
+        """
         images = static.check_images(images, self.backbone)
+        if self.training and budget is None and price is None and cap is None:
+            return self._in_first_order(self.backbone.forward_features(images))
         cost = replace(self.cost((images.shape[-2], images.shape[-1])), trims_last_block=False)
-        x, _ = self._walk(images, cost, self._policy(None, budget, price, len(images)), cap, "sparse")
+        x, _ = self._walk(images, cost, self._policy(None, budget, price, cap, len(images)), cap, "sparse")
         return self._in_first_order(self.backbone.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -275,7 +285,9 @@ class MIAFormer(
         carried_out = Sparse(cost, self._packed) if execution == "sparse" else Masked(cost)
         return self._through_blocks(self.embed(images), policy, carried_out, cost, cap_macs)
 
-    def _policy(self, policy: Policy | None, budget: Budget | None, price: Budget | None, batch: int) -> Policy:
+    def _policy(
+        self, policy: Policy | None, budget: Budget | None, price: Budget | None, cap: Budget | None, batch: int
+    ) -> Policy:
         given = [
             name for name, value in (("policy", policy), ("budget", budget), ("price", price)) if value is not None
         ]
@@ -289,11 +301,23 @@ class MIAFormer(
             return policy
         if price is None:
             if budget is None:
-                budget = self.adapt_config.default_budget
-                if budget is None or self.calibration is None:
+                budget = self._default_budget(cap, batch)
+                if budget is None:
                     return Full()
             price = self.price_of(per_image("budget", budget, batch))
         return self.learned(price, batch)
+
+    def _default_budget(self, cap: Budget | None, batch: int) -> Budget | None:
+        """What is spent where nobody says it: the model's own budget, and no more than a cap allows. None: all."""
+        own = self.adapt_config.default_budget
+        if self.calibration is None or cap is None:
+            return None if self.calibration is None else own
+        least, most = self.calibration.range
+        caps = per_image("cap", cap, batch)
+        for one in torch.atleast_1d(caps).tolist():
+            check_fraction("cap", one)
+        allowed = caps.clamp(least, most)
+        return allowed if own is None else allowed.clamp(max=own)
 
     def learned(self, price: Budget, batch: int = 1) -> Learned:
         """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each."""
@@ -349,13 +373,13 @@ class MIAFormer(
         self.backbone.reset_classifier(num_classes)
         self.backbone.to(device=parameter.device, dtype=parameter.dtype)
         known = {name: value for name, value in self.pretrained_cfg.items() if name != "label_names"}
-        if known:
-            self.backbone.pretrained_cfg = {**known, "num_classes": num_classes}  # type: ignore[assignment]
+        self.backbone.pretrained_cfg = {**known, "num_classes": num_classes}  # type: ignore[assignment]
         self._describes_itself()
 
     def to_timm(self) -> VisionTransformer:
         """The (fine-tuned) backbone as a timm model of its own, heads, units and channels in their first order."""
-        twin = static.build(self._description).to(next(self.parameters()).device)
+        parameter = next(self.backbone.parameters())
+        twin = static.build(self._description).to(device=parameter.device, dtype=parameter.dtype)
         twin.load_state_dict(self.backbone.state_dict())
         for name in ("pretrained_cfg", "default_cfg"):
             if hasattr(self.backbone, name):
@@ -397,7 +421,10 @@ def adapt(
     if settings.mlp_width != "coupled":  # nothing chooses among channels
         orders["channels"] = identity_orders(vit)["channels"]
     static.apply_orders(vit, orders)
-    return MIAFormer(vit, settings, orders)
+    parameter = next(vit.parameters())
+    model = MIAFormer(vit, settings, orders).to(parameter.device)
+    model.controllers.to(parameter.dtype)
+    return model
 
 
 def _cap_macs(cap: Budget, batch: int, cost: Cost) -> Counts:

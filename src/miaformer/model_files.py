@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from huggingface_hub import ModelHubMixin, snapshot_download
@@ -44,24 +45,19 @@ def write_model_files(
     state: Mapping[str, Tensor],
     calibration: Calibration | None,
 ) -> None:
-    """Write a model directory; `description` is `backbone.describe`'s."""
-    _write_json(
-        directory / "config.json",
-        {
-            "model_type": "miaformer",
-            "format": FORMAT,
-            "backbone": dict(description),
-            "adapt": asdict(config),
-            "pretrained_cfg": json.loads(json.dumps(dict(pretrained_cfg), default=str)),
-        },
-    )
+    """Write a model into an empty directory; `description` is `backbone.describe`'s."""
+    settings = {
+        "model_type": "miaformer",
+        "format": FORMAT,
+        "backbone": dict(description),
+        "adapt": asdict(config),
+        "pretrained_cfg": json.loads(json.dumps(dict(pretrained_cfg), default=str)),
+    }
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    table = directory / "calibration.json"
     if calibration is not None:
-        _write_json(table, calibration.to_json())
-    else:
-        table.unlink(missing_ok=True)
+        _write_json(directory / "calibration.json", calibration.to_json())
+    _write_json(directory / "config.json", settings)
 
 
 def read_model_files(directory: Path) -> ModelFiles:
@@ -106,6 +102,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 class SavedModel(ModelHubMixin):
     """What a MIAFormer is on disk and on the hub: the hub's interface, with our files behind it."""
+
+    def save_pretrained(self, save_directory: str | Path, *, repo_id: str | None = None, **settings: Any) -> str | None:
+        """Write the model to a directory; settings are the hub mixin's.
+
+        Another model that lies there stays until all of this one is written, and then nothing of it is left but a
+        model card.
+        """
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=directory, prefix=".unfinished-") as unfinished:
+            url = super().save_pretrained(unfinished, repo_id=repo_id or directory.resolve().name, **settings)
+            if (directory / "README.md").exists():
+                (Path(unfinished) / "README.md").unlink()
+            written = sorted(Path(unfinished).iterdir(), key=lambda path: path.name == "config.json")
+            for path in written:
+                path.replace(directory / path.name)
+            if "calibration.json" not in {path.name for path in written}:
+                (directory / "calibration.json").unlink(missing_ok=True)
+        return url
 
     def _save_pretrained(self, save_directory: Path) -> None:
         model = cast("MIAFormer", self)

@@ -50,7 +50,8 @@ class Random(_Free):
     """Keeps at random: each block, head and token with the probability given, per image, from a seeded generator.
 
     A probability is a number, or one a block. Each token draws one number a forward pass and is kept where it is
-    below the block's probability, so that a progressive scope keeps that share of tokens too, not its powers.
+    below the block's probability, so that a progressive scope keeps that share of tokens too, not its powers. Blocks
+    draw for themselves: where images that skip a block leave (`depth_choice="nested"`), fewer are executed.
     """
 
     depth: float | Sequence[float] = 1.0

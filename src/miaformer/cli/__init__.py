@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         _say(str(stop) or "interrupted")
         return 130
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
         if os.environ.get("MIAFORMER_DEBUG") == "1":
             raise
         _say(f"error: {_describe(error)}")

@@ -59,7 +59,7 @@ class DeviceBatches:
             raise ValueError("auto_augment works on pictures, not on the device: leave it out, or load on the host")
         if len(data) < batch_size:
             raise ValueError(f"{data.name}: {len(data)} images do not fill a batch of {batch_size}")
-        transform = build_transform(data_config)
+        transform = build_transform(data_config, training=True)  # the framing of training, as on the host
         size = len(data) * math.prod(transform.size)
         if size > MAX_DEVICE_BYTES:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from miaformer.data.source import ImageData, Split, Subset, check_split
+from miaformer.data.source import ImageData, Split, Subset, check_split, spread
 
 HELD_OUT_FRACTION = 0.1
 MAX_CALIBRATION = 2000  # images: a budget table needs no more
@@ -73,7 +73,8 @@ def choose_split(source: Source, split: Split) -> ImageData:
 
     - test: its test part; without one, its validation part.
     - calibration: its calibration part; without one, its validation part if that is not already the test
-      split; without either, carved out of train: 10 %, at most 2,000, stratified, always the same images.
+      split; of more than 2,000 images 2,000, evenly spaced. Without either, carved out of train: 10 %, at most
+      2,000, stratified, always the same images.
     - train: its train part, less what was carved out.
     - A source with no parts at all is divided 80 / 10 / 10, stratified, always in the same way.
 
@@ -92,7 +93,7 @@ def choose_split(source: Source, split: Split) -> ImageData:
     for part in ("calibration", "validation"):
         if part in have and (part == "calibration" or "test" in have):
             if split == "calibration":
-                return source.read(part)
+                return spread(source.read(part), MAX_CALIBRATION)
             if "train" in have:
                 return source.read("train")
     if "train" not in have:

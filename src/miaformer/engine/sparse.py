@@ -43,7 +43,7 @@ class Sparse:
         if not len(plan.images):
             return x
         flat = x.reshape(batch * num_rows, dim)
-        in_place = not (torch.is_grad_enabled() and x.requires_grad)
+        in_place = not torch.is_grad_enabled() or not (x.requires_grad or _learns(block))
         most_rows = batch * num_rows
         if x.device.type == "cpu":
             most_rows = CHUNK_ROWS if in_place else TRAINING_ROWS
@@ -69,6 +69,11 @@ class Sparse:
             rows, out = (torch.cat(parts) for parts in zip(*changed, strict=True))
             flat = flat.index_copy(0, rows, out)
         return flat.view_as(x)
+
+
+def _learns(block: nn.Module) -> bool:
+    """Whether gradients are wanted of its weights: for those its input has to stay as it is."""
+    return any(parameter.requires_grad for parameter in block.parameters())
 
 
 @dataclass(frozen=True)

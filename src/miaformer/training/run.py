@@ -70,7 +70,7 @@ def train(
     if len(train_data.classes) != model.num_classes:
         raise ValueError(
             f"{train_data.name} has {len(train_data.classes)} classes, the model's classifier {model.num_classes}: "
-            "call backbone.reset_classifier(num_classes) before adapt(), or create it with num_classes"
+            f"call model.reset_classifier({len(train_data.classes)}) first"
         )
     AcceleratorState._reset_state()  # of an earlier run in this process, perhaps of another precision
     accelerator = Accelerator(
@@ -102,9 +102,12 @@ def train(
     if teacher is not None:
         teacher = teacher.to(accelerator.device).requires_grad_(False).eval()
     trainer = Trainer(model, batches, recipe, out, seed, accelerator, display, teacher)
+    had_budgets, model.calibration = model.calibration is not None, None  # of weights as they were
     trainer.run(resume)
-    if any(stage.decides for stage in recipe.stages):
+    decides = any(stage.decides for stage in recipe.stages)
+    if decides:
         model.set_price_scale(*trainer.tariff.price_scale())
+    if decides or had_budgets:
         plain = build_transform(data_config, training=False)
         size = max(recipe.batch_size, 256)  # nothing learns from them: the larger the faster
         held_out_batches = Batches(held_out, plain, size, seed=seed, shuffle=False, drop_last=False)

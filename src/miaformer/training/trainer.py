@@ -144,7 +144,7 @@ class Trainer:
             values = self._step(wrapped, prepared, stage, batch, step, (step - span.first) / length)
             step += 1
             if ema is not None:
-                ema.update(model, step=step)
+                ema.update(model, step=step - span.first)
             if metrics is not None:
                 rates = {"lr": prepared.param_groups[0]["lr"]}
                 metrics.write({"step": step, "stage": stage.kind, **values, **rates})
@@ -186,12 +186,16 @@ class Trainer:
             images = self._moved(self.adversary, wrapped, images, labels, climbed, step)
         outcome: Outcome = wrapped(images, labels, given)
         self.accelerator.backward(outcome.loss)
+        loss_scale = self._loss_scale()  # a step that overflows changes it
         if self.recipe.clip_grad is not None:
+            self.accelerator.unscale_gradients(optimizer)
             for part in (self.model.backbone, self.model.controllers):  # neither drowns the other
-                self.accelerator.clip_grad_norm_(part.parameters(), self.recipe.clip_grad)
+                nn.utils.clip_grad_norm_(part.parameters(), self.recipe.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        felt = log_prices.grad if log_prices.grad is not None else torch.zeros_like(log_prices)
+        felt = log_prices.grad
+        if felt is None or not bool(felt.isfinite().all()):  # in half precision a step may overflow, and is skipped
+            felt = torch.zeros_like(log_prices)
         table = torch.stack(
             [
                 outcome.task_loss,
@@ -199,7 +203,7 @@ class Trainer:
                 outcome.macs_fraction,
                 outcome.full.float(),
                 given.draws.budgets,
-                felt.to(device) * len(images) / self._loss_scale(),
+                felt.to(device) * len(images) / loss_scale,
                 outcome.hardness.float(),
                 torch.full_like(outcome.task_loss, float(self._stop.asked)),
             ],
@@ -209,8 +213,9 @@ class Trainer:
         self._agreed_to_stop = bool(table[:, -1].any())
         if not bool(outcome.loss.isfinite()):
             raise FloatingPointError(
-                f"the loss is not finite in step {step} ({stage.kind} stage): lower its learning rate, or resume from "
-                f"{self.checkpoint_dir} with precision='no'"
+                f"the loss is not finite in step {step} ({stage.kind} stage): start anew, in another directory than "
+                f"{self.out}, with a lower learning rate"
+                + ("" if self.recipe.precision == "no" else " or precision 'no'")
             )
         return self._account(stage, table[:, :-1])
 
