@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from vits import STRUCTURES, lively, pictures, relative, vit
 
 import miaformer
 from miaformer import Decisions, MIAFormer
-from miaformer.budget import calibrate
+from miaformer.budget import Calibration, calibrate
 from miaformer.cli import main
 from miaformer.policy import Fixed
 
@@ -201,3 +202,43 @@ def test_options_that_do_not_go_together(
 ) -> None:
     assert main(["export", "nowhere", "out.onnx", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_budgets_that_single_precision_cannot_tell_apart_are_one(tmp_path: Path) -> None:
+    model = copy.deepcopy(calibrated("plain"))
+    model.calibration = Calibration((0.01, 0.02, 1.0, 20.0), (0.9, 0.9 - 3e-8, 0.5, 0.1), num_images=4)
+    export_onnx(model, tmp_path / "model.onnx")
+    session = open_session(tmp_path / "model.onnx", 1)
+    image = pictures(model.backbone, 1).float()
+    for budget in (1.0, 0.9, 0.7, 0.3):
+        with torch.inference_mode():
+            wanted = model.run(image, price=0.02) if budget >= 0.9 else model.run(image, budget=budget)
+        found = run_session(session, image.numpy(), budget)
+        assert found["macs_fraction"][0] == pytest.approx(wanted.trace.macs_fraction.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("budget", "cap", "said"),
+    [
+        (float("nan"), 4.0, "budget=nan"),
+        (0.0, 4.0, "budget=0"),
+        (0.5, 0.01, "cap=0.01 .* at least"),
+        (0.5, -1, "cap=-1"),
+        (0.5, float("nan"), "cap=nan"),
+    ],
+)
+def test_what_a_file_cannot_keep_to_is_refused(budget: float, cap: float, said: str, plain_file: Path) -> None:
+    session = open_session(plain_file, 1)
+    with pytest.raises(ValueError, match=said):
+        run_session(session, np.zeros((1, 3, 16, 16), np.float32), budget, cap)
+
+
+@pytest.mark.parametrize("sizes", [(5, 3, 16), (2, 3, 16), (3, 5, 16), (3, 3, 9)])
+def test_decisions_of_another_model_are_not_exported(sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    model = lively(0).float().train()
+    cost = model.cost()
+    assert sizes != (cost.depth, cost.num_heads, cost.num_patches)
+    with pytest.raises(ValueError, match="decisions for"):
+        export_static(model, tmp_path / "m.onnx", Decisions.full(1, *sizes))
+    export_static(model, tmp_path / "m.onnx", Decisions.full(1, cost.depth, cost.num_heads, cost.num_patches))
+    assert model.training  # as it was

@@ -116,6 +116,8 @@ def test_tokens_are_decided_from_the_first_block_named_to_the_last() -> None:
     assert [controller.rank > 0 for controller in model.controllers] == [False, True, True, False, False]
     with pytest.raises(ValueError, match="from block 2 on, up to last_token_block=1: nowhere"):
         miaformer.adapt(vit(0, depth=5), last_token_block=1)
+    with pytest.raises(ValueError, match="from block 7 on, up to the last of 5 blocks: nowhere"):
+        miaformer.adapt(vit(0, depth=5), first_token_block=7)
     tokens = model.run(pictures(model.backbone, 8), price=1.0).trace.tokens
     assert tokens[:, 0].all()
     assert not tokens[:, 2].all()

@@ -28,6 +28,7 @@ from miaformer.cli import main
 from miaformer.data import Batches, build_transform, open_data
 from miaformer.training import Interrupted, Recipe, Stage, get_recipe, train
 from miaformer.training.checkpoint import checkpoints
+from miaformer.training.objective import Objective, Outcome
 from miaformer.training.progress import Display
 from miaformer.training.recipes import with_defaults
 from miaformer.training.run import _description
@@ -251,6 +252,31 @@ def test_wrong_settings_are_named() -> None:
         RECIPE.with_changes(epochs=3)
     with pytest.raises(ValueError, match="budgets"):
         Recipe("x", "", "vit", budgets=(0.8, 0.3))
+    for name, value in (
+        ("checkpoint_every", 0), ("keep_checkpoints", 0), ("distill_temperature", 0), ("ema_decay", 2),
+        ("label_smoothing", 5), ("batch_size", 1), ("num_workers", -1), ("clip_grad", 0),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}={value} must lie in"):
+            RECIPE.with_changes(**{name: value})
+    with pytest.raises(ValueError, match="batch_size='many' must be a number"):
+        RECIPE.with_changes(batch_size="many")
+
+
+def test_a_loss_that_is_not_finite_is_said_in_a_line_that_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", "--recipe", "digits", "--out", str(tmp_path / "run"), "--processes", "1", "--device", "cpu"]
+    forward = Objective.forward
+
+    def broken(self: Objective, *args: object) -> Outcome:
+        outcome = forward(self, *args)  # type: ignore[arg-type]
+        return replace(outcome, loss=outcome.loss * float("nan"))
+
+    monkeypatch.setattr(Objective, "forward", broken)
+    assert main([*argv, "--stages", "backbone", "--epochs-scale", "0.01"]) == 2
+    said = capsys.readouterr().err
+    assert "the loss is not finite in step 0 (backbone stage): start anew, in another directory than" in said
+    assert "Traceback" not in said
 
 
 def test_a_classifier_of_another_size_is_refused(tmp_path: Path) -> None:

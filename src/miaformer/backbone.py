@@ -239,7 +239,7 @@ def _acts_alike(one: nn.Module, other: nn.Module | None) -> bool:
         or next(one.parameters(), None) is not None
     ):
         return True
-    probe = torch.linspace(-6, 6, 97)
+    probe = torch.linspace(-6, 6, 97, device="cpu")
     with torch.no_grad():
         return other is not None and torch.allclose(one(probe.clone()), other(probe.clone()), atol=1e-6)
 

@@ -45,8 +45,11 @@ class AdaptConfig:
         if first is None:
             first = 2 if depth > 4 else 1
         blocks = range(first, depth if last is None else min(last + 1, depth))
-        if not blocks and last is not None:
-            raise ValueError(f"tokens would be decided from block {first} on, up to last_token_block={last}: nowhere")
+        if not blocks and (last is not None or self.first_token_block is not None):
+            raise ValueError(
+                f"tokens would be decided from block {first} on, up to "
+                f"{f'last_token_block={last}' if last is not None else f'the last of {depth} blocks'}: nowhere"
+            )
         return blocks
 
     def rows_multiple(self, num_patches: int) -> int:

@@ -157,7 +157,8 @@ class MIAFormer(
     def check_cap(self, cap: Budget, image_size: tuple[int, int] | None = None) -> None:
         """Raises ValueError for a cap that `run` refuses, without running anything."""
         cost = self.cost(image_size)
-        Purse(cost, _cap_macs(cap, 1, cost), self._context_macs())
+        batch = 1 if isinstance(cap, str) else per_image("cap", cap).numel()
+        Purse(cost, _cap_macs(cap, batch, cost), self._context_macs())
 
     def _context_macs(self) -> int:
         return sum(controller.context_macs for controller in self._controllers())

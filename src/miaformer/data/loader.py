@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from miaformer.data.source import ImageData
 from miaformer.data.transforms import Transform
@@ -125,7 +125,10 @@ class Batches:
             [(epoch, i) for i in self._slice(order[step * self.batch_size : (step + 1) * self.batch_size]).tolist()]
             for step in range(start_step, self.steps_per_epoch)
         ]
-        for images, labels, index in self._loader:
+        for loaded in self._loader:
+            if isinstance(loaded, Exception):
+                raise loaded
+            images, labels, index = loaded
             if self._normalize is not None:
                 images = self._normalize(images)
             yield Batch(images, labels, index)
@@ -188,7 +191,16 @@ class _Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
             elif may_cache and len(data) * math.prod(transform.size) <= CACHE_BYTES:
                 self._cache = torch.empty(len(data), *transform.size, dtype=torch.uint8)
 
-    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor] | Exception:
+        """Images, labels and places; from a worker also what went wrong: raised there it would come as a traceback."""
+        try:
+            return self._loaded(pairs)
+        except (ValueError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            return error
+
+    def _loaded(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.tensor([i for _, i in pairs], dtype=torch.int64)
         labels = torch.from_numpy(self.data.labels)[index]
         if self._cache is not None:
@@ -197,7 +209,7 @@ class _Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 self._cached[i] = True
             return self._cache[index], labels, index
         if not pairs:  # one image says what shape, of none
-            return self.__getitems__([(0, 0)])[0][:0], labels, index
+            return self._loaded([(0, 0)])[0][:0], labels, index
         with _random_state_kept(not self.deterministic):
             return torch.stack([self._sample(epoch, i) for epoch, i in pairs]), labels, index
 

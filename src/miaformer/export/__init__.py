@@ -31,13 +31,14 @@ def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = Non
 
     Inputs: `images` (1, 3, H, W) float32, normalised; `budget` and `cap`, float32 scalars. Blocks are skipped by `If`,
     tokens by gathering, heads by branches over slices of weights that are folded when the file is loaded. Without a
-    cap, give one above 1; a budget out of the calibrated range counts as the nearest end. Outputs: `logits`
+    cap, give one above 1; a budget out of the calibrated range counts as the nearest end. A cap below `least_macs` of
+    the file's metadata cannot be kept: everything is skipped then. Outputs: `logits`
     (1, classes), `macs_fraction` (1,), with `trace` also `depth` (1, L), `heads` (1, L, H), `tokens` (1, L, N), bool.
     price: decide at this price, whatever budget is given; a model that is not calibrated needs one.
 
     Raises ValueError, naming it, for what cannot be exported.
     """
-    model = _prepared(model)
+    _check_exportable(model)
     if model.calibration is None and price is None:
         raise ValueError("the model is not calibrated, so its file would know no budget: calibrate it, or give price=")
     graph, cost = Graph(), model.cost()
@@ -71,12 +72,18 @@ def export_static(model: MIAFormer, path: str | Path, decisions: Decisions) -> N
 
     Input: `images` (1, 3, H, W) float32. Outputs: `logits` (1, classes) and `macs_fraction` (1,).
     """
-    model = _prepared(model)
+    _check_exportable(model)
     if len(decisions) != 1:
         raise ValueError(
             f"a static file holds the decisions of one policy for all images, got those of {len(decisions)}"
         )
     graph, cost, config = Graph(), model.cost(), model.adapt_config
+    given = decisions.depth.shape[1], decisions.heads.shape[2], decisions.tokens.shape[2]
+    if given != (cost.depth, cost.num_heads, cost.num_patches):
+        raise ValueError(
+            f"decisions for (blocks, heads, patch tokens) = {given}, the model has "
+            f"{(cost.depth, cost.num_heads, cost.num_patches)}"
+        )
     rows, prefix = _embedded(graph, model), np.arange(cost.num_prefix_tokens)
     active = np.ones((1, cost.num_patches), dtype=bool)
     macs = cost.fixed
@@ -116,7 +123,17 @@ def open_session(path: str | Path, threads: int | None = None) -> Any:
 def run_session(
     session: Any, images: NDArray[np.float32], budget: float = 1.0, cap: float = 4.0
 ) -> dict[str, NDArray[Any]]:
-    """What an adaptive file gives for one image (1, 3, H, W), by the names of its outputs."""
+    """What an adaptive file gives for one image (1, 3, H, W), by the names of its outputs.
+
+    Raises ValueError for a budget that is no positive number, and for a cap below what the model takes at least: the
+    file itself, which raises nothing, skips everything then.
+    """
+    meta = session.get_modelmeta().custom_metadata_map
+    least = int(meta.get("least_macs", 0)) / int(meta["backbone_macs"])
+    if not 0 < budget < float("inf"):
+        raise ValueError(f"budget={budget!r} must be a fraction of the backbone's MACs, more than 0")
+    if not least <= cap < float("inf"):
+        raise ValueError(f"cap={cap!r} must be a fraction of the backbone's MACs, {least:.4f} at least")
     feed = {"images": images, "budget": np.float32(budget), "cap": np.float32(cap)}
     feed = {one.name: np.asarray(feed[one.name]) for one in session.get_inputs()}
     names = [one.name for one in session.get_outputs()]
@@ -126,9 +143,9 @@ def run_session(
 # Parts ---------------------------------------------------------------------------------------------------------------
 
 
-def _prepared(model: MIAFormer) -> MIAFormer:
-    """The model, if it can be exported."""
-    config, cost = model.adapt_config, model.cost()
+def _check_exportable(model: MIAFormer) -> None:
+    """Raises ValueError, naming it, for what cannot be exported."""
+    config, cost, parameter = model.adapt_config, model.cost(), next(model.parameters())
     if config.head_choice == "subset":
         if cost.num_heads > MOST_SUBSET_HEADS:
             raise ValueError(
@@ -137,16 +154,10 @@ def _prepared(model: MIAFormer) -> MIAFormer:
             )
         if cost.embed_dim % cost.num_heads or cost.mlp_hidden % cost.num_heads:
             raise ValueError("subsets of heads whose groups of units differ in size cannot be exported")
-    return model.to("cpu", torch.float32).eval() if _differs(model) else model.eval()
-
-
-def _differs(model: MIAFormer) -> bool:
-    parameter = next(model.parameters())
     if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
         raise ValueError(
             f"export takes a float32 model on the CPU, this one is {parameter.dtype} on {parameter.device}"
         )
-    return False
 
 
 def _log_price(graph: Graph, model: MIAFormer, price: float | None) -> str:
@@ -195,11 +206,16 @@ def _outputs(graph: Graph, model: MIAFormer, rows: str, macs: str) -> dict[str, 
 
 def _exported(module: nn.Module, example: Tensor) -> onnx.ModelProto:
     """A part without decisions, by PyTorch's own exporter."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module.eval(), (example,), dynamo=True, opset_version=OPSET, verbose=False, optimize=True
-        )
+    was_training = {part: part.training for part in module.modules()}
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module.eval(), (example,), dynamo=True, opset_version=OPSET, verbose=False, optimize=True
+            )
+    finally:
+        for part, mode in was_training.items():
+            part.training = mode
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     if proto.functions:
@@ -224,6 +240,7 @@ def _save(
         "label_names": json.dumps(model.label_names),
         "budgets": json.dumps(None if table is None else table.range),
         "backbone_macs": str(model.cost().backbone),
+        "least_macs": str(model.least_macs()),
     }
     proto = graph.model(inputs, outputs, **{**meta, **more})
     onnx.checker.check_model(proto)

@@ -356,6 +356,8 @@ def write_log_price(graph: Graph, budget: str, table: Calibration, scale: Tensor
     slope, shift = scale.tolist()
     seen = np.clip(slope * np.log(np.array(table.prices)) + shift, LEAST_LOG_PRICE, LOG_PRICE_RANGE[1])
     fractions = np.array(table.fractions)  # falling
+    apart = np.diff(fractions.astype(np.float32), append=-np.inf) < 0  # in the file's precision, as divisors must be
+    seen, fractions = seen[apart], fractions[apart]
     if len(fractions) == 1:
         return graph.constant(seen, FLOAT)
     clipped = graph.op("Clip", budget, graph.constant(fractions[-1], FLOAT), graph.constant(fractions[0], FLOAT))

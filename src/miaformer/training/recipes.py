@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args
 
@@ -61,6 +62,22 @@ class Stage:
         return self.decides or self.kind == "top-tokens"
 
 
+_RANGES = (  # of settings of a recipe
+    ("batch_size", 2, math.inf),
+    ("weight_decay", 0, math.inf),
+    ("clip_grad", 1e-9, math.inf),
+    ("label_smoothing", 0, 0.99),
+    ("distill_weight", 0, 1),
+    ("distill_temperature", 1e-3, math.inf),
+    ("mixup", 0, math.inf),
+    ("cutmix", 0, math.inf),
+    ("ema_decay", 0, 0.999999),
+    ("num_workers", 0, math.inf),
+    ("checkpoint_every", 1, math.inf),
+    ("keep_checkpoints", 1, math.inf),
+)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train: the backbone to start from, how to adapt it, and the stages."""
@@ -95,6 +112,16 @@ class Recipe:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if type(setting.default) in (int, float) and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
+                raise ValueError(f"{setting.name}={value!r} must be a number")
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name}={value!r} must lie in {least:g} to {most:g}")
         low, high = (check_fraction("budgets", value) for value in self.budgets)
         if low >= high:
             raise ValueError(f"budgets={self.budgets} must rise")
@@ -103,8 +130,6 @@ class Recipe:
                 f"adversarial_eps={self.adversarial_eps} must lie in 0 to 1, 1 excluded (4/255, say), and "
                 f"adversarial_steps={self.adversarial_steps} be at least 1"
             )
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 2")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
