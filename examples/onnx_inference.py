@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def prepared(picture: Image.Image, data_config: dict[str, Any]) -> np.ndarray:
     scale = [int(side / data_config["crop_pct"]) for side in (height, width)]
     ratio = max(scale[0] / picture.height, scale[1] / picture.width)
     resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-    size = round(picture.width * ratio), round(picture.height * ratio)
+    whole = math.floor if height == width else round  # as torchvision and timm do it
+    size = whole(picture.width * ratio + 1e-9), whole(picture.height * ratio + 1e-9)
     picture = picture.resize(size, resample.get(data_config["interpolation"], Image.Resampling.BICUBIC))
     left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
     picture = picture.crop((left, top, left + width, top + height))

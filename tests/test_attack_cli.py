@@ -73,6 +73,7 @@ def test_signs_of_masking_are_reported(
         (("--targets", "moon"), "unknown target moon: use some of backbone"),
         (("--eps", "4/0"), "--eps 4/0: give a radius such as 4/255"),
         (("--eps", "-1"), "must be positive"),
+        (("--eps", "4"), "--eps 4: pixels go from 0 to 1, and so do radii: 4/255, say"),
         (("--images", "0"), "--images 0 must be at least 1"),
         (("--steps", "0"), "steps=0 must be at least 1"),
         (("--budget", "7"), "budget=7.0 must be a fraction"),

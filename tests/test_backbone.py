@@ -252,7 +252,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "widths that differ": (
         lambda: changed(lambda b: setattr(b.blocks[1], "mlp", Mlp(24, 40))),
         ValueError,
-        "parameters that .* has not: blocks.1.mlp.fc1",
+        "parameters that .* has not, .*: blocks.1.mlp.fc1",
     ),
     "patch embedding": (lambda: vit(embed_layer=ConvolutionalStem), ValueError, "patch embedding is ConvolutionalStem"),
     "no blocks": (lambda: vit(depth=0), ValueError, "at least one block"),

@@ -25,13 +25,15 @@ from tiny_training import RECIPE, STEPS, Quadrants, run, tiny_model
 
 from miaformer import MIAFormer, adapt
 from miaformer.cli import main
+from miaformer.cli.arguments import open_batches
 from miaformer.data import Batches, build_transform, open_data
 from miaformer.training import Interrupted, Recipe, Stage, get_recipe, train
 from miaformer.training.checkpoint import checkpoints
 from miaformer.training.objective import Objective, Outcome
 from miaformer.training.progress import Display
 from miaformer.training.recipes import with_defaults
-from miaformer.training.run import _description
+from miaformer.training.run import _description, new_backbone
+from miaformer.training.trainer import spans
 
 TOTAL = 4 * STEPS
 
@@ -396,3 +398,31 @@ def test_half_precision_steps_are_clipped_and_those_that_overflow_teach_no_price
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     assert all(math.isfinite(value) for value in model.price_scale.tolist())
     assert model.calibration is not None
+
+
+def test_a_stage_that_is_asked_for_trains_a_step_at_least() -> None:
+    short = replace(RECIPE, stages=tuple(replace(stage, epochs=0.001) for stage in RECIPE.stages))
+    assert [(span.first, span.last) for span in spans(short, 3)] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    none = replace(RECIPE, stages=(replace(RECIPE.stages[0], epochs=0), RECIPE.stages[1]))
+    assert [span.stage.kind for span in spans(none, 3)] == ["elastic"]
+
+
+def test_what_is_no_adaptive_model_or_no_model_is_named(tmp_path: Path) -> None:
+    data = Quadrants("train")
+    with pytest.raises(TypeError, match=r"what miaformer\.adapt gives, not a VisionTransformer"):
+        train(tiny_model().backbone, data, RECIPE, tmp_path, calibration_data=data)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="timm knows no model 'nosuch'"):
+        new_backbone(replace(RECIPE, model="nosuch"), 4, 0)
+
+
+def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
+    """Each would be learned over again; `miaformer eval` would count right answers as wrong."""
+    data = Quadrants("train")
+    model = tiny_model()
+    model.label_names = ["b", "a", "c", "d"]
+    with pytest.raises(ValueError, match="another order: number 0 is 'a', the model's is 'b'"):
+        train(model, data, RECIPE, tmp_path, calibration_data=data, show_progress=False, device="cpu")
+    with pytest.raises(ValueError, match="another order"):
+        open_batches(model, data, 4)
+    model.label_names = ["e", "f", "g", "h"]  # other words for them, for all we know
+    open_batches(model, data, 4)

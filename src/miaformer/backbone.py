@@ -223,7 +223,10 @@ def check_describes(description: dict[str, Any], backbone: nn.Module) -> VisionT
     found, built = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (backbone, copy))
     if found != built:
         odd = sorted(k for k in found.keys() | built.keys() if found.get(k) != built.get(k))
-        raise ValueError(f"The backbone has parameters that a timm ViT of its settings has not: {', '.join(odd[:5])}")
+        raise ValueError(
+            f"The backbone has parameters that a timm ViT of its settings has not, or in another shape: "
+            f"{', '.join(odd[:5])}. Another number of classes is set by reset_classifier or num_classes"
+        )
     twins = dict(copy.named_modules())
     for name, module in backbone.named_modules():
         twin = twins.get(name)

@@ -6,6 +6,7 @@ per image which blocks, heads and tokens to execute, executes only those, and sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, cast
 
@@ -117,6 +118,18 @@ class MIAFormer(
         if len(names) != self.num_classes:
             raise ValueError(f"{len(names)} label names for a classifier of {self.num_classes} classes")
         self.backbone.pretrained_cfg = {**self.pretrained_cfg, "label_names": list(names)}  # type: ignore[assignment]
+
+    def check_label_order(self, names: Sequence[str], whose: str) -> None:
+        """Raises ValueError where `names`, of labels 0, 1, ... of some data, are the model's in another order: each
+        answer would be taken for another class.
+        """
+        own = self.label_names
+        if own is not None and list(names) != own and sorted(names) == sorted(own):
+            first = next(place for place, (one, other) in enumerate(zip(own, names, strict=True)) if one != other)
+            raise ValueError(
+                f"{whose} has the model's classes in another order: number {first} is {names[first]!r}, the model's is "
+                f"{own[first]!r}; set model.label_names, or order the classifier's rows by name"
+            )
 
     def data_config(self) -> dict[str, Any]:
         """timm's data configuration, for images of the size that the backbone takes."""

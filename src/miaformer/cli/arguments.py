@@ -113,12 +113,13 @@ def _adapted(name: str, num_classes: int | None, pretrained: bool) -> MIAFormer:
 def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
     """The images in their order, as the model's backbone expects them.
 
-    Raises ValueError where model and data have different classes.
+    Raises ValueError where model and data have different classes, or these in another order.
     """
     from miaformer.data import Batches, build_transform
 
     if model.num_classes != len(data.classes):
         raise ValueError(f"the model has {model.num_classes} classes, {data.name} has {len(data.classes)}")
+    model.check_label_order(data.classes, data.name)
     transform = build_transform(model.data_config())
     return Batches(data, transform, batch_size, seed=0, shuffle=False, drop_last=False)
 

@@ -106,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
 
     attacks = _known_attacks(args.attacks)
     balls = [Ball(radius("--eps", text), args.norm) for text in dict.fromkeys(args.eps)]
+    if args.norm == "linf" and max(ball.eps for ball in balls) > 1:
+        raise ValueError(f"--eps {' '.join(args.eps)}: pixels go from 0 to 1, and so do radii: 4/255, say")
     how = Climb(steps=args.steps, restarts=args.restarts)
     if not args.no_masking_check or {"autoattack", "apgd-ce", "square"} & set(attacks):
         import pyautoattack  # noqa: F401 - or say that it is missing, before anything is attacked
@@ -130,7 +132,11 @@ def run(args: argparse.Namespace) -> int:
             },
         )  # fmt: skip
         of_patches = [name for name in attacks if name.startswith("patch")]
-        rows = evaluation.run(targets, [name for name in attacks if name not in of_patches], balls, on_progress)
+        try:
+            rows = evaluation.run(targets, [name for name in attacks if name not in of_patches], balls, on_progress)
+        except KeyboardInterrupt:
+            kept = f"interrupted: what is done lies in {args.out}, the same command goes on" if args.out else ""
+            raise KeyboardInterrupt(kept) from None
         rows += _patch_rows(evaluation, model, targets, of_patches, args, on_progress)
         if not rows:
             aims = ", ".join(target.name for target in targets)

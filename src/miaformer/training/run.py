@@ -57,6 +57,8 @@ def train(
     Returns the model, in evaluation mode. Raises ValueError where `out` holds another run, or recipe and data do not
     fit; `Interrupted` after Ctrl-C, with a checkpoint saved.
     """
+    if not isinstance(model, MIAFormer):
+        raise TypeError(f"train() takes what miaformer.adapt gives, not a {type(model).__name__}")
     if isinstance(recipe, str):
         recipe = get_recipe(recipe)
     out = Path(out)
@@ -72,6 +74,7 @@ def train(
             f"{train_data.name} has {len(train_data.classes)} classes, the model's classifier {model.num_classes}: "
             f"call model.reset_classifier({len(train_data.classes)}) first"
         )
+    model.check_label_order(train_data.classes, train_data.name)
     AcceleratorState._reset_state()  # of an earlier run in this process, perhaps of another precision
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
@@ -184,6 +187,8 @@ def train_recipe(
 
 def new_backbone(recipe: Recipe, num_classes: int, seed: int) -> nn.Module:
     """The timm model that a recipe names, its weights drawn by `seed`."""
+    if not timm.is_model(recipe.model):
+        raise ValueError(f"timm knows no model {recipe.model!r}; timm.list_models('vit*') lists its ViTs")
     seed_everything(seed, 0, 0)
     stem: dict[str, Any] = (
         {"embed_layer": partial(ConvPatchEmbed, stem_channels=recipe.conv_stem)} if recipe.conv_stem else {}

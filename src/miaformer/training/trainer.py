@@ -349,10 +349,10 @@ class _RunState:
 
 
 def spans(recipe: Recipe, steps_per_epoch: int) -> list[Span]:
-    """The steps of each stage; stages of no step are left out."""
+    """The steps of each stage, of those that are to train for some time at least one."""
     result, first = [], 0
     for stage in recipe.stages:
-        length = round(stage.epochs * steps_per_epoch)
+        length = max(round(stage.epochs * steps_per_epoch), 1 if stage.epochs > 0 else 0)
         if length:
             result.append(Span(stage, first, first + length))
         first += length
