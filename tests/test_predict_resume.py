@@ -289,8 +289,11 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(
 @pytest.fixture(scope="module")
 def interrupted(calibrated: Path, pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A file whose run was stopped by Ctrl-C, and what was said."""
-    out = tmp_path_factory.mktemp("interrupted") / "out.parquet"
-    status, said = stopped(command(calibrated, pictures, out), out, 3, signal.SIGINT)
+    for _ in range(5):  # where the processor is busy elsewhere, the run may end before the signal comes
+        out = tmp_path_factory.mktemp("interrupted") / "out.parquet"
+        status, said = stopped(command(calibrated, pictures, out), out, 3, signal.SIGINT)
+        if status != 1:
+            break
     assert status == 130
     return out, said
 
