@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
 import subprocess
 import sys
 from functools import cache
@@ -21,6 +22,7 @@ import miaformer
 from miaformer import Decisions, MIAFormer
 from miaformer.budget import Calibration, calibrate
 from miaformer.cli import main
+from miaformer.data import build_transform
 from miaformer.policy import Fixed
 
 pytest.importorskip("onnxruntime")
@@ -187,6 +189,21 @@ def test_the_command_and_the_example_without_torch(tmp_path: Path, capsys: pytes
     meta = session.get_modelmeta().custom_metadata_map
     assert json.loads(meta["label_names"]) == model.label_names
     assert tuple(json.loads(meta["data_config"])["input_size"]) == (3, 20, 20)
+
+
+@pytest.mark.parametrize("size", [(380, 256), (256, 341), (80, 60), (31, 97), (32, 32)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+def test_the_example_prepares_pictures_as_the_package_does(size: tuple[int, int], crop_pct: float) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+    config = {
+        "input_size": (3, 32, 32),
+        "interpolation": "bicubic",
+        "crop_pct": crop_pct,
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.2, 0.3, 0.4),
+    }
+    found = runpy.run_path(str(EXAMPLE))["prepared"](picture, config)
+    assert np.abs(found[0] - build_transform(config)(picture).numpy()).max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_a_folder_of_good_pictures_succeeds(
     assert all(row["macs_fraction"] <= 0.4 for row in rows)
     for row in rows:
         check_row(row, by_hand(model_dir, row["path"], cap=0.4), top_k=5)
-    assert "no budget, cap 0.4" in out
+    assert "cap 0.4, which is the budget too" in out
 
 
 def test_a_picture_named_twice_is_classified_once_and_a_missing_one_is_listed(

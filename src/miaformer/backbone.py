@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, cast
 
+import timm
 import timm.layers
 import torch
 from timm.layers import Attention, AttentionPoolLatent, GluMlp, LayerScale, Mlp, PatchEmbed, RmsNorm, SwiGLU
@@ -213,6 +214,12 @@ def build_on_meta(description: dict[str, Any]) -> VisionTransformer:
     """The same without any memory for weights: for shapes, and for counting."""
     with torch.device("meta"):
         return build(description)
+
+
+def check_known(name: str) -> None:
+    """Raise ValueError unless timm has a model of this name."""
+    if not timm.is_model(name):
+        raise ValueError(f"timm knows no model {name!r}; timm.list_models('vit*') lists its ViTs")
 
 
 def check_describes(description: dict[str, Any], backbone: nn.Module) -> VisionTransformer:

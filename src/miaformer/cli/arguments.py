@@ -103,9 +103,9 @@ def _adapted(name: str, num_classes: int | None, pretrained: bool) -> MIAFormer:
     import timm
 
     import miaformer
+    from miaformer.backbone import check_known
 
-    if not timm.is_model(name):
-        raise ValueError(f"timm knows no model {name!r}; timm.list_models('vit*') lists its ViTs")
+    check_known(name)
     classes: dict[str, Any] = {} if pretrained or num_classes is None else {"num_classes": num_classes}
     return miaformer.adapt(timm.create_model(name, pretrained=pretrained, **classes))
 

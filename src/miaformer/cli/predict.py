@@ -251,8 +251,12 @@ def _asked(args: argparse.Namespace, model: MIAFormer) -> str:
         budget = f"budget {args.budget:g}"
     elif model.calibration is None:
         budget = "no budget: the model is not calibrated"
+    elif default is not None:
+        budget = f"the model's own budget {default:g}"
+    elif args.cap is not None:
+        return f"cap {args.cap:g}, which is the budget too"
     else:
-        budget = "no budget" if default is None else f"the model's own budget {default:g}"
+        budget = "no budget"
     return budget if args.cap is None else f"{budget}, cap {args.cap:g}"
 
 

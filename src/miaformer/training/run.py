@@ -17,7 +17,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from miaformer.backbone import check_supported
+from miaformer.backbone import check_known, check_supported
 from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform, open_data
 from miaformer.evaluation.calibration import calibrate
 from miaformer.evaluation.environment import describe_environment
@@ -187,8 +187,7 @@ def train_recipe(
 
 def new_backbone(recipe: Recipe, num_classes: int, seed: int) -> nn.Module:
     """The timm model that a recipe names, its weights drawn by `seed`."""
-    if not timm.is_model(recipe.model):
-        raise ValueError(f"timm knows no model {recipe.model!r}; timm.list_models('vit*') lists its ViTs")
+    check_known(recipe.model)
     seed_everything(seed, 0, 0)
     stem: dict[str, Any] = (
         {"embed_layer": partial(ConvPatchEmbed, stem_channels=recipe.conv_stem)} if recipe.conv_stem else {}
