@@ -427,7 +427,8 @@ def test_full_execution_of_a_lively_model_is_the_backbone() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_gradients_reach_the_last_block_alone(batch: int) -> None:
+@pytest.mark.parametrize("keep", [1.0, 0.7])  # everything, which the block then reads where it lies, and less
+def test_gradients_reach_the_last_block_alone(batch: int, keep: float) -> None:
     """As in fine-tuning the end of a frozen backbone: what a block reads must not be written over."""
     model = lively(0).eval()
     for name, parameter in model.named_parameters():
@@ -436,7 +437,7 @@ def test_gradients_reach_the_last_block_alone(batch: int) -> None:
     found = []
     for execution in ("sparse", "masked"):
         model.zero_grad()
-        policy = Random(1.0, 0.7, 0.7, seed=1)
+        policy = Random(1.0, keep, keep, seed=1)
         model.run(images, policy, execution=execution).logits.square().sum().backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
