@@ -69,7 +69,9 @@ class Display:
 
 
 def describe(metrics: Mapping[str, float]) -> str:
-    parts = [f"loss {metrics['loss']:.3f}", f"acc {100 * metrics['accuracy']:.1f} %"]
+    parts = []
+    if "loss" in metrics:
+        parts += [f"loss {metrics['loss']:.3f}", f"acc {100 * metrics['accuracy']:.1f} %"]
     if "accuracy_full" in metrics:
         parts.append(f"full {100 * metrics['accuracy_full']:.1f} %")
     if "macs_fraction" in metrics:

@@ -9,20 +9,25 @@ from typing import Any, Literal, cast, get_args
 
 from miaformer.budget import check_fraction
 
-Kind = Literal["backbone", "elastic", "supervised", "reinforce", "exits", "cls-attention", "top-tokens", "merging"]
+Kind = Literal[
+    "probe", "backbone", "elastic", "supervised", "reinforce", "exits", "cls-attention", "top-tokens", "merging"
+]
 
 
 @dataclass(frozen=True)
 class Stage:
     """One part of training, with an optimiser and a schedule of its own.
 
-    The first four kinds are ours (DESIGN.md, section 6), the others those of `miaformer.rivals`.
+    The first five kinds are ours (DESIGN.md, section 6), the others those of `miaformer.rivals`. A `probe` fits the
+    classifier alone, to features of the backbone as it is (`miaformer.training.probe`).
     """
 
     kind: Kind
     epochs: float
-    lr: float
+    lr: float = 0.0
     controller_lr: float = 0.0
+    layer_decay: float = 1.0  # of the learning rate, from one block to the one before it (timm's)
+    frozen_blocks: int = 0  # the first so many blocks, and the embedding, do not learn
     warmup: float = 0.05  # share of the stage
     anneal: float = 1.0  # share of a cosine that learning rates follow: 1 ends at 0, 0.5 at half, for a stage to go on
     full_share: float = 0.25  # images of a batch that execute everything, so that the full model stays what it was
@@ -37,6 +42,10 @@ class Stage:
             raise ValueError(f"stage kind {self.kind!r} must be one of {', '.join(get_args(Kind))}")
         if self.epochs < 0 or self.lr < 0 or self.controller_lr < 0:
             raise ValueError(f"{self.kind} stage: epochs, lr and controller_lr must not be negative")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"{self.kind} stage: layer_decay={self.layer_decay} must lie in 0 to 1, 0 excluded")
+        if self.frozen_blocks < 0:
+            raise ValueError(f"{self.kind} stage: frozen_blocks={self.frozen_blocks} must not be negative")
         if not 0 < self.anneal <= 1:
             raise ValueError(f"{self.kind} stage: anneal={self.anneal} must lie in 0 to 1, 0 excluded")
         if not 0 <= self.exit_share <= 1:

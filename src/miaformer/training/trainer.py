@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from timm.data import Mixup
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from miaformer.data import Batch, Batches, DeviceBatches
 from miaformer.engine.masked import Masked
@@ -29,7 +31,8 @@ from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_che
 from miaformer.training.gates import Draws, Leaving, Relaxed
 from miaformer.training.interrupts import Interrupted, StopRequest
 from miaformer.training.objective import Objective, Outcome, Step
-from miaformer.training.optimizer import stage_optimizer
+from miaformer.training.optimizer import set_trainable, stage_optimizer
+from miaformer.training.probe import MAX_FEATURES, classifiers, fit, recorded_inputs
 from miaformer.training.progress import DURATIONS, Display, Duration, Means, MetricsFile
 from miaformer.training.recipes import Recipe, Stage
 from miaformer.training.tariff import Tariff
@@ -64,6 +67,7 @@ class Trainer:
         self.accelerator, self.display = accelerator, display
         self.tariff = Tariff(recipe.budgets)
         self.teacher = teacher
+        self._learnable = [p for p in model.backbone.parameters() if p.requires_grad]
         self.spans = spans(recipe, batches.steps_per_epoch)
         world, rank = accelerator.num_processes, accelerator.process_index
         if recipe.batch_size % world:
@@ -101,6 +105,10 @@ class Trainer:
                 for span in self.spans:
                     if span.last < start:
                         continue
+                    if span.stage.kind == "probe":
+                        if start < span.last:
+                            self._run_probe(span, metrics)
+                        continue
                     checkpoint = found[0] if span.first < start else None
                     self._run_stage(span, max(span.first, start), checkpoint, metrics)
         finally:
@@ -109,9 +117,36 @@ class Trainer:
                 metrics.close()
         return self.model.eval()
 
+    @torch.no_grad()
+    def _run_probe(self, span: Span, metrics: MetricsFile | None) -> None:
+        """Fit the classifier to features of the backbone as it is. A minute's work: Ctrl-C leaves nothing of it."""
+        backbone, device = self.model.backbone.eval(), self.accelerator.device
+        layers = classifiers(backbone)
+        kept = MAX_FEATURES // (self.recipe.batch_size * sum(layer.in_features for layer in layers))
+        last = min(span.last, span.first + max(kept, 1))
+        features: list[list[Tensor]] = [[] for _ in layers]
+        labels: list[Tensor] = []
+        self.display.start_stage("probe", last - span.first, 0)
+        with recorded_inputs(layers) as inputs:
+            for step, batch in enumerate(self._batches_from(span.first, last), start=1):
+                with self.accelerator.autocast():
+                    backbone(batch.images.to(device))
+                labels.append(self.accelerator.gather(batch.labels.to(device)))
+                for own, given in zip(features, inputs, strict=True):
+                    own.append(self.accelerator.gather(given))
+                self.display.step(step, {})
+                if self._stop.asked:
+                    raise KeyboardInterrupt
+        for layer, own in zip(layers, features, strict=True):
+            loss, accuracy = fit(layer, torch.cat(own), torch.cat(labels))
+        self.display.end_stage()
+        self.display.say(f"Linear probe: {100 * accuracy:.1f} % of the training pictures.")
+        if metrics is not None:
+            metrics.write({"step": span.last, "stage": "probe", "loss": loss, "accuracy": accuracy})
+
     def _run_stage(self, span: Span, step: int, checkpoint: Path | None, metrics: MetricsFile | None) -> None:
         stage, model = span.stage, self.model
-        model.controllers.requires_grad_(stage.trains_controllers)
+        set_trainable(model, stage, self._learnable)
         if stage.kind != "backbone" and self.teacher is None and self.recipe.distill_weight:
             self.teacher = copy.deepcopy(model.backbone).requires_grad_(False).eval()
         optimizer = stage_optimizer(model, stage, self.recipe)
@@ -184,7 +219,8 @@ class Trainer:
                 generator = self._generator(step, _CLIMBED_GATES)
                 climbed = replace(self._given(stage, images, progress, generator, generator), clean=images)
             images = self._moved(self.adversary, wrapped, images, labels, climbed, step)
-        outcome: Outcome = wrapped(images, labels, given)
+        with self._fast_attention():
+            outcome: Outcome = wrapped(images, labels, given)
         self.accelerator.backward(outcome.loss)
         loss_scale = self._loss_scale()  # a step that overflows changes it
         if self.recipe.clip_grad is not None:
@@ -288,6 +324,13 @@ class Trainer:
         config, device = self.model.data_config(), self.accelerator.device
         mean, std = (torch.tensor(config[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
         return Adversary(self.recipe.adversarial_eps, self.recipe.adversarial_steps, mean, std)
+
+    def _fast_attention(self) -> AbstractContextManager[None]:
+        """PyTorch's fused attention on processors takes a third of a step in its bfloat16 backward pass alone: with
+        plain products a step of ViT-S at 112 px takes half of the time (docs/log.md).
+        """
+        slow = self.accelerator.device.type == "cpu" and self.accelerator.mixed_precision == "bf16"
+        return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
     def _loss_scale(self) -> float:
         scaler = self.accelerator.scaler
