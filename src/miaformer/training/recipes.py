@@ -202,24 +202,30 @@ DIGITS = Recipe(
     label_smoothing=0.0,
 )
 
-IMAGE_FOLDER = Recipe(
+FINETUNE = Recipe(  # chosen on a pretrained ViT-S and photographs (docs/log.md)
     name="finetune",
     data="",
     model="deit_small_patch16_224",
     model_args={"pretrained": True},
+    adapt={
+        "grains": ("depth", "tokens"),
+        "depth_choice": "nested",
+        "first_token_block": 0,
+        "last_token_block": 0,
+        "token_choice": "even",
+    },
     stages=(
-        Stage("backbone", epochs=10, lr=1e-4),
-        Stage("elastic", epochs=10, lr=1e-4),
-        Stage("supervised", epochs=10, lr=5e-5, controller_lr=1e-3, temperature=(1.0, 0.3)),
-        Stage("reinforce", epochs=5, lr=2e-5, controller_lr=2e-4, temperature=(0.3, 0.3)),
+        Stage("probe", epochs=1),
+        Stage("backbone", epochs=5, lr=2e-4, layer_decay=0.75, patch_drop=(0.2, 0.75), early_weight=0.4),
+        Stage("elastic", epochs=0.2, lr=5e-5, layer_decay=0.8, keep=(0.5, 0.5, 0.25), anneal=0.6),
+        Stage(
+            "supervised", epochs=0.7, lr=5e-5, controller_lr=5e-3, layer_decay=0.8, temperature=(0.5, 0.25), anneal=0.7
+        ),
+        Stage("reinforce", epochs=0.3, lr=2e-5, controller_lr=1e-3, layer_decay=0.8, temperature=(0.25, 0.25)),
     ),
-    batch_size=256,
-    budgets=(0.3, 0.9),
-    mixup=0.2,
-    augmentation={"hflip": 0.5, "scale": (0.35, 1.0), "auto_augment": "rand-m7-mstd0.5-inc1"},
-    ema_decay=0.999,
+    batch_size=64,
+    augmentation={"hflip": 0.5, "scale": (0.35, 1.0)},
     precision="bf16",
-    num_workers=4,
 )
 
 CIFAR10_SMALL = Recipe(
@@ -307,7 +313,7 @@ IMAGENET = Recipe(
     checkpoint_every=1000,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (DIGITS, CIFAR10_SMALL, CIFAR10, IMAGE_FOLDER, IMAGENET)}
+RECIPES = {recipe.name: recipe for recipe in (DIGITS, CIFAR10_SMALL, CIFAR10, FINETUNE, IMAGENET)}
 
 
 def get_recipe(name: str) -> Recipe:

@@ -1,0 +1,88 @@
+"""A fine-tuned backbone as what it differs by from its pretrained weights: 22 MB for a ViT-S, so that it can be kept.
+
+    python benchmarks/finetuned_part.py pack MODEL WEIGHTS PART --name TIMM_NAME
+    python benchmarks/finetuned_part.py unpack PART WEIGHTS OUT
+
+MODEL and OUT are model directories, WEIGHTS the pretrained file, PART a safetensors file. Differences of matrices are
+rounded to 8 bits with a scale a row, everything else is kept as it is. Measure on what `unpack` gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from miaformer import MIAFormer, adapt
+
+DIFFERENCE, SCALE = "difference", "scale"  # after a slash, of the parameter that comes before it
+
+
+def create(name: str, weights: str, image_size: int, num_classes: int) -> VisionTransformer:
+    """The pretrained backbone, position embeddings resampled."""
+    return timm.create_model(
+        name,
+        pretrained=True,
+        img_size=image_size,
+        num_classes=num_classes,
+        pretrained_cfg_overlay={"file": weights},
+    )
+
+
+def pack(model: str, weights: str, part: str, name: str) -> None:
+    tuned = MIAFormer.from_pretrained(model).to_timm()
+    shape = {"image_size": tuned.patch_embed.img_size[0], "num_classes": tuned.num_classes}
+    before = create(name, weights, **shape).state_dict()
+    packed = {}
+    for key, value in tuned.state_dict().items():
+        if value.ndim < 2 or key.startswith("head"):
+            packed[key] = value.contiguous()
+            continue
+        rows = (value - before[key]).flatten(1)
+        scale = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
+        packed[f"{key}/{DIFFERENCE}"] = (rows / scale).round().to(torch.int8)
+        packed[f"{key}/{SCALE}"] = scale
+    described = {"name": name, **shape, "pretrained_cfg": dict(tuned.pretrained_cfg)}
+    save_file(packed, part, metadata={"backbone": json.dumps(described, default=str)})
+
+
+def unpack(part: str, weights: str, out: str) -> None:
+    with safe_open(part, "pt") as file:
+        described = json.loads(file.metadata()["backbone"])
+        pretrained_cfg = described.pop("pretrained_cfg")
+        backbone = create(weights=weights, **described)
+        state = backbone.state_dict()
+        for key in file.keys():  # noqa: SIM118 - a file is no dict
+            name, _, kind = key.partition("/")
+            if not kind:
+                state[name] = file.get_tensor(key)
+            elif kind == DIFFERENCE:
+                difference = file.get_tensor(key) * file.get_tensor(f"{name}/{SCALE}")
+                state[name] = state[name] + difference.view_as(state[name])
+    backbone.load_state_dict(state)
+    backbone.pretrained_cfg = backbone.default_cfg = pretrained_cfg
+    adapt(backbone).save_pretrained(Path(out))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="write PART")
+    for argument in ("model", "weights", "part"):
+        packing.add_argument(argument)
+    packing.add_argument("--name", required=True, help="timm's, of the pretrained weights")
+    unpacking = commands.add_parser("unpack", help="write OUT")
+    for argument in ("part", "weights", "out"):
+        unpacking.add_argument(argument)
+    args = vars(parser.parse_args())
+    {"pack": pack, "unpack": unpack}[args.pop("command")](**args)
+
+
+if __name__ == "__main__":
+    main()
