@@ -361,7 +361,8 @@ class Trainer:
             prices = torch.full((len(images),), log_price, device=device)
             leaving = Leaving() if self.model.adapt_config.depth_choice == "nested" else None
             policy = Relaxed(self.model.controllers, prices, draws.to(device), stage.temperature[0], leaving)
-            _, steps = self.model.walk(x, policy, Masked(cost), cost)
+            with self.accelerator.autocast():
+                _, steps = self.model.walk(x, policy, Masked(cost), cost)
             macs = steps.macs if leaving is None else leaving.expected_macs(steps, cost)
             mean = (macs / cost.backbone).mean()
             return float(self.accelerator.reduce(mean, reduction="mean"))
