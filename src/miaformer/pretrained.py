@@ -109,8 +109,6 @@ def _from_file(name: str, path: Path, settings: dict[str, Any]) -> Any:
     takes_its_size = size not in (None, backbone.patch_embed.img_size) and "img_size" not in settings
     if takes_its_size:
         backbone = _create(name, {**settings, "img_size": size})
-    if size is not None:  # else timm leaves embeddings as they are where another grid has as many patches
-        backbone.pretrained_model_args = {"img_size": size}
     fit = _Fit(name, path, state, backbone)
     kernel = state.get("patch_embed.proj.weight")
     flexi = "flexi" in name  # as in timm, which resamples FlexiViT's embeddings in another way

@@ -119,7 +119,7 @@ def open_model(
         given = {"--weights": weights is not None, "--pretrained": pretrained, "--image-size": image_size is not None}
         refused = [option for option, is_given in given.items() if is_given]
         if refused:
-            raise ValueError(f"{' and '.join(refused)} goes with timm:NAME; the model {spec} has weights and a size")
+            raise ValueError(f"{' and '.join(refused)}: only with timm:NAME; the model {spec} has weights and a size")
         model = load(spec)
     if names is not None:
         if len(names) != model.num_classes:
