@@ -195,19 +195,21 @@ INSTEAD = {  # of what would take a network or hours
     '"path/to/images", "finetune"': '"photos/", QUICK',
     ".scaled(0.3).with_changes(batch_size=50)": ".scaled(0.15).with_changes(batch_size=12)",
     'AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224")': "hub_model()",
+    '"vit_small_patch16_224", weights="mine.pth"': '"vit_tiny_patch16_224", weights="mine.pth", **SMALL',
     'AutoImageProcessor.from_pretrained("google/vit-base-patch16-224")': "hub_processor()",
 }
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the examples find where they run: pictures/ and photos/, with class folders, and a model for digits."""
+    """What examples find where they run: pictures/ and photos/ with class folders, mine.pth, and a model for digits."""
     root = tmp_path_factory.mktemp("workplace")
     class_folders(root / "photos", each=20)
     (root / "pictures").symlink_to("photos")
     for number, name in enumerate(("tabby", "airliner")):
         Image.new("RGB", (40, 30), (90 * number, 120, 30)).save(root / "photos" / f"{name}.jpg")
     torch.manual_seed(0)
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=3, **SMALL).state_dict(), root / "mine.pth")
     backbone = timm.create_model("vit_tiny_patch16_224", num_classes=10, **{**SMALL, "img_size": 20, "patch_size": 4})
     model = enliven(miaformer.adapt(backbone)).eval()
     transform = build_transform(model.data_config())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from tiny_training import RECIPE, STEPS, Quadrants, run, tiny_model
@@ -281,11 +283,45 @@ def test_a_loss_that_is_not_finite_is_said_in_a_line_that_can_be_followed(
     assert "Traceback" not in said
 
 
-def test_a_classifier_of_another_size_is_refused(tmp_path: Path) -> None:
-    data = Quadrants("train")
-    data.classes = ["a", "b"]
-    with pytest.raises(ValueError, match="2 classes, the model's classifier 4"):
-        train(tiny_model(), data, RECIPE, tmp_path, calibration_data=data, show_progress=False, device="cpu")
+@pytest.mark.parametrize(
+    ("model_args", "names", "told"),
+    [
+        ({"num_classes": 7}, None, "its own is for 7 other classes"),
+        ({"num_classes": 0}, None, "it had none"),
+        ({}, list("efgh"), "its own is for 4 other classes"),
+    ],
+)
+def test_a_model_for_other_classes_gets_a_new_classifier_and_a_line_says_so(
+    model_args: dict[str, int], names: list[str] | None, told: str, tmp_path: Path
+) -> None:
+    data, recipe = Quadrants("train"), replace(RECIPE, stages=(replace(RECIPE.stages[0], epochs=0.3),))
+    states = []
+    for attempt in range(2):
+        model = tiny_model(model_args)
+        if names is not None:
+            model.label_names = names
+        before = model.backbone.head
+        torch.manual_seed(attempt)  # the classifier is drawn by the run's own seed
+        console = Console(file=io.StringIO(), width=200)
+        out = tmp_path / str(attempt)
+        trained = train(model, data, recipe, out, calibration_data=data, console=console, device="cpu")
+        assert (
+            f"The model gets a new classifier for the 4 classes of quadrants/train; {told}\n" in console.file.getvalue()
+        )
+        assert trained.label_names == list("abcd")
+        assert trained.backbone.head is not before
+        states.append(trained.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_classifier_without_names_is_kept_where_it_fits(tmp_path: Path) -> None:
+    data, recipe = Quadrants("train"), replace(RECIPE, stages=(replace(RECIPE.stages[0], epochs=0.3),))
+    model = tiny_model()
+    before = model.backbone.head
+    console = Console(file=io.StringIO(), width=200)
+    trained = train(model, data, recipe, tmp_path, calibration_data=data, console=console, device="cpu")
+    assert "new classifier" not in console.file.getvalue()
+    assert trained.backbone.head is before
 
 
 def test_controllers_of_the_embedded_recipe_take_less_than_a_hundredth() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from miaformer.evaluation.calibration import calibrate
     from miaformer.loading import load
     from miaformer.model import MIAFormer, Output, Trace, adapt
+    from miaformer.pretrained import load_backbone
     from miaformer.training import train
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "adapt",
     "calibrate",
     "load",
+    "load_backbone",
     "policy",
     "train",
 ]
@@ -44,6 +46,7 @@ _HOME = {
     "adapt": "miaformer.model",
     "calibrate": "miaformer.evaluation.calibration",
     "load": "miaformer.loading",
+    "load_backbone": "miaformer.pretrained",
     "train": "miaformer.training",
 }
 

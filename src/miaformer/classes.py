@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
+
+
+def read_class_names(file: str | Path) -> list[str]:
+    """Names of classes in a text file, one a line, in the order of labels. Raises ValueError where it is not UTF-8."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig").splitlines()  # Windows' editors write a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not encoded as UTF-8 ({error.reason} at byte {error.start}): save it so"
+        ) from error
 
 
 class ClassifyingModel(nn.Module):
@@ -50,6 +61,11 @@ class ClassifyingModel(nn.Module):
                 f"{whose} has the model's classes in another order: number {first} is {names[first]!r}, the model's is "
                 f"{own[first]!r}; set model.label_names, or order the classifier's rows by name"
             )
+
+    def answers_other_classes(self, names: Sequence[str]) -> bool:
+        """Whether the classifier is for other classes than these: another number of them, or others by name."""
+        own = self.label_names
+        return len(names) != self.num_classes or (own is not None and set(own) != set(names))
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         """The layer that gives logits; of a distilled ViT both, as timm has it."""

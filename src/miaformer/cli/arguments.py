@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,19 +27,23 @@ def add_command(subparsers: Any, name: str, help: str, description: str, epilog:
     return parser
 
 
-def add_classes(parser: argparse.ArgumentParser) -> None:
-    """--classes."""
-    parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, in the order of labels")
+def add_model(parser: argparse.ArgumentParser, about: str = "directory, hub id, or timm:NAME") -> None:
+    """MODEL, and what goes with timm:NAME: --weights, --pretrained and --image-size; --classes goes with any model."""
+    parser.add_argument("model", metavar="MODEL", help=about)
+    group = parser.add_argument_group("your own model")
+    group.add_argument(
+        "--weights", metavar="FILE", help="with timm:NAME: its checkpoint, .safetensors, .pth, .pt, .bin or .ckpt"
+    )
+    group.add_argument("--pretrained", action="store_true", help="with timm:NAME: download its weights")
+    group.add_argument(
+        "--image-size", type=int, metavar="N", help="with timm:NAME: images of N x N pixels (default: as in FILE)"
+    )
+    group.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, in the order of labels")
 
 
-def class_names(file: str | None, model: MIAFormer) -> list[str] | None:
-    """What --classes says. Raises ValueError where these are not as many as the model's classes."""
-    if file is None:
-        return None
-    names = Path(file).read_text(encoding="utf-8").splitlines()
-    if len(names) != model.num_classes:
-        raise ValueError(f"--classes {file} has {len(names)} lines, the model {model.num_classes} classes")
-    return names
+def own_model(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_model` added beside MODEL, for `open_model`."""
+    return {name: getattr(args, name) for name in ("weights", "pretrained", "image_size", "classes")}
 
 
 def seed_number(text: str) -> int:
@@ -83,31 +87,45 @@ def open_device(name: str, threads: int | None = None) -> torch.device:
 
 
 def open_model(
-    spec: str, device: torch.device, dtype: str = "float32", *, num_classes: int | None = None, pretrained: bool = False
+    spec: str,
+    device: torch.device,
+    dtype: str = "float32",
+    *,
+    num_classes: int | None = None,
+    weights: str | None = None,
+    pretrained: bool = False,
+    image_size: int | None = None,
+    classes: str | None = None,
 ) -> MIAFormer:
     """The model that MODEL names, in evaluation mode.
 
-    `timm:NAME` is an unadapted backbone, with `num_classes` classes and random weights unless `pretrained`.
-    Raises ValueError where there is no such model.
+    `timm:NAME` is an unadapted backbone, with the weights in a file, or timm's, or else random ones for as many classes
+    as the file `classes` names, or `num_classes`. Raises ValueError where there is no such model, and where `classes`
+    names fewer or more than the model has.
     """
     import torch
 
-    from miaformer import load
+    from miaformer import adapt, load, load_backbone
+    from miaformer.classes import read_class_names
 
-    name = spec.removeprefix("timm:")
-    model = _adapted(name, num_classes, pretrained) if spec.startswith("timm:") else load(spec)
+    names = None if classes is None else read_class_names(classes)
+    if spec.startswith("timm:"):
+        is_random = weights is None and not pretrained
+        number = (num_classes if names is None else len(names)) if is_random else None  # what weights answer, stays
+        model = adapt(load_backbone(spec.removeprefix("timm:"), weights, image_size, number, pretrained))
+        if is_random:
+            sys.stderr.write(f"miaformer: {spec} has random weights: give --weights FILE, or --pretrained\n")
+    else:
+        given = {"--weights": weights is not None, "--pretrained": pretrained, "--image-size": image_size is not None}
+        refused = [option for option, is_given in given.items() if is_given]
+        if refused:
+            raise ValueError(f"{' and '.join(refused)}: only with timm:NAME; the model {spec} has weights and a size")
+        model = load(spec)
+    if names is not None:
+        if len(names) != model.num_classes:
+            raise ValueError(f"--classes {classes} has {len(names)} lines, the model {model.num_classes} classes")
+        model.label_names = names
     return model.to(device, getattr(torch, dtype)).eval()
-
-
-def _adapted(name: str, num_classes: int | None, pretrained: bool) -> MIAFormer:
-    import timm
-
-    import miaformer
-    from miaformer.backbone import check_known
-
-    check_known(name)
-    classes: dict[str, Any] = {} if pretrained or num_classes is None else {"num_classes": num_classes}
-    return miaformer.adapt(timm.create_model(name, pretrained=pretrained, **classes))
 
 
 def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
@@ -117,6 +135,8 @@ def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
     """
     from miaformer.data import Batches, build_transform
 
+    if not model.num_classes:
+        raise ValueError(f"the model has no classifier for the classes of {data.name}: train it on them first")
     if model.num_classes != len(data.classes):
         raise ValueError(f"the model has {model.num_classes} classes, {data.name} has {len(data.classes)}")
     model.check_label_order(data.classes, data.name)

@@ -8,7 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model, radius, seed_number
+from miaformer.cli.arguments import (
+    add_command,
+    add_compute,
+    add_model,
+    open_batches,
+    open_device,
+    open_model,
+    own_model,
+    radius,
+    seed_number,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +79,7 @@ JSON:
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "attack", "accuracy and compute under attack", DESCRIPTION, EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="directory, hub id, or a bundled model's name")
+    add_model(parser, "directory, hub id, name of a bundled model, or timm:NAME")
     parser.add_argument("--data", required=True, metavar="DATA", help="digits, a folder, or a name timm knows")
     parser.add_argument("--attacks", nargs="+", default=list(DEFAULT_ATTACKS), metavar="A",
                         help=f"of those above (default: {' '.join(DEFAULT_ATTACKS)})")  # fmt: skip
@@ -116,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     device = open_device(args.device, args.threads)
     torch.manual_seed(args.seed)
     data = spread(open_data(args.data, "test"), args.images)
-    model = open_model(args.model, device, args.dtype, num_classes=len(data.classes))
+    model = open_model(args.model, device, args.dtype, num_classes=len(data.classes), **own_model(args))
     out = console()
     with frozen(model), LiveProgress({}) as on_progress:
         targets = _targets(model, args, on_progress)

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import DTYPES, add_command, open_device, open_model, seed_number
+from miaformer.cli.arguments import DTYPES, add_command, add_model, open_device, open_model, own_model, seed_number
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,9 @@ engines:
   compile  torch.compile
   onnx     ONNX Runtime, on the processor
 
-MODEL may be timm:NAME, an unadapted timm ViT with random weights: its controllers are then drawn at random, so that
-decisions differ between images, and calibrated on pictures of DATA. --grains says what they decide, e.g. only tokens.
+MODEL may be timm:NAME, an unadapted timm ViT, with random weights unless --weights FILE: its controllers are then drawn
+at random, so that decisions differ between images, and calibrated on pictures of DATA. --grains says what they decide,
+e.g. only tokens.
 """
 
 EPILOG = """\
@@ -55,7 +56,7 @@ JSON:
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "bench", "time sparse against dense execution", DESCRIPTION, EPILOG)
     several: dict[str, Any] = {"nargs": "+"}
-    parser.add_argument("model", metavar="MODEL", help="directory, hub id, or timm:NAME")
+    add_model(parser)
     parser.add_argument("--data", metavar="DATA", help="pictures: digits, any folder of pictures, or a name timm knows")
     parser.add_argument("--batch-sizes", **several, type=int, default=[1, 8, 32], metavar="N", help="(default: 1 8 32)")
     parser.add_argument(
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     device = open_device(args.device, args.threads)
     torch.manual_seed(args.seed)
-    model = open_model(args.model, device)
+    model = open_model(args.model, device, **own_model(args))
     timed, held_out = _pictures(args, model)
     stages = {stage_of(dtype, batch): args.repeats for dtype in args.dtypes for batch in args.batch_sizes}
     with LiveProgress(stages, "rounds") as on_progress:

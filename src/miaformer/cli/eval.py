@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model, seed_number
+from miaformer.cli.arguments import (
+    add_command,
+    add_compute,
+    add_model,
+    open_batches,
+    open_device,
+    open_model,
+    own_model,
+    seed_number,
+)
 from miaformer.cli.budget_ms import MsBudget, add_budget_ms, open_budgets_ms
 
 if TYPE_CHECKING:
@@ -26,7 +35,8 @@ policies:
   full           everything executed
 Static and random take the learned policy's means from the calibration split of DATA.
 
-MODEL may also be timm:NAME, an unadapted timm ViT: it has no learned policy, and random weights unless --pretrained.
+MODEL may also be timm:NAME, an unadapted timm ViT: it has no learned policy, and random weights unless --weights FILE
+or --pretrained.
 """
 
 EPILOG = """\
@@ -34,6 +44,7 @@ examples:
   miaformer eval runs/digits/model --data digits
   miaformer eval runs/photos/model --data photos/ --budgets 0.4 0.6 --cap 0.9 --json report.json --plot report.png
   miaformer eval runs/photos/model --data photos/ --budgets 0.5 --corruptions --severities 1 3 5
+  miaformer eval timm:deit_small_patch16_224 --weights photos.pth --data photos/ --policy random full
   miaformer eval timm:deit_small_patch16_224 --pretrained --data imagenet/ --policy random cls-attention full
 
 JSON:
@@ -52,7 +63,7 @@ JSON:
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "eval", "accuracy per compute, against controls", DESCRIPTION, EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="directory, hub id, or timm:NAME")
+    add_model(parser)
     parser.add_argument("--data", required=True, metavar="DATA", help="digits, a folder, or a name timm knows")
     parser.add_argument(
         "--split",
@@ -93,7 +104,6 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="measure the table from budgets to prices on DATA's calibration split first; MODEL is left as it is",
     )
-    parser.add_argument("--pretrained", action="store_true", help="with timm:NAME: download its weights")
     parser.add_argument(
         "--seed", type=seed_number, default=0, help="of the random policy, and of random weights (default: 0)"
     )
@@ -113,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     device = open_device(args.device, args.threads)
     torch.manual_seed(args.seed)
     images = open_data(args.data, args.split)
-    model = open_model(args.model, device, args.dtype, num_classes=len(images.classes), pretrained=args.pretrained)
+    model = open_model(args.model, device, args.dtype, num_classes=len(images.classes), **own_model(args))
     in_ms = []
     if args.budget_ms is not None:
         in_ms = open_budgets_ms(args.budget_ms, args.latency, model)

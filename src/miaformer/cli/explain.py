@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_classes, add_command, add_compute, class_names, open_device, open_model
+from miaformer.cli.arguments import add_command, add_compute, add_model, open_device, open_model, own_model
 from miaformer.cli.predict import list_failed
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ LONGEST_NAME = 60  # characters of a page's name: a file's name holds 255 bytes
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "explain", "show what is executed for pictures", DESCRIPTION, EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="directory, hub id, or the name of a bundled model")
+    add_model(parser, "directory, hub id, name of a bundled model, or timm:NAME")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, and folders of pictures")
     parser.add_argument("--out", required=True, metavar="DIR", help="where pages and PNGs are written")
     parser.add_argument(
@@ -57,7 +57,6 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one picture may take, a fraction: hard")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to name (default: 5)")
-    add_classes(parser)
     parser.add_argument("--json", metavar="FILE", help="write all explanations here")
     add_compute(parser, batch_size=16)
     parser.set_defaults(run=run)
@@ -78,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name} {value} must be at least 1")
     paths, missing = find_pictures(args.paths)
     device = open_device(args.device, args.threads)
-    model = open_model(args.model, device, args.dtype)
-    predictor = Predictor(model, class_names(args.classes, model))
+    model = open_model(args.model, device, args.dtype, **own_model(args))
+    predictor = Predictor(model)
     budgets = list(dict.fromkeys(args.budget or [model.adapt_config.default_budget if model.calibration else None]))
     for budget in budgets:
         predictor.try_once(budget=budget, cap=args.cap)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import add_command, open_device, open_model
+from miaformer.cli.arguments import add_command, add_model, open_device, open_model, own_model
 
 DESCRIPTION = """\
 Write MODEL to OUT.onnx, weights within. In ONNX Runtime the file skips at run time: blocks by If, tokens by gathering
@@ -30,7 +30,7 @@ examples/onnx_inference.py runs a file with onnxruntime, numpy and pillow alone.
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "export", "write a model for ONNX Runtime", DESCRIPTION, EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="directory, or hub id")
+    add_model(parser)
     parser.add_argument("out", metavar="OUT.onnx", help="the file to write")
     parser.add_argument("--trace", action="store_true", help="also output which blocks, heads and tokens were executed")
     parser.add_argument("--price", type=float, metavar="P", help="decide at this price, whatever budget is asked for")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--static has one set of decisions: it takes no --trace and no --price")
     if args.static is not None and args.data is None:
         raise ValueError("--static finds its decisions on images: name them with --data")
-    model = open_model(args.model, open_device("cpu"))
+    model = open_model(args.model, open_device("cpu"), **own_model(args))
     from miaformer.export import export_onnx, export_static
 
     if args.static is None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_classes, add_command, add_compute, class_names, open_device, open_model
+from miaformer.cli.arguments import add_command, add_compute, add_model, open_device, open_model, own_model
 from miaformer.cli.budget_ms import MsBudget, add_budget_ms, open_budgets_ms
 from miaformer.prediction.rows import COLUMNS, OF_TIME
 from miaformer.prediction.sources import Inputs, find_inputs
@@ -44,6 +44,8 @@ EPILOG = """\
 examples:
   miaformer predict demo/model photos/ --out predictions.csv --budget 0.5
   miaformer predict OWNER/NAME a.jpg b.png --out predictions.jsonl --cap 0.6 --top-k 3
+  miaformer predict timm:deit_small_patch16_224 photos/ --weights mine.pth --classes names.txt --out predictions.csv
+      your own ViT, not adapted yet: everything is executed
   miaformer predict demo/model 'shards/*.tar' more.parquet --out predictions.parquet --batch-size 128
       and after a crash
   miaformer predict demo/model 'shards/*.tar' more.parquet --out predictions.parquet --batch-size 128 --resume
@@ -69,7 +71,7 @@ kill costs is the batch under way, with a .parquet half a second and 1 % of the 
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "predict", "classify pictures", DESCRIPTION, EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="directory or hub id")
+    add_model(parser)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns, tar and parquet files")
     parser.add_argument("--out", required=True, metavar="FILE", help="what to write: a .csv, .jsonl or .parquet file")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
@@ -77,7 +79,6 @@ def add_parser(subparsers: Any) -> None:
     add_budget_ms(parser)
     parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one picture may take, a fraction: hard")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to name (default: 5)")
-    add_classes(parser)
     add_compute(parser, batch_size=32)
     add_ray(parser)
     parser.set_defaults(run=run)
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = find_inputs(args.paths)
     _check_apart(inputs, args.out)
     device = open_device(args.device, args.threads)
-    model = open_model(args.model, device, args.dtype)
+    model = open_model(args.model, device, args.dtype, **own_model(args))
     in_ms = _in_ms(args, model)
     settings = _settings(args, model, inputs, device)
     classify = _classifier(args, model, in_ms)
@@ -162,7 +163,7 @@ def _predict_on_ray(
 def _workers_classifier(args: argparse.Namespace) -> BatchClassifier:
     """For a worker, which opens the model by itself: a directory must be where all workers find it."""
     device = open_device(args.device, args.threads or 1)
-    return _classifier(args, open_model(args.model, device, args.dtype), None)
+    return _classifier(args, open_model(args.model, device, args.dtype, **own_model(args)), None)
 
 
 def _check_apart(inputs: Inputs, out: str) -> None:
@@ -179,7 +180,7 @@ def _classifier(args: argparse.Namespace, model: MIAFormer, in_ms: MsBudget | No
         raise ValueError(f"{args.model} has no classifier (num_classes=0)")
     if next(model.parameters()).device.type == "cpu":
         model.prepack()  # 5 % of the time of a small model at the default batch size, more of a large one
-    predictor = Predictor(model, class_names(args.classes, model))
+    predictor = Predictor(model)
     if in_ms is not None:
         return BatchClassifier(predictor, top_k=args.top_k, price=in_ms.price, cap=args.cap, latency=in_ms.table)
     return BatchClassifier(predictor, top_k=args.top_k, budget=args.budget, cap=args.cap)

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_compute, open_batches, open_device, open_model
+from miaformer.cli.arguments import (
+    add_command,
+    add_compute,
+    add_model,
+    open_batches,
+    open_device,
+    open_model,
+    own_model,
+)
 
 if TYPE_CHECKING:
     from miaformer.data import Batches
@@ -43,7 +51,7 @@ CHECKED_SHARES = (0.25, 0.5, 0.75)  # of the way from the least to the most ms: 
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "profile", "this machine's ms, and budgets in them", DESCRIPTION, EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="directory, hub id, or timm:NAME")
+    add_model(parser)
     parser.add_argument("--out", default="latency.json", metavar="FILE", help="what to write (default: latency.json)")
     parser.add_argument("--data", metavar="DATA", help="digits, a folder, or a name timm knows: calibrate, and check")
     parser.add_argument(
@@ -56,7 +64,6 @@ def add_parser(subparsers: Any) -> None:
         "--budgets-ms", nargs="+", type=float, metavar="MS", help="to check (default: three within reach)"
     )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds of measuring (default: 5)")
-    parser.add_argument("--pretrained", action="store_true", help="with timm:NAME: download its weights")
     parser.add_argument("--plot", metavar="FILE.png", help="with --data: draw predicted over measured time here")
     add_compute(parser, batch_size=1)
     parser.set_defaults(run=run)
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     test = None if args.data is None else open_data(args.data, "test")
     classes = None if test is None else len(test.classes)
-    model = open_model(args.model, device, args.dtype, num_classes=classes, pretrained=args.pretrained)
+    model = open_model(args.model, device, args.dtype, num_classes=classes, **own_model(args))
     held_out = None
     if test is not None:
         held_out = open_batches(model, open_data(args.data, "calibration"), 32)

@@ -11,7 +11,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_classes, add_command, add_compute, class_names, open_device, open_model
+from miaformer.cli.arguments import add_command, add_compute, add_model, open_device, open_model, own_model
 from miaformer.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -61,10 +61,9 @@ _LIMITS = (
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "serve", "classify pictures over HTTP", DESCRIPTION, EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="directory, hub id, or name of a bundled model")
+    add_model(parser, "directory, hub id, name of a bundled model, or timm:NAME")
     parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
-    add_classes(parser)
     spending = parser.add_argument_group("what is spent")
     spending.add_argument(
         "--budget", type=float, metavar="B", help="mean MACs while nothing waits; the most that a request may ask for"
@@ -105,10 +104,10 @@ def _predictor(args: argparse.Namespace) -> Predictor:
     from miaformer.predictor import Predictor
 
     device = open_device(args.device, args.threads)
-    model = open_model(args.model, device, args.dtype)
+    model = open_model(args.model, device, args.dtype, **own_model(args))
     if device.type == "cpu":
         model.prepack()
-    return Predictor(model, class_names(args.classes, model))
+    return Predictor(model)
 
 
 def _outline(args: argparse.Namespace) -> Predictor:
@@ -117,8 +116,8 @@ def _outline(args: argparse.Namespace) -> Predictor:
 
     from miaformer.predictor import Predictor
 
-    model = open_model(args.model, torch.device("cpu")).to("meta")
-    return Predictor(model, class_names(args.classes, model))
+    model = open_model(args.model, torch.device("cpu"), **own_model(args)).to("meta")
+    return Predictor(model)
 
 
 def _app(args: argparse.Namespace, predictor: Predictor, process: ModelProcess | None = None) -> FastAPI:

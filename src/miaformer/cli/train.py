@@ -24,6 +24,9 @@ examples:
       the same, a third faster
   miaformer train --recipe finetune --data photos/ --out runs/photos --set batch_size=64
       adapt a pretrained DeiT-S to class folders (photos/train/CLASS/*.jpg)
+  miaformer train --recipe finetune --model vit_base_patch14_dinov2 --weights dinov2_vitb14_pretrain.pth \\
+      --image-size 224 --data photos/ --out runs/photos
+      the same from your own model: a timm name, its checkpoint file, an image size
   miaformer train --recipe finetune --data photos/ --out runs/photos --resume
       go on after Ctrl-C, a crash or a lost machine
   accelerate launch --num_processes 4 -m miaformer train --recipe finetune --data photos/ --out runs/photos
@@ -37,7 +40,14 @@ def add_parser(subparsers: Any) -> None:
         "--recipe", required=True, metavar="R", help="digits, cifar10-small, cifar10, finetune, imagenet"
     )
     parser.add_argument("--data", metavar="D", help="digits, a folder, or a name timm knows; default: the recipe's")
-    parser.add_argument("--backbone", metavar="MODEL", help="directory of a model whose backbone to start from")
+    start = parser.add_argument_group("what to start from, instead of the recipe's backbone")
+    start.add_argument("--model", metavar="NAME", help="a ViT of timm")
+    start.add_argument("--weights", metavar="FILE", help="its checkpoint: .safetensors, .pth, .pt, .bin or .ckpt")
+    start.add_argument("--image-size", type=int, metavar="N", help="images of N x N pixels (default: as in FILE)")
+    start.add_argument(
+        "--classes", metavar="FILE", help="names of the classes that FILE's classifier knows, one a line, in its order"
+    )
+    start.add_argument("--backbone", metavar="MODEL", help="directory of an adaptive model: start from its backbone")
     parser.add_argument(
         "--stages",
         nargs="+",
@@ -82,8 +92,10 @@ def run(args: argparse.Namespace) -> int:
         check_holds_no_run(args.out)  # before anything that takes time
     if args.processes > 1 and not is_one_of_several():
         return run_in_processes([*args.argv, "--device", "cpu"], args.processes)
+    _check_start(args)
     import torch
 
+    from miaformer.classes import read_class_names
     from miaformer.training import Interrupted, get_recipe, train_recipe
 
     if args.threads is not None:
@@ -91,15 +103,18 @@ def run(args: argparse.Namespace) -> int:
     recipe = get_recipe(args.recipe).scaled(args.epochs_scale)
     if args.stages:
         recipe = recipe.only(*args.stages)
+    recipe = recipe.with_backbone(args.model, args.weights, args.image_size)
     recipe = recipe.with_changes(**dict(_setting(text) for text in args.set))
     if args.adversarial is not None:
         recipe = recipe.with_changes(adversarial_eps=radius("--adversarial", args.adversarial))
+    classes = None if args.classes is None else read_class_names(args.classes)
     try:
         train_recipe(
             recipe,
             args.out,
             data=args.data,
             backbone=args.backbone,
+            classes=classes,
             seed=args.seed,
             resume=args.resume,
             device=None if args.device == "auto" else args.device,
@@ -108,6 +123,15 @@ def run(args: argparse.Namespace) -> int:
         say_stopped(stop, "Go on with the same command and --resume.")
         return STOPPED
     return 0
+
+
+def _check_start(args: argparse.Namespace) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in ("model", "weights", "image_size", "classes")
+             if getattr(args, name) is not None]  # fmt: skip
+    if args.backbone is not None and given:
+        raise ValueError(f"--backbone {args.backbone} is a whole model, it takes no {' and no '.join(given)}")
+    if args.classes is not None and args.weights is None:
+        raise ValueError("--classes names the classes of a classifier in --weights FILE; DATA names its own")
 
 
 def _setting(text: str) -> tuple[str, Any]:

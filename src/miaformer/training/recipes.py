@@ -73,6 +73,7 @@ class Stage:
 
 _RANGES = (  # of settings of a recipe
     ("batch_size", 2, math.inf),
+    ("image_size", 1, math.inf),
     ("weight_decay", 0, math.inf),
     ("clip_grad", 1e-9, math.inf),
     ("label_smoothing", 0, 0.99),
@@ -95,6 +96,8 @@ class Recipe:
     data: str
     model: str  # a timm name
     model_args: dict[str, Any] = field(default_factory=dict)  # of timm.create_model
+    weights: str = ""  # a checkpoint file of that model, see miaformer.load_backbone
+    image_size: int | None = None  # of the images; by default that of the weights, or of the model
     conv_stem: tuple[int, ...] = ()  # channels of a `ConvStem` in the place of the patch embedding
     sincos_pos_embed: bool = False  # position embeddings start from sines and cosines, not from noise
     adapt: dict[str, Any] = field(default_factory=dict)  # fields of AdaptConfig
@@ -150,6 +153,20 @@ class Recipe:
         if unknown:
             raise ValueError(f"a recipe has no setting {', '.join(unknown)}; it has {', '.join(known)}")
         return replace(self, **changes)
+
+    def with_backbone(self, model: str | None, weights: str | None, image_size: int | None) -> Recipe:
+        """The same from another backbone; None leaves what the recipe says. With another model nothing is left of the
+        settings of the recipe's own but whether weights are downloaded.
+        """
+        changes: dict[str, Any] = {}
+        if model is not None:
+            kept = {name: value for name, value in self.model_args.items() if name == "pretrained"}
+            changes |= {"model": model, "model_args": kept, "conv_stem": (), "sincos_pos_embed": False, "weights": ""}
+        if weights is not None:
+            changes["weights"] = weights
+        if image_size is not None:
+            changes["image_size"] = image_size
+        return self.with_changes(**changes)
 
     def only(self, *kinds: Kind) -> Recipe:
         """The same with the stages of these kinds alone."""

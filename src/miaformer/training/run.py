@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -17,13 +17,15 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from miaformer.backbone import check_known, check_supported
+from miaformer.backbone import check_supported
+from miaformer.checkpoint_files import identity
 from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform, open_data
 from miaformer.evaluation.calibration import calibrate
 from miaformer.evaluation.environment import describe_environment
 from miaformer.files import check_holds_no_run
 from miaformer.model import MIAFormer, adapt
 from miaformer.model_files import read_json
+from miaformer.pretrained import load_backbone
 from miaformer.seeds import seed_everything
 from miaformer.stem import ConvPatchEmbed
 from miaformer.training.progress import Display
@@ -54,6 +56,9 @@ def train(
     from, by the recipe's `distill_weight`; by default every stage after the backbone's learns from the backbone as it
     was before.
 
+    A model whose classifier answers other classes than the data's, another number of them or others by name, is given a
+    new one.
+
     Returns the model, in evaluation mode. Raises ValueError where `out` holds another run, or recipe and data do not
     fit; `Interrupted` after Ctrl-C, with a checkpoint saved.
     """
@@ -69,11 +74,6 @@ def train(
     else:
         train_data = open_data(data, "train")
         held_out = calibration_data or open_data(data, "calibration")
-    if len(train_data.classes) != model.num_classes:
-        raise ValueError(
-            f"{train_data.name} has {len(train_data.classes)} classes, the model's classifier {model.num_classes}: "
-            f"call model.reset_classifier({len(train_data.classes)}) first"
-        )
     model.check_label_order(train_data.classes, train_data.name)
     AcceleratorState._reset_state()  # of an earlier run in this process, perhaps of another precision
     accelerator = Accelerator(
@@ -97,6 +97,7 @@ def train(
     accelerator.init_trackers("tensorboard")
 
     data_config = model.data_config()
+    _fit_classifier(model, train_data, seed, display)
     model.label_names = list(train_data.classes)
     model.to(accelerator.device)
     if recipe.data_on_device:
@@ -121,6 +122,16 @@ def train(
     display.say(f"Saved {out / 'model'}")
     accelerator.end_training()
     return model.eval()
+
+
+def _fit_classifier(model: MIAFormer, data: ImageData, seed: int, display: Display) -> None:
+    """Give a model that answers other classes than the data's a new classifier, drawn by `seed`."""
+    if not model.answers_other_classes(data.classes):
+        return
+    had = f"its own is for {model.num_classes} other classes" if model.num_classes else "it had none"
+    display.say(f"The model gets a new classifier for the {len(data.classes)} classes of {data.name}; {had}")
+    seed_everything(seed, 0, 0)
+    model.reset_classifier(len(data.classes))
 
 
 def _training_batches(
@@ -150,6 +161,7 @@ def train_recipe(
     *,
     data: str | Path | None = None,
     backbone: str | Path | None = None,
+    classes: Sequence[str] | None = None,
     seed: int = 0,
     resume: bool = False,
     console: Console | None = None,
@@ -158,7 +170,9 @@ def train_recipe(
 ) -> MIAFormer:
     """The same from the recipe alone: makes the backbone that it names, for the classes of its data, and adapts it.
 
-    backbone: a model directory whose (trained) backbone to adapt in the place of a new one.
+    backbone: a model directory whose (trained) backbone to adapt in the place of a new one. classes: names of the
+    classes that the classifier in the recipe's weights answers, in the order of labels; without them, and with as many
+    classes as the data has, these are taken to be the data's.
     """
     if isinstance(recipe, str):
         recipe = get_recipe(recipe)
@@ -167,10 +181,15 @@ def train_recipe(
         raise ValueError(f"recipe {recipe.name!r} has no data of its own: give data")
     static: nn.Module
     if backbone is not None:
+        if Path(backbone).is_file():
+            raise ValueError(
+                f"backbone {backbone} is a file, and should be a model's directory: give a checkpoint file with the "
+                "name of its timm model, --model NAME --weights FILE (a recipe's model and weights)"
+            )
         static = MIAFormer.from_pretrained(backbone).to_timm()
         seed_everything(seed, 0, 0)  # of its controllers
     else:
-        static = new_backbone(recipe, len(open_data(source, "train").classes), seed)
+        static = new_backbone(recipe, classes or len(open_data(source, "train").classes), seed)
     model = adapt(static, **recipe.adapt)
     return train(
         model,
@@ -185,15 +204,16 @@ def train_recipe(
     )
 
 
-def new_backbone(recipe: Recipe, num_classes: int, seed: int) -> nn.Module:
-    """The timm model that a recipe names, its weights drawn by `seed`."""
-    check_known(recipe.model)
+def new_backbone(recipe: Recipe, classes: int | Sequence[str], seed: int) -> nn.Module:
+    """The timm model that a recipe names, with the weights that it names; what these leave open is drawn by `seed`."""
     seed_everything(seed, 0, 0)
     stem: dict[str, Any] = (
         {"embed_layer": partial(ConvPatchEmbed, stem_channels=recipe.conv_stem)} if recipe.conv_stem else {}
     )
-    backbone: nn.Module = timm.create_model(recipe.model, num_classes=num_classes, **recipe.model_args, **stem)
-    if recipe.sincos_pos_embed:
+    backbone = load_backbone(
+        recipe.model, recipe.weights or None, recipe.image_size, classes, **recipe.model_args, **stem
+    )
+    if recipe.sincos_pos_embed and not recipe.weights:
         _start_from_sincos(check_supported(backbone))
     return backbone
 
@@ -241,7 +261,10 @@ def _start_from_sincos(backbone: VisionTransformer) -> None:
 def _description(recipe: Recipe, images: ImageData, data: str | Path | ImageData, seed: int) -> dict[str, Any]:
     """What a run is, as JSON, of images opened as `data`."""
     known = {"data": _name(images, data), "num_images": len(images)}
-    description = {"recipe": recipe.to_json(), **known, "seed": seed}
+    settings = recipe.to_json()
+    if recipe.weights:
+        settings["weights"] = identity(recipe.weights)  # wherever the file lies
+    description = {"recipe": settings, **known, "seed": seed}
     return cast(dict[str, Any], json.loads(json.dumps(description)))
 
 
