@@ -14,6 +14,7 @@ Train an adaptive ViT: backbone -> elastic -> supervised -> reinforce, then cali
 
 OUT gets recipe.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/: a directory
 that eval, predict and MIAFormer.from_pretrained() take. Ctrl-C saves a checkpoint; --resume goes on from it, exactly.
+A start that fails before the first checkpoint does not block the next one in the same directory.
 """
 
 EPILOG = """\
@@ -22,8 +23,10 @@ examples:
       the embedded data; a few minutes on two cores
   miaformer train --recipe digits --out runs/digits --processes 2
       the same, a third faster
-  miaformer train --recipe finetune --data photos/ --out runs/photos --set batch_size=64
-      adapt a pretrained DeiT-S to class folders (photos/train/CLASS/*.jpg)
+  miaformer train --recipe finetune --data photos/ --out runs/photos
+      adapt a pretrained DeiT-S to class folders (photos/CLASS/*.jpg, or photos/train/CLASS/*.jpg)
+  miaformer train --recipe finetune --data labels.csv --out runs/photos --set batch_size=64
+      or to the pictures that a CSV or TSV file lists with their labels; in steps of 64
   miaformer train --recipe finetune --data photos/ --out runs/photos --resume
       go on after Ctrl-C, a crash or a lost machine
   accelerate launch --num_processes 4 -m miaformer train --recipe finetune --data photos/ --out runs/photos
@@ -36,7 +39,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--recipe", required=True, metavar="R", help="digits, cifar10-small, cifar10, finetune, imagenet"
     )
-    parser.add_argument("--data", metavar="D", help="digits, a folder, or a name timm knows; default: the recipe's")
+    parser.add_argument(
+        "--data", metavar="D", help="digits, a folder, a CSV file, or a name timm knows; default: the recipe's"
+    )
     parser.add_argument("--backbone", metavar="MODEL", help="directory of a model whose backbone to start from")
     parser.add_argument(
         "--stages",
