@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 @contextmanager
@@ -17,7 +19,48 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     unfinished.replace(path)
 
 
+def holds_run(directory: str | Path) -> bool:
+    """Whether a training run in `directory` has come to something: a checkpoint, a model, or what was measured of it.
+
+    A start that failed before its first checkpoint leaves nothing to go on from: it counts as none.
+    """
+    directory = Path(directory)
+    kept = ("checkpoints/step_*", "model", "measured.json")
+    return (directory / "recipe.json").exists() and any(any(directory.glob(pattern)) for pattern in kept)
+
+
 def check_holds_no_run(directory: str | Path) -> None:
-    """Raises ValueError where a run's `recipe.json` is there: two runs in one directory would mix."""
-    if (Path(directory) / "recipe.json").exists():
+    """Raises ValueError where `directory` holds a run: two runs in one directory would mix."""
+    if holds_run(directory):
         raise ValueError(f"{directory} holds a run already: resume it (--resume), or choose another directory")
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps other processes that lock `directory`, which exists, out of it. Raises ValueError where one is in it."""
+    if os.name == "nt":  # it opens no directories, and has no flock
+        yield
+        return
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            lock(opened)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {directory}: choose another directory") from None
+        yield
+    finally:
+        os.close(opened)
+
+
+def lock(file: IO[bytes] | int) -> None:
+    """Raises BlockingIOError where another process has it. The end of a process, any end, unlocks its files."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows nothing is locked
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system that has no locks
+        return

@@ -34,9 +34,10 @@ DESCRIPTION = """\
 Vision Transformers that skip blocks, heads and tokens image by image, and do not pay for what they skip.
 
 A MODEL is a directory that `miaformer train` or save_pretrained() wrote, or the id of one on the Hugging Face hub
-(OWNER/NAME). DATA is `digits` (embedded), a folder of class folders, a folder of parquet files as `datasets` writes
-them, or a name that timm knows (torch/cifar10:ROOT). A budget is the mean compute over a data set, a cap the most
-that one image may take; both are fractions of the dense model's multiply-accumulates (MACs).
+(OWNER/NAME). DATA is `digits` (embedded), a folder of class folders, a CSV or TSV file of paths and labels, a folder
+of parquet files as `datasets` writes them, or a name that timm knows (torch/cifar10:ROOT). A budget is the mean compute
+over a data set, a cap the most that one image may take; both are fractions of the dense model's multiply-accumulates
+(MACs).
 """
 
 EPILOG = """\

@@ -80,7 +80,9 @@ JSON:
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "attack", "accuracy and compute under attack", DESCRIPTION, EPILOG)
     add_model(parser, "directory, hub id, name of a bundled model, or timm:NAME")
-    parser.add_argument("--data", required=True, metavar="DATA", help="digits, a folder, or a name timm knows")
+    parser.add_argument(
+        "--data", required=True, metavar="DATA", help="digits, a folder, a CSV file, or a name timm knows"
+    )
     parser.add_argument("--attacks", nargs="+", default=list(DEFAULT_ATTACKS), metavar="A",
                         help=f"of those above (default: {' '.join(DEFAULT_ATTACKS)})")  # fmt: skip
     parser.add_argument("--eps", nargs="+", default=["4/255"], metavar="E", help="radii (default: 4/255)")

@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--recipe", required=True, metavar="R", help="with stages of adaptation, and mostly of the backbone"
     )
-    parser.add_argument("--data", metavar="D", help="a folder, or a name timm knows; default: the recipe's")
+    parser.add_argument("--data", metavar="D", help="a folder, a CSV file, or a name timm knows; default: the recipe's")
     parser.add_argument("--out", required=True, metavar="DIR", help="where runs lie, and are looked for")
     parser.add_argument("--methods", nargs="+", metavar="M", help="some of those above (default: all but ablations)")
     parser.add_argument(

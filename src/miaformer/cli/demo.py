@@ -16,6 +16,7 @@ from miaformer.cli.processes import (
     run_in_processes,
     say_stopped,
 )
+from miaformer.files import holds_run
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,7 @@ def _train_and_show(args: argparse.Namespace, out: Path, device: torch.device) -
         raise ValueError(f"--recipe {args.recipe} has no data of its own; use `miaformer train` with --data")
     model = trained_model(recipe, out, seed=args.seed)
     if model is None:
-        resume = (out / "recipe.json").exists()
+        resume = holds_run(out)
         on = "cpu" if device.type == "cpu" else None
         try:
             model = train_recipe(recipe, out, seed=args.seed, resume=resume, device=on)

@@ -64,7 +64,9 @@ JSON:
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "eval", "accuracy per compute, against controls", DESCRIPTION, EPILOG)
     add_model(parser)
-    parser.add_argument("--data", required=True, metavar="DATA", help="digits, a folder, or a name timm knows")
+    parser.add_argument(
+        "--data", required=True, metavar="DATA", help="digits, a folder, a CSV file, or a name timm knows"
+    )
     parser.add_argument(
         "--split",
         default="test",

@@ -18,18 +18,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
+from miaformer.engine.processor import processor_cores
+
 if TYPE_CHECKING:
     from miaformer.training import Interrupted
 
 WRONG, STOPPED = 2, 130  # exit status after an error told in one line, and after Ctrl-C
 _PATIENCE_S = 20.0  # for the other processes, once one has failed
-
-
-def processor_cores() -> int:
-    """How many this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

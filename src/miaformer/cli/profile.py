@@ -53,7 +53,9 @@ def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "profile", "this machine's ms, and budgets in them", DESCRIPTION, EPILOG)
     add_model(parser)
     parser.add_argument("--out", default="latency.json", metavar="FILE", help="what to write (default: latency.json)")
-    parser.add_argument("--data", metavar="DATA", help="digits, a folder, or a name timm knows: calibrate, and check")
+    parser.add_argument(
+        "--data", metavar="DATA", help="digits, a folder, a CSV file, or a name timm knows: calibrate, and check"
+    )
     parser.add_argument(
         "--images", type=int, default=256, metavar="N", help="calibrate on at most N images (default: 256)"
     )

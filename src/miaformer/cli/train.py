@@ -14,6 +14,7 @@ Train an adaptive ViT: backbone -> elastic -> supervised -> reinforce, then cali
 
 OUT gets recipe.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/: a directory
 that eval, predict and MIAFormer.from_pretrained() take. Ctrl-C saves a checkpoint; --resume goes on from it, exactly.
+A start that fails before the first checkpoint does not block the next one in the same directory.
 """
 
 EPILOG = """\
@@ -22,8 +23,10 @@ examples:
       the embedded data; a few minutes on two cores
   miaformer train --recipe digits --out runs/digits --processes 2
       the same, a third faster
-  miaformer train --recipe finetune --data photos/ --out runs/photos --set batch_size=64
-      adapt a pretrained DeiT-S to class folders (photos/train/CLASS/*.jpg)
+  miaformer train --recipe finetune --data photos/ --out runs/photos
+      adapt a pretrained DeiT-S to class folders (photos/CLASS/*.jpg, or photos/train/CLASS/*.jpg)
+  miaformer train --recipe finetune --data labels.csv --out runs/photos --set batch_size=64
+      or to the pictures that a CSV or TSV file lists with their labels; in steps of 64
   miaformer train --recipe finetune --model vit_base_patch14_dinov2 --weights dinov2_vitb14_pretrain.pth \\
       --image-size 224 --data photos/ --out runs/photos
       the same from your own model: a timm name, its checkpoint file, an image size
@@ -39,7 +42,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--recipe", required=True, metavar="R", help="digits, cifar10-small, cifar10, finetune, imagenet"
     )
-    parser.add_argument("--data", metavar="D", help="digits, a folder, or a name timm knows; default: the recipe's")
+    parser.add_argument(
+        "--data", metavar="D", help="digits, a folder, a CSV file, or a name timm knows; default: the recipe's"
+    )
     start = parser.add_argument_group("what to start from, instead of the recipe's backbone")
     start.add_argument("--model", metavar="NAME", help="a ViT of timm")
     start.add_argument("--weights", metavar="FILE", help="its checkpoint: .safetensors, .pth, .pt, .bin or .ckpt")

@@ -29,7 +29,7 @@ from miaformer.comparison.methods import METHODS
 from miaformer.data import Batches, Split, build_transform, open_data
 from miaformer.evaluation import describe_environment, time_pairs
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
-from miaformer.files import whole_file
+from miaformer.files import holds_run, whole_file
 from miaformer.model import MIAFormer, adapt
 from miaformer.seeds import seed_everything
 from miaformer.training import Recipe, is_trained, new_backbone, train, train_recipe
@@ -94,7 +94,7 @@ class Comparison:
     def train_backbone(self, device: str | None = None) -> None:
         """Or go on with it. Raises `Interrupted` after Ctrl-C, saved."""
         out = self.backbone.parent
-        train_recipe(self._backbone_recipe, out, data=self.data, resume=(out / "recipe.json").exists(), device=device)
+        train_recipe(self._backbone_recipe, out, data=self.data, resume=holds_run(out), device=device)
 
     def train(self, run: Run, device: str | None = None) -> None:
         """Or go on with it. Raises `Interrupted` after Ctrl-C, saved."""
@@ -106,7 +106,7 @@ class Comparison:
             run.method.recipe(self.recipe),
             out,
             seed=run.seed,
-            resume=(out / "recipe.json").exists(),
+            resume=holds_run(out),
             device=device,
             teacher=self._static(),
         )

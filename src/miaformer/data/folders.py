@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from miaformer.data.label_files import label_files
 from miaformer.data.source import ImageData
 from miaformer.data.splits import UNSPLIT, canonical_part
 from miaformer.images import ImageError, find_images, open_image
@@ -64,8 +65,10 @@ class ClassFolders:
         named = self._folders.get("train", self._folders[part])
         classes = [folder.name for folder in _subfolders(named) if _pictures(folder)]
         if not classes:
+            lists = label_files(named)
             raise ValueError(
                 f"{named}: no class folders with pictures in them; expected {named / 'CLASS' / 'picture.png'}"
+                + (f". If {lists[0].name} lists the pictures, give that file: {lists[0]}" if lists else "")
             )
         return FolderImages(self._folders[part], classes)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from miaformer.data.digits import Digits
 from miaformer.data.folders import ClassFolders
+from miaformer.data.label_files import SUFFIXES, LabelFile
 from miaformer.data.named import NAME_PREFIXES, STREAM_PREFIXES, NamedData
 from miaformer.data.parquet import ParquetFolder, parquet_files
 from miaformer.data.source import ImageData, Split, check_split
@@ -13,7 +14,8 @@ from miaformer.data.splits import Source, choose_split
 
 ACCEPTED = (
     "'digits' (embedded), a folder of class folders (ROOT/cat/1.png, or ROOT/train/cat/1.png and "
-    "ROOT/val/cat/2.png), a folder of parquet files as `datasets` writes them, or a name that "
+    "ROOT/val/cat/2.png), a CSV or TSV file of paths and labels, a folder of parquet files as `datasets` writes "
+    "them, or a name that "
     "timm.data.create_dataset takes: 'torch/cifar10:ROOT', 'hfds/OWNER/NAME'"
 )
 
@@ -22,8 +24,9 @@ def open_data(spec: str | Path, split: Split) -> ImageData:
     """Open one split of a data set.
 
     Args:
-        spec: "digits"; a folder of class folders; a folder of parquet files (or one such file); or a name that
-            `timm.data.create_dataset` takes, with its root after a colon: "torch/cifar10:/data".
+        spec: "digits"; a folder of class folders; a CSV or TSV file of paths and labels; a folder of parquet files
+            (or one such file); or a name that `timm.data.create_dataset` takes, with its root after a colon:
+            "torch/cifar10:/data".
         split: "train", "calibration" or "test". How these are made where the data has other splits, or none, is
             said at `splits.choose_split`: they are always disjoint and always the same.
 
@@ -48,9 +51,11 @@ def _source(spec: str | Path) -> Source:
             return NamedData(spec)
     root = Path(spec)
     if not root.exists():
-        raise ValueError(f"unknown data {str(spec)!r}: no such folder; data is {ACCEPTED}")
+        raise ValueError(f"unknown data {str(spec)!r}: no such folder or file; data is {ACCEPTED}")
     if parquet_files(root):
         return ParquetFolder(root)
     if root.is_dir():
         return ClassFolders(root)
+    if root.suffix.lower() in SUFFIXES:
+        return LabelFile(root)
     raise ValueError(f"{root}: a file of this kind is not a data set; data is {ACCEPTED}")

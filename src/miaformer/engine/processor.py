@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -26,3 +27,10 @@ def processor_name() -> str:
 def is_intel() -> bool:
     vendor = described().get("vendor_id") or platform.processor()  # Windows ends with the vendor
     return vendor.endswith("GenuineIntel")
+
+
+def processor_cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

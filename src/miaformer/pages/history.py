@@ -86,7 +86,7 @@ def _stages(recipe: dict[str, Any], num_images: int, rows: list[Row], durations:
     steps_per_epoch = num_images // recipe["batch_size"]
     first = 0
     for settings in recipe["stages"]:
-        planned = round(settings["epochs"] * steps_per_epoch)
+        planned = max(round(settings["epochs"] * steps_per_epoch), 1 if settings["epochs"] > 0 else 0)
         last = first + planned
         if planned:
             own = [row for row in rows if first < row["step"] <= last]

@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from miaformer.files import lock
 
 NAME = "run.jsonl"
 _FORMAT = 1
@@ -20,7 +22,7 @@ class Journal:
         self.folder = folder
         self._file = (folder / NAME).open("a+b")
         try:
-            _lock(self._file)
+            lock(self._file)
         except BlockingIOError:
             self._file.close()
             raise ValueError(f"another process is at work in {folder}: wait for it, or choose another file") from None
@@ -70,17 +72,3 @@ class Journal:
 
 def _words(value: Any) -> str:
     return "none" if value is None else str(value)
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Raises BlockingIOError where another process has it. The end of a process, any end, unlocks its files."""
-    try:
-        import fcntl
-    except ImportError:  # on Windows nothing is locked
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # a file system that has no locks
-        return

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 
 from miaformer.budget import check_fraction
 
+Precision = Literal["auto", "no", "bf16", "fp16"]
 Kind = Literal[
     "probe", "backbone", "elastic", "supervised", "reinforce", "exits", "cls-attention", "top-tokens", "merging"
 ]
@@ -86,6 +87,7 @@ _RANGES = (  # of settings of a recipe
     ("checkpoint_every", 1, math.inf),
     ("keep_checkpoints", 1, math.inf),
 )
+_CHOSEN_WHERE_NONE = ("batch_size", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Recipe:
     sincos_pos_embed: bool = False  # position embeddings start from sines and cosines, not from noise
     adapt: dict[str, Any] = field(default_factory=dict)  # fields of AdaptConfig
     stages: tuple[Stage, ...] = ()
-    batch_size: int = 256  # of all processes together
+    batch_size: int | None = None  # of all processes together; None: chosen to fit the data (`training.choices`)
     budgets: tuple[float, float] = (0.25, 0.9)  # controllers learn every budget between
     optimizer: str = "adamw"  # a name of timm's, or muon: for the matrices of blocks, with AdamW for the rest
     weight_decay: float = 0.05
@@ -118,18 +120,23 @@ class Recipe:
     adversarial_apart: bool = False  # the attack climbs on other sub-networks, of other budgets, than the step learns
     data_on_device: bool = False  # all images decoded at once, and augmented on the device: for small ones
     ema_decay: float | None = None
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    num_workers: int = 0
+    precision: Precision = "no"  # auto: bf16 where it is fast
+    num_workers: int | None = 0  # processes that decode, for each that trains; None: chosen to fit the machine
     checkpoint_every: int = 500  # steps
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if type(setting.default) in (int, float) and (
+            if setting.name in _CHOSEN_WHERE_NONE:
+                if value is not None and type(value) is not int:
+                    raise ValueError(f"{setting.name}={value!r} must be a number, and whole, or None: chosen")
+            elif type(setting.default) in (int, float) and (
                 isinstance(value, bool) or not isinstance(value, int | float)
             ):
                 raise ValueError(f"{setting.name}={value!r} must be a number")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision={self.precision!r} must be one of {', '.join(get_args(Precision))}")
         for name, least, most in _RANGES:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -240,9 +247,10 @@ FINETUNE = Recipe(  # chosen on a pretrained ViT-S and photographs (docs/log.md)
         ),
         Stage("reinforce", epochs=0.3, lr=2e-5, controller_lr=1e-3, layer_decay=0.8, temperature=(0.25, 0.25)),
     ),
-    batch_size=64,
     augmentation={"hflip": 0.5, "scale": (0.35, 1.0)},
-    precision="bf16",
+    batch_size=None,
+    precision="auto",
+    num_workers=None,
 )
 
 CIFAR10_SMALL = Recipe(

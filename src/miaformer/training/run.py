@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,13 +26,14 @@ from miaformer.checkpoint_files import identity
 from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform, open_data
 from miaformer.evaluation.calibration import calibrate
 from miaformer.evaluation.environment import describe_environment
-from miaformer.files import check_holds_no_run
+from miaformer.files import check_holds_no_run, holds_run, locked
 from miaformer.model import MIAFormer, adapt
 from miaformer.model_files import read_json
 from miaformer.pretrained import load_backbone
 from miaformer.seeds import seed_everything
 from miaformer.stem import ConvPatchEmbed
-from miaformer.training.progress import Display
+from miaformer.training.choices import as_begun, described, usable_workers, with_precision, with_sizes
+from miaformer.training.progress import Display, duration
 from miaformer.training.recipes import Recipe, get_recipe, with_defaults
 from miaformer.training.trainer import Trainer
 
@@ -75,26 +80,26 @@ def train(
         train_data = open_data(data, "train")
         held_out = calibration_data or open_data(data, "calibration")
     model.check_label_order(train_data.classes, train_data.name)
+    started = time.monotonic()
+    # Where there is no accelerator several processes find each other only if told that they are on processors.
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    given = as_begun(recipe, out, len(train_data)) if resume else recipe
+    recipe = with_precision(given, _device_type(on_cpu))
     AcceleratorState._reset_state()  # of an earlier run in this process, perhaps of another precision
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
-        # Where there is no accelerator several processes find each other only if told that they are on processors.
-        cpu=device == "cpu" or not torch.accelerator.is_available(),
+        cpu=on_cpu,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     main = accelerator.is_main_process
+    device_type = accelerator.device.type
+    recipe = with_sizes(recipe, len(train_data), device_type, accelerator.num_processes)
     description = _description(recipe, train_data, data, seed)
     _check_free(out, description, resume)
     accelerator.wait_for_everyone()  # all have looked before one writes
-    if main:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.json").write_text(json.dumps(description, indent=2) + "\n")
-        environment = describe_environment(accelerator.device, seed)
-        (out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     display = Display(console, enabled=show_progress and main)
-    accelerator.init_trackers("tensorboard")
 
     data_config = model.data_config()
     _fit_classifier(model, train_data, seed, display)
@@ -107,19 +112,24 @@ def train(
         teacher = teacher.to(accelerator.device).requires_grad_(False).eval()
     trainer = Trainer(model, batches, recipe, out, seed, accelerator, display, teacher)
     had_budgets, model.calibration = model.calibration is not None, None  # of weights as they were
-    trainer.run(resume)
+    for line in _plan(trainer, train_data, held_out, described(given, recipe, len(train_data), device_type)):
+        display.say(line)
+    with _claimed(out, description, accelerator, seed):
+        trainer.run(resume)
     decides = any(stage.decides for stage in recipe.stages)
     if decides:
         model.set_price_scale(*trainer.tariff.price_scale())
     if decides or had_budgets:
         plain = build_transform(data_config, training=False)
-        size = max(recipe.batch_size, 256)  # nothing learns from them: the larger the faster
+        size = max(batches.batch_size, 256)  # nothing learns from them: the larger the faster
         held_out_batches = Batches(held_out, plain, size, seed=seed, shuffle=False, drop_last=False)
         display.say(f"Calibrating on {len(held_out)} images of {held_out.name} ...")
         calibrate(model, held_out_batches.epoch(0), _name(held_out, data))
     if main:
         model.save_pretrained(out / "model")
-    display.say(f"Saved {out / 'model'}")
+    display.say(
+        f"Saved {out / 'model'} after {duration(time.monotonic() - started)}. {_next_command(model, out, data)}"
+    )
     accelerator.end_training()
     return model.eval()
 
@@ -134,9 +144,57 @@ def _fit_classifier(model: MIAFormer, data: ImageData, seed: int, display: Displ
     model.reset_classifier(len(data.classes))
 
 
+@contextmanager
+def _claimed(out: Path, description: dict[str, Any], accelerator: Accelerator, seed: int) -> Iterator[None]:
+    """`out` says what run it holds, from when training starts: what failed before leaves nothing behind."""
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out))
+            (out / "recipe.json").write_text(json.dumps(description, indent=2) + "\n")
+            environment = describe_environment(accelerator.device, seed)
+            (out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        accelerator.init_trackers("tensorboard")
+        yield
+
+
+def _device_type(on_cpu: bool) -> str:
+    accelerator = None if on_cpu else torch.accelerator.current_accelerator()
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def _plan(trainer: Trainer, train_data: ImageData, held_out: ImageData, settings: str) -> list[str]:
+    """What a run is going to take, in two lines."""
+    steps = [span.last - span.first for span in trainer.spans]
+    stages = ", ".join(f"{span.stage.kind} {n:,}" for span, n in zip(trainer.spans, steps, strict=True))
+    total = f" ({sum(steps):,} in all)" if len(steps) > 1 else ""
+    height, width = trainer.model.data_config()["input_size"][1:]
+    parameters = list(trainer.model.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    part = "" if trainable == count else f", {trainable / 1e6:,.2f} M of them trainable"
+    return [
+        f"{len(train_data):,} training and {len(held_out):,} calibration images of {len(train_data.classes):,} "
+        f"classes; steps: {stages}{total}",
+        f"{count / 1e6:,.2f} M parameters{part}, {width} x {height} px, {trainer.accelerator.device.type}; {settings}",
+    ]
+
+
+def _next_command(model: MIAFormer, out: Path, data: str | Path | ImageData) -> str:
+    """What to try on the trained model; `--data` is left to the user where the images have no name to open them by."""
+    name = "DATA" if isinstance(data, ImageData) else shlex.quote(str(data))
+    command = f"miaformer eval {shlex.quote(str(out / 'model'))} --data {name}"
+    if model.calibration is None:
+        return f"Next: {command} --policy full"
+    low, high = model.calibration.range
+    budgets = sorted({math.ceil(100 * low) / 100, round((low + high) / 2, 2), math.floor(100 * high) / 100})
+    return f"Next: {command} --budgets {' '.join(f'{budget:g}' for budget in budgets if low <= budget <= high)}"
+
+
 def _training_batches(
     data: ImageData, data_config: dict[str, Any], recipe: Recipe, seed: int, accelerator: Accelerator
 ) -> Batches | DeviceBatches:
+    assert recipe.batch_size is not None  # chosen by now
     augment = Augmentation(**recipe.augmentation)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     if recipe.data_on_device:
@@ -150,7 +208,7 @@ def _training_batches(
         seed=seed,
         shuffle=True,
         drop_last=True,
-        num_workers=recipe.num_workers,
+        num_workers=usable_workers(recipe),
         **share,
     )
 
@@ -238,10 +296,11 @@ def is_trained(recipe: Recipe, out: str | Path, *, data: str | Path | None = Non
     """
     out = Path(out)
     last_written = "calibration.json" if any(stage.decides for stage in recipe.stages) else "model.safetensors"
-    if not (out / "recipe.json").exists():
+    if not holds_run(out):
         return False
     source = data or recipe.data
-    _check_free(out, _description(recipe, open_data(source, "train"), source, seed), resume=True)
+    images = open_data(source, "train")
+    _check_free(out, _description(as_begun(recipe, out, len(images)), images, source, seed), resume=True)
     return (out / "model" / last_written).exists()
 
 
@@ -279,10 +338,9 @@ def _check_free(out: Path, description: dict[str, Any], resume: bool) -> None:
     """Refuse to mix a run with another one in `out`."""
     if not resume:
         check_holds_no_run(out)
-    path = out / "recipe.json"
-    if not path.exists():
+    if not holds_run(out):
         return
-    before = read_json(path)
+    before = read_json(out / "recipe.json")
     before["recipe"] = with_defaults(before.get("recipe", {}))
     if before != description:
         changed = _differences(before, description)

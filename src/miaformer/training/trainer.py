@@ -70,9 +70,10 @@ class Trainer:
         self._learnable = [p for p in model.backbone.parameters() if p.requires_grad]
         self.spans = spans(recipe, batches.steps_per_epoch)
         world, rank = accelerator.num_processes, accelerator.process_index
-        if recipe.batch_size % world:
-            raise ValueError(f"batch_size={recipe.batch_size} cannot be shared evenly by {world} processes")
-        share = recipe.batch_size // world
+        self.batch_size = batches.batch_size
+        if self.batch_size % world:
+            raise ValueError(f"batch_size={self.batch_size} cannot be shared evenly by {world} processes")
+        share = self.batch_size // world
         self.part = slice(rank * share, (rank + 1) * share)
         self.mixup = None
         if recipe.mixup or recipe.cutmix:
@@ -153,7 +154,7 @@ class Trainer:
         length = span.last - span.first
         schedule = CosineLRScheduler(
             optimizer,
-            t_initial=round(length / stage.anneal),
+            t_initial=max(2, round(length / stage.anneal)),  # one step is the same, and timm warns of it
             warmup_t=int(stage.warmup * length),
             warmup_prefix=False,
             t_in_epochs=False,
@@ -171,7 +172,8 @@ class Trainer:
             self._start_tariff(stage)
 
         running = Means()
-        self.display.start_stage(stage.kind, length, step - span.first)
+        later = [(s.stage.kind, s.last - s.first) for s in self.spans if s.first >= span.last]
+        self.display.start_stage(stage.kind, length, step - span.first, self.batch_size, later)
         duration = Duration(self.out / DURATIONS, stage.kind, self.accelerator.num_processes)
         wrapped.train()
         for batch in self._batches_from(step, span.last):
@@ -263,7 +265,7 @@ class Trainer:
         """
         device = images.device
         objective = self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=True)
-        start = torch.rand((self.recipe.batch_size, *images.shape[1:]), generator=self._generator(step, _START))
+        start = torch.rand((self.batch_size, *images.shape[1:]), generator=self._generator(step, _START))
         devices = [] if device.type == "cpu" else [device]
 
         def loss(moved: Tensor) -> Tensor:
@@ -303,7 +305,7 @@ class Trainer:
     ) -> Step:
         """Budgets and sub-networks for the images of a step, drawn from these generators."""
         device, draws = self.accelerator.device, self._draws(stage, images, first)
-        other = draws.again(second, self.recipe.batch_size, self.part) if stage.kind == "reinforce" else draws
+        other = draws.again(second, self.batch_size, self.part) if stage.kind == "reinforce" else draws
         start, end = stage.temperature
         return Step(
             draws.to(device),
@@ -316,7 +318,7 @@ class Trainer:
 
     def _draws(self, stage: Stage, images: Tensor, generator: torch.Generator) -> Draws:
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
-        return Draws.of_step(generator, self.recipe.batch_size, cost, stage.full_share, self.recipe.budgets, self.part)
+        return Draws.of_step(generator, self.batch_size, cost, stage.full_share, self.recipe.budgets, self.part)
 
     def _adversary(self) -> Adversary | None:
         if not self.recipe.adversarial_eps:
