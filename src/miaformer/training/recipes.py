@@ -9,7 +9,17 @@ from typing import Any, Literal, cast, get_args
 
 from miaformer.budget import check_fraction
 
-Kind = Literal["backbone", "elastic", "supervised", "reinforce", "exits", "cls-attention", "top-tokens", "merging"]
+Kind = Literal[
+    "backbone",
+    "elastic",
+    "supervised",
+    "reinforce",
+    "exits",
+    "cls-attention",
+    "top-tokens",
+    "merging",
+    "resolution",
+]
 
 
 @dataclass(frozen=True)
