@@ -78,7 +78,7 @@ def read_points(directories: Sequence[Path]) -> tuple[list[Point], Difficulty]:
 
     Raises ValueError where they were measured on different images.
     """
-    gathered: dict[tuple[str, float | None, str], list[tuple[Array, Array, Times]]] = {}
+    gathered: dict[tuple[str, float | None, str, int], list[tuple[Array, Array, Times]]] = {}
     found: Difficulty | None = None
     for directory in directories:
         report: Mapping[str, Any] = json.loads((directory / "measured.json").read_text())
@@ -88,13 +88,14 @@ def read_points(directories: Sequence[Path]) -> tuple[list[Point], Difficulty]:
                 raise ValueError(f"{directory} was measured on other images, or beside another backbone: remove it")
             found = Difficulty(arrays["dense_loss"], arrays["dense_margin"])
             for point, time in zip(report["points"], times, strict=True):
-                key = (point["name"], point["budget"], report["method"])
+                size = point["key"] if point["budget"] is None else 0  # one method may have several that know no budget
+                key = (point["name"], point["budget"], report["method"], size)
                 values = arrays[f"correct{point['key']}"], arrays[f"macs_fraction{point['key']}"], time
                 gathered.setdefault(key, []).append(values)
     if found is None:
         raise ValueError("nothing has been measured yet")
     points = []
-    for (name, budget, _), seeds in gathered.items():
+    for (name, budget, *_), seeds in gathered.items():
         correct = np.mean([seed[0] for seed in seeds], axis=0)
         fractions = np.stack([seed[1] for seed in seeds])
         mean = mean_times([seed[2] for seed in seeds])
