@@ -16,11 +16,13 @@ from tiny_training import tiny_model
 from miaformer.cli import main
 from miaformer.cli.compare import _table
 from miaformer.comparison import ABLATIONS, METHODS, RIVALS, Comparison
-from miaformer.comparison.harness import Run, _margin, runs
+from miaformer.comparison.harness import Run, runs
+from miaformer.comparison.measuring import margin
 from miaformer.comparison.method import Question, adaptation_epochs
 from miaformer.comparison.results import Difficulty, Point, read_points, summarise
-from miaformer.model import MIAFormer
-from miaformer.training import RECIPES, Recipe, get_recipe
+from miaformer.model import MIAFormer, adapt
+from miaformer.rivals.resolution import image_sizes
+from miaformer.training import RECIPES, Recipe, get_recipe, new_backbone
 from miaformer.training.progress import DURATIONS, Duration, core_seconds
 
 BUDGETS = (0.6,)
@@ -44,7 +46,6 @@ def comparison(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Comp
         if not made.is_trained(run):
             made.train(run, "cpu")
         made.measure(run, torch.device("cpu"))
-        made.time(run, torch.device("cpu"))
     return made
 
 
@@ -77,6 +78,38 @@ def test_a_recipe_without_a_backbone_stage_takes_its_backbone_as_it_comes(
     assert (tmp_path / "backbone" / "model" / "model.safetensors").exists()
     assert main([*ask, "--methods", "narrow-0.5"]) == 2
     assert "recipe 'tiny' trains none" in capsys.readouterr().err
+
+
+def test_a_given_backbone_is_everybodys(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "tiny", recipe)
+    static = new_backbone(recipe, 10, seed=5)
+    adapt(static).save_pretrained(tmp_path / "given")
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    given = ["--backbone", str(tmp_path / "given")]
+    ask = [*command(out), *given, "--test-images", "64", "--processes", "1", "--device", "cpu"]
+    ask += ["--methods", "resolution-free"]
+    assert main([*ask, "--no-times", "--json", str(report)]) == 0
+    said = capsys.readouterr().err
+    assert "Fetching the shared backbone" in said
+    assert "Training" not in said
+    rows = json.loads(report.read_text())["rows"]
+    assert len(rows) == len({row["macs_fraction"] for row in rows}) == len(image_sizes(static)) > 1
+    assert {row["budget"] for row in rows} == {None}
+    full = max(rows, key=lambda row: row["macs_fraction"])
+    comparison = Comparison(recipe, "digits", out, (0.25, 0.35, 0.5, 0.7), 64, tmp_path / "given")
+    (batch,) = comparison.batches("test")
+    right = (static.eval()(batch.images).argmax(dim=1) == batch.labels).double().mean()
+    assert full["accuracy"] == pytest.approx(float(right))
+
+    timed: list[str] = []
+    monkeypatch.setattr(Comparison, "time", lambda self, run, device: timed.append(run.method.name))
+    assert main([*ask, "dense", "--only-times"]) == 0
+    assert timed == ["resolution-free"], "and nothing is trained that is not there"
+    assert main([*ask, "--only-times", "--no-times"]) == 2
+    assert main([*ask, "narrow-0.5"]) == 2
+    assert "--backbone gives it as it is" in capsys.readouterr().err
 
 
 def test_what_is_measured_is_not_measured_again(comparison: Comparison) -> None:
@@ -201,8 +234,10 @@ def test_methods_meet_the_budgets_they_are_asked_for(comparison: Comparison) -> 
 
 def test_times_are_kept_apart_and_go_with_what_was_measured(comparison: Comparison) -> None:
     run = Run(METHODS["merging"], 0)
+    comparison.time(run, torch.device("cpu"))
+    assert comparison.is_timed(run)
     timed = comparison.directory(run) / "timed.json"
-    times = [time["fraction"] for time in json.loads(timed.read_text())["times"]]
+    times = [time["32"]["fraction"] for time in json.loads(timed.read_text())["times"]]
     points, _ = read_points([comparison.directory(run)])
     assert [point.time_fraction for point in points] == times
     assert times
@@ -210,8 +245,6 @@ def test_times_are_kept_apart_and_go_with_what_was_measured(comparison: Comparis
     comparison.measure(run, torch.device("cpu"))  # anew, so what was timed was another
     assert not comparison.is_timed(run)
     assert [point.time_fraction for point in read_points([comparison.directory(run)])[0]] == [None]
-    comparison.time(run, torch.device("cpu"))
-    assert comparison.is_timed(run)
 
 
 def test_a_rival_is_what_it_was_when_it_is_read_again(comparison: Comparison) -> None:
@@ -365,7 +398,7 @@ def test_rank_correlations_say_whether_the_harder_images_get_more() -> None:
 
 def test_a_margin_is_the_lead_of_the_right_class() -> None:
     logits = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
-    assert _margin(logits, torch.tensor([0, 1])).tolist() == [1.0, -2.0]
+    assert margin(logits, torch.tensor([0, 1])).tolist() == [1.0, -2.0]
 
 
 def test_what_another_recipe_trained_is_not_taken_for_this_one(comparison: Comparison, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""`miaformer compare`: our method against its rivals, one backbone, trained and measured alike."""
+"""`miaformer compare`: our method against baselines, one backbone, trained and measured alike."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ BUDGETS = (0.25, 0.35, 0.5, 0.7)
 DESCRIPTION = """\
 Train and measure methods that adapt one backbone, and draw their curves in one plot: accuracy over MACs and over time.
 
-All start from the same backbone (the recipe's first stage, or its pretrained weights) and get the same epochs, teacher
-and augmentation. What is trained and measured already is kept in OUT and not done again: a comparison can grow over
-days. Ctrl-C saves, the same command goes on.
+All start from the same backbone (the recipe's first stage, its pretrained weights, or --backbone) and get the same
+epochs, teacher and augmentation. Each is timed on the fastest engine that runs it, at batch 1 and 32, beside the
+backbone on its own fastest one. What is trained and measured already is kept in OUT and not done again: a comparison
+can grow over days. Ctrl-C saves, the same command goes on.
 
 methods:
   learned        ours; `static` and `random` decisions at the same budgets are measured on its weights
@@ -37,6 +38,9 @@ methods:
                  static ViTs of fewer channels, trained from scratch for as long as backbone and adaptation together
   shallow-0.35 shallow-0.5 shallow-0.7
                  static ViTs of fewer blocks, the first of the backbone's
+  resolution resolution-free
+                 smaller images, fine-tuned on all sizes at once and as it is
+  int8           the model of `dense` in 8-bit integers, by ONNX Runtime
   cls-attention  EViT: the tokens that the class token attends to
   top-tokens     DynamicViT: the tokens that trained scorers prefer
   merging merging-free
@@ -60,11 +64,14 @@ examples:
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_command(subparsers, "compare", "train and measure ours against its rivals", DESCRIPTION, EPILOG)
+    parser = add_command(subparsers, "compare", "train and measure ours against baselines", DESCRIPTION, EPILOG)
     parser.add_argument(
         "--recipe", required=True, metavar="R", help="with stages of adaptation, and mostly of the backbone"
     )
     parser.add_argument("--data", metavar="D", help="a folder, a CSV file, or a name timm knows; default: the recipe's")
+    parser.add_argument(
+        "--backbone", metavar="MODELDIR", help="a model whose fine-tuned backbone all share (default: the recipe's)"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="where runs lie, and are looked for")
     parser.add_argument("--methods", nargs="+", metavar="M", help="some of those above (default: all but ablations)")
     parser.add_argument(
@@ -79,6 +86,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--only-measured", action="store_true", help="show what there is; train and measure nothing")
     parser.add_argument(
         "--no-times", action="store_true", help="leave times to a later call, when the machine does nothing else"
+    )
+    parser.add_argument(
+        "--only-times", action="store_true", help="time what is measured and not timed yet; its models must be in OUT"
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the curves here")
@@ -104,10 +114,13 @@ def run(args: argparse.Namespace) -> int:
     data = args.data or recipe.data
     if not data:
         raise ValueError(f"recipe {recipe.name!r} has no data of its own: give --data")
+    if args.only_times and (args.no_times or args.only_measured):
+        raise ValueError("--only-times goes neither with --no-times nor with --only-measured")
     if args.test_images is not None and args.test_images < 10:
         raise ValueError(f"--test-images {args.test_images}: give at least 10")
     budgets = tuple(sorted({check_fraction("budget", budget) for budget in args.budgets}))
-    comparison = Comparison(recipe, data, Path(args.out), budgets, args.test_images)
+    given = None if args.backbone is None else Path(args.backbone)
+    comparison = Comparison(recipe, data, Path(args.out), budgets, args.test_images, given)
     on = "cpu" if device.type == "cpu" else None
     if args.train is not None:
         return _train(comparison, args.train, on)
@@ -117,9 +130,12 @@ def run(args: argparse.Namespace) -> int:
     if not comparison.trains_backbone:
         scratch = [one.method.name for one in wanted if one.method.from_scratch]
         if args.methods and scratch:
-            raise ValueError(f"{scratch[0]} is trained as the backbone is, and recipe {recipe.name!r} trains none")
+            whose = f"recipe {recipe.name!r} trains none" if given is None else "--backbone gives it as it is"
+            raise ValueError(f"{scratch[0]} is trained as the backbone is, and {whose}")
         wanted = [one for one in wanted if not one.method.from_scratch]
-    if not args.only_measured:
+    if args.only_times:
+        _time([one for one in wanted if comparison.is_measured(one)], comparison, device)
+    elif not args.only_measured:
         processes = chosen_processes(args.processes, on == "cpu")
         status = _do_what_is_missing(args, comparison, wanted, processes, device)
         if status:
@@ -139,7 +155,7 @@ def _do_what_is_missing(
     say = console(stderr=True).print
     if not comparison.backbone_is_trained():
         open_data(comparison.data, "train")  # or say what is wrong with it, before anything is begun
-        say("Training the shared backbone ..." if comparison.trains_backbone else "Fetching the shared backbone ...")
+        say(f"{'Training' if comparison.trains_backbone else 'Fetching'} the shared backbone ...")
         status = _in_processes(args, ["backbone", "0"], comparison, processes, device)
         if status:
             return status
@@ -157,10 +173,20 @@ def _do_what_is_missing(
             say(f"Measuring {what} ...", markup=False)
             with LiveProgress({}) as on_progress:
                 comparison.measure(one, device, on_progress)
-        if not (args.no_times or comparison.is_timed(one)) and is_first_process():
-            say(f"Timing {what} ...", markup=False)
-            comparison.time(one, device)
+        if not args.no_times and is_first_process():
+            _time([one], comparison, device)
     return 0
+
+
+def _time(measured: list[Run], comparison: Comparison, device: Any) -> None:
+    """Those that are not timed yet."""
+    from miaformer.cli.output import console
+
+    say = console(stderr=True).print
+    for one in measured:
+        if not comparison.is_timed(one):
+            say(f"Timing {one.method.name}, seed {one.seed} ...", markup=False)
+            comparison.time(one, device)
 
 
 def _in_processes(
@@ -200,6 +226,8 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
     print_table(out, _table(table))
     for name, fraction in table.at_equal_accuracy.items():
         out.print(f"{name}: half a point below dense at {fraction:.3f} of the MACs", markup=False)
+    for line in _one_point_below(table.one_point_below):
+        out.print(line, markup=False, soft_wrap=True)
     for at in table.adaptivity:
         out.print(
             f"Does compute follow difficulty? At {at['budget']:g}: rank correlation of MACs with the backbone's loss "
@@ -221,6 +249,7 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
             **asdict(table),
             "seeds": _seeds(measured),
             "core_seconds": seconds,
+            "adaptation": _adaptation(seconds),
             "environment": describe_environment(torch.device("cpu"), 0),
         }
         write_json(args.json, report)
@@ -245,6 +274,33 @@ def _draw_classes(comparison: Comparison, learned: Run, path: str) -> None:
     budget = comparison.budgets[len(comparison.budgets) // 2]
     classes = open_data(comparison.data, "test").classes
     plot_classes(comparison.model(learned), comparison.batches("test"), path, budget, classes)
+
+
+def _one_point_below(found: dict[str, Any]) -> list[str]:
+    """What the MACs at one point below dense come to, in words."""
+
+    def between(interval: list[float]) -> str:
+        return f"({interval[0]:.3f}, {interval[1]:.3f})"
+
+    lines = [
+        f"{name}: one point below dense at {one['macs_fraction']:.3f} {between(one['interval'])} of the MACs"
+        for name, one in found.get("methods", {}).items()
+    ]
+    best = found.get("best_baseline")
+    if best is not None:
+        ratio = f"{best['ratio']:.3f} {between(best['ratio_interval'])}"
+        lines.append(f"There ours takes {ratio} of the MACs of the best baseline, {best['name']}.")
+    return lines
+
+
+def _adaptation(seconds: dict[str, float]) -> dict[str, dict[str, float | None]]:
+    """By method the processor minutes of adapting it, and their share of what training the backbone took."""
+    backbone = seconds.get("backbone")
+    return {
+        name: {"minutes": own / 60, "share_of_backbone": own / backbone if backbone else None}
+        for name, own in seconds.items()
+        if name != "backbone"
+    }
 
 
 def _seeds(measured: list[Run]) -> dict[str, list[int]]:

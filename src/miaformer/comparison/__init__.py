@@ -1,8 +1,9 @@
 """Methods that adapt one backbone, trained and measured alike: `miaformer compare`.
 
 `method`: what one is: how it is trained from the shared backbone, and how asked for a budget. `methods`: all that are
-compared; `ablations`: ours without one of its parts. `harness`: trains and measures what is not there yet, one file a
-method and seed. `results`: tables, intervals and differences of these.
+compared, of which `smaller`, `resolution` and `int8` take no research; `ablations`: ours without one of its parts.
+`harness`: trains and measures what is not there yet, one file a method and seed; `measuring` and `timing` are how.
+`results` and `equal_accuracy`: tables, intervals and differences of these.
 """
 
 from miaformer.comparison.ablations import ABLATIONS

@@ -1,9 +1,10 @@
 """Trains and measures what is not there yet: a directory a method and seed, kept from one call to the next.
 
-OUT/backbone/model            the shared backbone, trained by the recipe's first stage
+OUT/backbone/model            the shared backbone, trained by the recipe's first stage, or a copy of a given one
 OUT/METHOD/seedK/             a training run, as `miaformer train` leaves it
 OUT/METHOD/seedK/measured.*   what it did on each test image (.npz), and at what budgets (.json)
-OUT/METHOD/seedK/timed.json   how long it took beside the backbone: apart, for a machine that does nothing else
+OUT/METHOD/seedK/timed.json   how long it took beside the backbone: apart, for a machine that does nothing else; the
+                              model must still be there
 
 What is measured is not trained again, so the last two and `recipe.json` are enough to keep a result.
 """
@@ -19,15 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
-from miaformer.comparison.method import Classify, Entry, Method, Question
+from miaformer.backbone import check_supported
+from miaformer.comparison.given import copy_backbone, is_copied
+from miaformer.comparison.measuring import on_test_images
+from miaformer.comparison.method import Entry, Method, Question
 from miaformer.comparison.methods import METHODS
+from miaformer.comparison.timing import time_entries, timed_pictures
 from miaformer.data import Batches, Split, build_transform, open_data
-from miaformer.evaluation import describe_environment, time_pairs
+from miaformer.evaluation import describe_environment
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
 from miaformer.files import holds_run, whole_file
 from miaformer.model import MIAFormer, adapt
@@ -36,8 +41,6 @@ from miaformer.training import Recipe, is_trained, new_backbone, train, train_re
 from miaformer.training.progress import core_seconds
 
 Array = NDArray[Any]
-
-TIMED_BATCH, TIMED_BATCHES, TIMED_PAIRS = 64, 2, 5
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Comparison:
 
     recipe: with the stages of adaptation; a backbone without a stage of its own is taken as it comes, pretrained.
     data: what `open_data` takes. budgets: to ask every method for. test_images: measure on the first so many images of
-    the test split; None: all.
+    the test split; None: all. given: a model directory whose backbone is the shared one; None: the recipe's is.
     """
 
     recipe: Recipe
@@ -62,6 +65,7 @@ class Comparison:
     out: Path
     budgets: tuple[float, ...]
     test_images: int | None = None
+    given: Path | None = None
 
     @property
     def backbone(self) -> Path:
@@ -74,11 +78,13 @@ class Comparison:
 
     def backbone_is_trained(self) -> bool:
         """Raises ValueError where another recipe, or data, has been trained in its place; so does `is_trained`."""
+        if self.given is not None:
+            return is_copied(self.given, self.backbone)
         return is_trained(self._backbone_recipe, self.backbone.parent, data=self.data)
 
     @property
     def trains_backbone(self) -> bool:
-        return bool(self._backbone_recipe.stages)
+        return self.given is None and bool(self._backbone_recipe.stages)
 
     @property
     def _backbone_recipe(self) -> Recipe:
@@ -86,18 +92,27 @@ class Comparison:
         stages = tuple(stage for stage in self.recipe.stages if stage.kind == "backbone")
         return replace(self.recipe, stages=stages, adapt={})
 
+    def trained(self, run: Run) -> Run:
+        """The run whose trained model this one uses: itself, mostly."""
+        return run if run.method.trained_as is None else Run(METHODS[run.method.trained_as], run.seed)
+
     def is_trained(self, run: Run) -> bool:
+        run = self.trained(run)
         if run.method.recipe is None:
             return True
         return is_trained(run.method.recipe(self.recipe), self.directory(run), data=self.data, seed=run.seed)
 
     def train_backbone(self, device: str | None = None) -> None:
-        """Or go on with it. Raises `Interrupted` after Ctrl-C, saved."""
+        """Or go on with it; a given one is copied. Raises `Interrupted` after Ctrl-C, saved."""
         out = self.backbone.parent
+        if self.given is not None:
+            copy_backbone(self.given, self.backbone, open_data(self.data, "train"))
+            return
         train_recipe(self._backbone_recipe, out, data=self.data, resume=holds_run(out), device=device)
 
     def train(self, run: Run, device: str | None = None) -> None:
         """Or go on with it. Raises `Interrupted` after Ctrl-C, saved."""
+        run = self.trained(run)
         assert run.method.recipe is not None
         out = self.directory(run)
         train(
@@ -111,24 +126,27 @@ class Comparison:
             teacher=self._static(),
         )
 
-    def _static(self) -> nn.Module:
+    def _static(self) -> VisionTransformer:
         return MIAFormer.from_pretrained(self.backbone).to_timm()
 
     def _untrained(self, run: Run) -> MIAFormer:
         recipe = self.recipe if run.method.recipe is None else run.method.recipe(self.recipe)
         if run.method.from_scratch:
-            static = new_backbone(recipe, len(open_data(self.data, "train").classes), run.seed)
+            static = check_supported(new_backbone(recipe, len(open_data(self.data, "train").classes), run.seed))
         else:
             static = self._static()
-        run.method.shrink(static)
+        static = run.method.reshape(static)
         seed_everything(run.seed, 0, 0)  # of what is put on it: controllers, or a rival's
         model = adapt(static, **recipe.adapt)
         run.method.prepare(model)
         return model
 
     def model(self, run: Run) -> MIAFormer:
-        """The trained model of a run, in evaluation mode."""
+        """The trained model of a run, in evaluation mode. Raises ValueError where it is not there any more."""
+        run = self.trained(run)
         saved = self.directory(run) / "model"
+        if run.method.recipe is not None and not (saved / "model.safetensors").exists():
+            raise ValueError(f"{saved} holds no model: measuring and timing need what training left there")
         if run.method.is_calibrated(self.recipe):
             return MIAFormer.from_pretrained(saved).eval()
         model = self._untrained(run)
@@ -161,34 +179,11 @@ class Comparison:
     def _asked(self) -> dict[str, Any]:
         return {"budgets": list(self.budgets), "test_images": self.test_images, "data": Path(self.data).name}
 
-    @torch.inference_mode()
     def measure(self, run: Run, device: torch.device, on_progress: OnProgress | None = None) -> None:
         """What the trained model does on each test image at each budget."""
         static, entries = self._entries(run, device)
-        correct: list[list[Array]] = [[] for _ in entries]
-        fraction: list[list[Array]] = [[] for _ in entries]
-        losses: list[Array] = []
-        margins: list[Array] = []
-        done = 0
-        for batch in self.batches("test"):
-            images, labels = batch.images.to(device), batch.labels.to(device)
-            logits = static(images).float()
-            losses.append(F.cross_entropy(logits, labels, reduction="none").cpu().numpy())
-            margins.append(_margin(logits, labels).cpu().numpy())
-            for place, entry in enumerate(entries):
-                logits, spent = entry.classify(images)
-                correct[place].append((logits.argmax(dim=1) == labels).cpu().numpy())
-                fraction[place].append(spent.float().cpu().numpy())
-            done += len(images)
-            if on_progress is not None:
-                on_progress("measure", done)
-        arrays = {"dense_loss": np.concatenate(losses), "dense_margin": np.concatenate(margins)}
-        points = []
-        for place, entry in enumerate(entries):
-            arrays[f"correct{place}"], arrays[f"macs_fraction{place}"] = (
-                np.concatenate(parts[place]) for parts in (correct, fraction)
-            )
-            points.append({"name": entry.name, "budget": entry.budget, "key": place})
+        arrays = on_test_images(static, entries, self.batches("test"), device, on_progress)
+        points = [{"name": one.name, "budget": one.budget, "key": place} for place, one in enumerate(entries)]
         out = self.directory(run)
         out.mkdir(parents=True, exist_ok=True)
         (out / "measured.json").unlink(missing_ok=True)  # it says that the figures beside it are whole
@@ -198,7 +193,7 @@ class Comparison:
             "about": run.method.about,
             "seed": run.seed,
             "points": points,
-            "core_seconds": core_seconds(out),
+            "core_seconds": core_seconds(self.directory(self.trained(run))),
             "asked": self._asked(),
             "environment": describe_environment(device, run.seed),
         }
@@ -208,22 +203,19 @@ class Comparison:
     def is_timed(self, run: Run) -> bool:
         return (self.directory(run) / "timed.json").exists()
 
-    @torch.inference_mode()
     def time(self, run: Run, device: torch.device) -> None:
-        """How long the trained model takes at each budget, beside the backbone: give the machine nothing else to do."""
+        """How long the trained model takes at each budget, beside the backbone: give the machine nothing else to do.
+
+        Raises ValueError where the model is not there any more.
+        """
         static, entries = self._entries(run, device)
-        batches: list[Tensor] = []
-        for batch in self.batches("test"):
-            if len(batches) == TIMED_BATCHES or len(batch.images) < TIMED_BATCH:
-                break
-            batches.append(batch.images[:TIMED_BATCH].to(device))
         report = {
-            "times": [_time(static, entry.classify, batches) for entry in entries],  # in the order of the points
-            "batch": TIMED_BATCH,
+            "times": time_entries(static, entries, timed_pictures(self.batches("test"), device)),
             "environment": describe_environment(device, run.seed),
         }
         _write(self.directory(run) / "timed.json", report)
 
+    @torch.no_grad()
     def _entries(self, run: Run, device: torch.device) -> tuple[nn.Module, list[Entry]]:
         """The static backbone, and the trained model at each budget."""
         model = self.model(run).to(device)
@@ -265,18 +257,3 @@ def runs(methods: Sequence[str], seeds: Sequence[int], seeds_of_rivals: Sequence
 def _write(path: Path, report: dict[str, Any]) -> None:
     with whole_file(path) as unfinished:
         unfinished.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """By how much the label's logit (B, classes) is above the next (B,)."""
-    right = logits.gather(1, labels[:, None]).squeeze(1)
-    return right - logits.scatter(1, labels[:, None], float("-inf")).amax(dim=1)
-
-
-def _time(static: nn.Module, classify: Classify, batches: Sequence[Tensor]) -> dict[str, float] | None:
-    """Milliseconds of a batch, beside the backbone's; None where the test split has no full batch."""
-    if not batches:
-        return None
-    pairs = [time_pairs(lambda b=b: static(b), lambda b=b: classify(b), TIMED_PAIRS, warm_up=1) for b in batches]  # type: ignore[misc]
-    dense, own = (float(np.mean([getattr(pair, name) for pair in pairs])) for name in ("dense_ms", "sparse_ms"))
-    return {"dense_ms": dense, "ms": own, "fraction": float(np.mean([pair.time_fraction for pair in pairs]))}

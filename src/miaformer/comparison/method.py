@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
+from miaformer.comparison.engines import Prepare, of_module
 from miaformer.evaluation.calibration import LabelledBatch
 from miaformer.model import MIAFormer
-from miaformer.policy import Policy
+from miaformer.policy import Full, Policy
 from miaformer.training.recipes import Kind, Recipe
 
 Classify = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> logits (B, classes), MACs fraction (B,)
@@ -20,11 +22,22 @@ FRACTIONS = (0.35, 0.5, 0.7)  # of the backbone's MACs: smaller static models co
 
 @dataclass(frozen=True)
 class Entry:
-    """A method at a budget, ready to classify. budget: None where the method knows none."""
+    """A method at a budget, ready to classify. budget: None where the method knows none.
+
+    read: makes what `classify` takes of the backbone's images; not timed, for pictures can be read that way. engine:
+    what `classify` runs on. engines: others that give the same logits, to be timed beside it.
+    """
 
     name: str
     budget: float | None
     classify: Classify
+    read: Callable[[Tensor], Tensor] = lambda images: images
+    engine: str = "eager"
+    engines: Mapping[str, Prepare] = field(default_factory=dict)
+
+    def run(self, images: Tensor) -> Tensor:
+        """Logits alone."""
+        return self.classify(images)[0]
 
 
 @dataclass(frozen=True)
@@ -42,17 +55,19 @@ class Method:
     """One way to spend less.
 
     recipe: the stages that train it, of the comparison's recipe; None where the backbone is used as it is. entries:
-    what is measured of the trained model. shrink: makes the backbone a smaller one, in place. prepare: puts something
-    in the place of our controllers before training. from_scratch: whether it starts from new weights.
+    what is measured of the trained model. reshape: what is made of the backbone before anything else: a smaller one,
+    say. prepare: puts something in the place of our controllers before training. from_scratch: whether it starts from
+    new weights. trained_as: the method whose trained model it uses; None: one of its own.
     """
 
     name: str
     about: str
     recipe: Callable[[Recipe], Recipe] | None
     entries: Callable[[MIAFormer, Question], list[Entry]]
-    shrink: Callable[[nn.Module], None] = lambda backbone: None
+    reshape: Callable[[VisionTransformer], VisionTransformer] = lambda backbone: backbone
     prepare: Callable[[MIAFormer], None] = lambda model: None
     from_scratch: bool = False
+    trained_as: str | None = None
 
     def is_calibrated(self, base: Recipe) -> bool:
         """Whether training it ends with a table of budgets: then it is one of ours, a model like any other."""
@@ -64,6 +79,20 @@ def adaptation_epochs(recipe: Recipe) -> float:
     return sum(stage.epochs for stage in recipe.stages if stage.kind in OURS)
 
 
+def one_stage(kind: Kind) -> Callable[[Recipe], Recipe]:
+    """Adaptation as a single stage of this kind, with the learning rates of the recipe's supervised stage.
+
+    Images are not mixed, as they are not where ours is adapted.
+    """
+
+    def recipe(base: Recipe) -> Recipe:
+        supervised = next(stage for stage in base.stages if stage.kind == "supervised")
+        stage = replace(supervised, kind=kind, epochs=adaptation_epochs(base), anneal=1.0)
+        return replace(base, stages=(stage,), mixup=0.0, cutmix=0.0)
+
+    return recipe
+
+
 def by_policy(model: MIAFormer, policy: Policy) -> Classify:
     """The logits and the MACs of what this policy decides."""
 
@@ -72,3 +101,21 @@ def by_policy(model: MIAFormer, policy: Policy) -> Classify:
         return output.logits, output.trace.macs_fraction
 
     return classify
+
+
+def as_backbone(name: str, model: MIAFormer, question: Question) -> Entry:
+    """The static model on our engine, so that its last block computes what is read alone, as everybody's does.
+
+    Its MACs are a fraction of the comparison's backbone's.
+    """
+
+    def classify(images: Tensor) -> tuple[Tensor, Tensor]:
+        output = model.run(images, policy=Full())
+        return output.logits, output.trace.macs / question.backbone_macs
+
+    return Entry(name, None, classify, engines=of_module(model.backbone, image_shape(model)))
+
+
+def image_shape(model: MIAFormer) -> tuple[int, int, int]:
+    """(channels, H, W) of the images that the model takes."""
+    return (model.backbone.in_chans, *model.image_size())

@@ -1,90 +1,47 @@
 """What is compared: how each method is trained from the shared backbone, and how it is asked for a budget.
 
-All get the same epochs, teacher, data and augmentation; only the stages differ. Three kinds of controls do not adapt:
-`dense`, the backbone trained on; shallow models, its first blocks trained on; narrow ones, of fewer channels, trained
-from scratch for as long as backbone and adaptation together, with the backbone as their teacher.
+All get the same epochs, teacher, data and augmentation; only the stages differ. Static baselines have modules of their
+own: `smaller` (`dense`, the backbone trained on; shallow models, its first blocks trained on; narrow ones, of fewer
+channels, trained from scratch for as long as backbone and adaptation together, with the backbone as their teacher),
+`resolution` and `int8`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from miaformer.backbone import transformer_blocks
 from miaformer.comparison.ablations import ABLATIONS
-from miaformer.comparison.method import FRACTIONS, OURS, Classify, Entry, Method, Question, adaptation_epochs, by_policy
+from miaformer.comparison.engines import OnnxFile, Prepare, of_module
+from miaformer.comparison.int8 import INT8
+from miaformer.comparison.method import (
+    OURS,
+    Entry,
+    Method,
+    Question,
+    adaptation_epochs,
+    by_policy,
+    image_shape,
+    one_stage,
+)
+from miaformer.comparison.resolution import RESOLUTION, RESOLUTION_FREE
+from miaformer.comparison.smaller import DENSE, NARROW, SHALLOW
 from miaformer.evaluation import cls_attention_policy, contenders
+from miaformer.evaluation.contenders import Contender
 from miaformer.evaluation.controls import top_tokens_policy
 from miaformer.model import MIAFormer
-from miaformer.policy import Full
+from miaformer.policy import Policy, Static
 from miaformer.rivals.exits import EarlyExit, exit_table
 from miaformer.rivals.merging import merged_logits, merged_macs, merges_for
 from miaformer.rivals.policies import token_scorers
-from miaformer.training.recipes import Kind, Recipe
-
-
-def _one_stage(kind: Kind) -> Callable[[Recipe], Recipe]:
-    """Adaptation as a single stage of this kind, with the learning rates of the recipe's supervised stage.
-
-    Images are not mixed, as they are not where ours is adapted.
-    """
-
-    def recipe(base: Recipe) -> Recipe:
-        supervised = next(stage for stage in base.stages if stage.kind == "supervised")
-        stage = replace(supervised, kind=kind, epochs=adaptation_epochs(base), anneal=1.0)
-        return replace(base, stages=(stage,), mixup=0.0, cutmix=0.0)
-
-    return recipe
-
-
-def _narrow(fraction: float) -> Callable[[Recipe], Recipe]:
-    """A backbone of about this fraction of the MACs by fewer channels, heads of even size, trained from scratch.
-
-    Without what makes a backbone do with less, which a model that never does can do without.
-    """
-
-    def recipe(base: Recipe) -> Recipe:
-        args = base.model_args
-        heads = args["num_heads"]
-        dim = 2 * heads * round(math.sqrt(fraction) * args["embed_dim"] / (2 * heads))
-        plain = (replace(s, patch_drop=(0.0, 0.0), early_weight=0.0) for s in base.only("backbone").stages)
-        stages = *plain, *_one_stage("backbone")(base).stages
-        return replace(base, model_args={**args, "embed_dim": dim}, stages=stages)
-
-    return recipe
-
-
-def _first_blocks(fraction: float) -> Callable[[nn.Module], None]:
-    """Leaves a backbone only so many of its blocks, from the first on."""
-
-    def shrink(backbone: nn.Module) -> None:
-        kept = max(round(fraction * len(transformer_blocks(backbone))), 1)
-        backbone.blocks = nn.Sequential(*transformer_blocks(backbone)[:kept])
-
-    return shrink
-
+from miaformer.training.recipes import Recipe
 
 # How a trained model is asked -----------------------------------------------------------------------------------------
-
-
-def _as_backbone(name: str) -> Callable[[MIAFormer, Question], list[Entry]]:
-    """The static model on our engine, so that its last block computes what is read alone, as everybody's does.
-
-    Its MACs are a fraction of the comparison's backbone's.
-    """
-
-    def entries(model: MIAFormer, question: Question) -> list[Entry]:
-        def classify(images: Tensor) -> tuple[Tensor, Tensor]:
-            output = model.run(images, policy=Full())
-            return output.logits, output.trace.macs / question.backbone_macs
-
-        return [Entry(name, None, classify)]
-
-    return entries
 
 
 def _learned(model: MIAFormer, question: Question) -> list[Entry]:
@@ -96,19 +53,41 @@ def _learned(model: MIAFormer, question: Question) -> list[Entry]:
         calibration=question.calibration(),
         seed=question.seed,
     )
-    return [Entry(one.name, one.budget, by_policy(model, one.policy)) for one in found]
+    file = OnnxFile(partial(_write_learned, model), batch=1)  # one for all budgets
+    return [
+        Entry(one.name, one.budget, by_policy(model, one.policy), engines=_in_onnx(model, one, file)) for one in found
+    ]
 
 
-def _within_reach(
-    name: str, make: Callable[[MIAFormer, float], Classify]
-) -> Callable[[MIAFormer, Question], list[Entry]]:
+def _write_learned(model: MIAFormer, path: Path) -> None:
+    from miaformer.export import export_onnx
+
+    export_onnx(model, path)
+
+
+def _in_onnx(model: MIAFormer, one: Contender, learned: OnnxFile) -> dict[str, Prepare]:
+    """ONNX Runtime, which takes one image at a time: the learned policy's file, or that of the static decisions."""
+    if one.name == "learned":
+        return {"onnx": partial(learned.prepare, feed={"budget": one.budget, "cap": float("inf")})}
+    if isinstance(one.policy, Static):
+        return {"onnx": OnnxFile(partial(_write_static, model, one.policy), batch=1).prepare}
+    return {}
+
+
+def _write_static(model: MIAFormer, policy: Static, path: Path) -> None:
+    from miaformer.export import export_static
+
+    export_static(model, path, policy.decisions)
+
+
+def _within_reach(make: Callable[[MIAFormer, float], Entry]) -> Callable[[MIAFormer, Question], list[Entry]]:
     """An entry for each budget that the method can go down to."""
 
     def entries(model: MIAFormer, question: Question) -> list[Entry]:
         found = []
         for budget in question.budgets:
             try:
-                found.append(Entry(name, budget, make(model, budget)))
+                found.append(make(model, budget))
             except ValueError:  # below the least it can spend
                 continue
         return found
@@ -116,15 +95,32 @@ def _within_reach(
     return entries
 
 
-def _merging(model: MIAFormer, budget: float) -> Classify:
+def _policy_at(name: str, policy: Callable[[MIAFormer, float], Policy]) -> Callable[[MIAFormer, Question], list[Entry]]:
+    """An entry for each budget that a policy made for it can go down to."""
+    return _within_reach(lambda model, budget: Entry(name, budget, by_policy(model, policy(model, budget))))
+
+
+class _Merged(nn.Module):
+    """ToMe with a fixed number of merges in each block: a static model of its own."""
+
+    def __init__(self, model: MIAFormer, merges: Sequence[int]) -> None:
+        super().__init__()
+        self.model, self.merges = model, merges
+
+    def forward(self, images: Tensor) -> Tensor:
+        return merged_logits(self.model, images, self.merges)
+
+
+def _merging(name: str, model: MIAFormer, budget: float) -> Entry:
     cost = model.cost()
     merges = merges_for(cost, budget)
-    fraction = merged_macs(cost, merges) / cost.backbone
+    merged, fraction = _Merged(model, merges), merged_macs(cost, merges) / cost.backbone
 
     def classify(images: Tensor) -> tuple[Tensor, Tensor]:
-        return merged_logits(model, images, merges), torch.full((len(images),), fraction)
+        return merged(images), torch.full((len(images),), fraction)
 
-    return classify
+    onnx = of_module(merged, image_shape(model))["onnx"]
+    return Entry(name, budget, classify, engines={"onnx": onnx})
 
 
 EVEN_SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3)  # of the tokens
@@ -163,54 +159,39 @@ RIVALS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("learned", "ours, with static and random on its weights", lambda base: base.only(*OURS), _learned),
-        Method("dense", "the backbone, trained on for as long", _one_stage("backbone"), _as_backbone("dense")),
+        DENSE,
+        INT8,
+        RESOLUTION,
+        RESOLUTION_FREE,
         Method(
             "cls-attention",
             "EViT's criterion: tokens by class attention, fine-tuned",
-            _one_stage("cls-attention"),
-            _within_reach("cls-attention", lambda model, b: by_policy(model, cls_attention_policy(model, b))),
+            one_stage("cls-attention"),
+            _policy_at("cls-attention", cls_attention_policy),
         ),
         Method(
             "top-tokens",
             "DynamicViT: tokens by trained scorers",
-            _one_stage("top-tokens"),
-            _within_reach("top-tokens", lambda model, b: by_policy(model, top_tokens_policy(model, b))),
+            one_stage("top-tokens"),
+            _policy_at("top-tokens", top_tokens_policy),
             prepare=_put_scorers,
         ),
         Method(
             "merging",
             "ToMe: similar tokens merged, fine-tuned",
-            _one_stage("merging"),
-            _within_reach("merging", _merging),
+            one_stage("merging"),
+            _within_reach(partial(_merging, "merging")),
         ),
-        Method("merging-free", "ToMe without training", None, _within_reach("merging-free", _merging)),
-        Method("exits", "blocks until confident, fine-tuned", _one_stage("exits"), _exits("exits", (1.0,))),
+        Method("merging-free", "ToMe without training", None, _within_reach(partial(_merging, "merging-free"))),
+        Method("exits", "blocks until confident, fine-tuned", one_stage("exits"), _exits("exits", (1.0,))),
         Method(
             "even-exits",
             "a share of the tokens, spread evenly, and blocks until confident: ours without controllers",
             _elastic_for_all_epochs,
             _exits("even-exits", EVEN_SHARES),
         ),
-        *(
-            Method(
-                f"shallow-{fraction:g}",
-                f"the first blocks, about {fraction:g} of them, trained on",
-                _one_stage("backbone"),
-                _as_backbone("shallow"),
-                shrink=_first_blocks(fraction),
-            )
-            for fraction in FRACTIONS
-        ),
-        *(
-            Method(
-                f"narrow-{fraction:g}",
-                f"a ViT of about {fraction:g} of the MACs, from scratch",
-                _narrow(fraction),
-                _as_backbone("narrow"),
-                from_scratch=True,
-            )
-            for fraction in FRACTIONS
-        ),
+        *SHALLOW,
+        *NARROW,
     )
 }
 

@@ -19,6 +19,9 @@ _LOOKS = {  # colour, marker
     "merging-free": ("#d98880", "P"),
     "exits": ("#6d4c41", "X"),
     "even-exits": ("#5aa02c", "p"),
+    "resolution": ("#c2185b", "d"),
+    "resolution-free": ("#e48bb0", "d"),
+    "int8": ("#4b6e2f", "*"),
     "narrow": ("#22262b", "h"),
     "shallow": ("#9a8c5a", "H"),
 }
@@ -31,6 +34,12 @@ _OTHERS = [  # of methods without a look of their own
 ]
 
 
+def _batches(timed: Sequence[Mapping[str, Any]]) -> str:
+    """Of what size those are whose time is drawn: the largest. Older rows do not say."""
+    sizes = [int(size) for row in timed for size in row.get("times", {})]
+    return f"batches of {max(sizes)}," if sizes else "batches"
+
+
 def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
     """Accuracy over MACs, and over measured time, of the rows of a comparison: one line a method, with intervals.
 
@@ -41,7 +50,7 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: 
     figure, _ = new_figure(11.5, 4.8, axes=False)
     timed = [row for row in rows if row["time_fraction"] is not None]
     panels = [("macs_fraction", "mean MACs per image", rows)]
-    panels += [("time_fraction", "time, batches of 64, on this machine", timed)] if timed else []
+    panels += [("time_fraction", f"time, {_batches(timed)} on this machine", timed)] if timed else []
     shared = None
     names = [name for name in dict.fromkeys(row["name"] for row in rows) if name not in _LOOKS and name != "dense"]
     looks = dict(zip(names, cycle(_OTHERS), strict=False))

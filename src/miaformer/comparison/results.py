@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from miaformer.comparison.equal_accuracy import at_equal_accuracy, macs_at_equal_accuracy
+from miaformer.comparison.timing import Times, mean_times, read_times
 from miaformer.evaluation import spearman
 from miaformer.evaluation.intervals import interval, resampled
 
@@ -24,12 +25,13 @@ Array = NDArray[Any]
 
 HARDEST = 0.1  # share of the images with the greatest loss under the backbone
 EQUAL_ACCURACY = 0.005  # below the dense control's
+ONE_POINT = 0.01  # likewise
 EQUAL_MACS = 0.005  # fractions so near count as equal
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method at a budget, over its seeds."""
+    """A method at a budget, over its seeds. time_fraction: at the largest batch size that was timed."""
 
     name: str
     budget: float | None
@@ -37,6 +39,7 @@ class Point:
     macs_by_seed: Array  # (seeds, n), fractions
     by_seed: list[float]  # accuracy
     time_fraction: float | None
+    times: Times = field(default_factory=dict)
 
     @property
     def macs_fraction(self) -> Array:
@@ -49,8 +52,9 @@ class Point:
 class Table:
     """All that was measured, ready for JSON.
 
-    rows: of every method at every budget; differences: ours less the others; at_equal_accuracy: MACs fractions;
-    adaptivity: at each budget the rank correlation of what our method spends on an image with how hard it is.
+    rows: of every method at every budget; differences: ours less the others; at_equal_accuracy: MACs fractions half a
+    point below dense; adaptivity: at each budget the rank correlation of what our method spends on an image with how
+    hard it is; one_point_below: MACs at one point below dense, with intervals, and ours against the best baseline.
     """
 
     rows: list[dict[str, Any]]
@@ -58,6 +62,7 @@ class Table:
     at_equal_accuracy: dict[str, float]
     adaptivity: list[dict[str, float]]
     num_images: int
+    one_point_below: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,38 +78,31 @@ def read_points(directories: Sequence[Path]) -> tuple[list[Point], Difficulty]:
 
     Raises ValueError where they were measured on different images.
     """
-    gathered: dict[tuple[str, float | None, str], list[tuple[Array, Array, float | None]]] = {}
+    gathered: dict[tuple[str, float | None, str, int], list[tuple[Array, Array, Times]]] = {}
     found: Difficulty | None = None
     for directory in directories:
         report: Mapping[str, Any] = json.loads((directory / "measured.json").read_text())
-        times = _times(directory, len(report["points"]))
+        times = read_times(directory, len(report["points"]))
         with np.load(directory / "measured.npz") as arrays:
             if found is not None and not np.allclose(found.loss, arrays["dense_loss"], atol=1e-3):
                 raise ValueError(f"{directory} was measured on other images, or beside another backbone: remove it")
             found = Difficulty(arrays["dense_loss"], arrays["dense_margin"])
             for point, time in zip(report["points"], times, strict=True):
-                key = (point["name"], point["budget"], report["method"])
+                size = point["key"] if point["budget"] is None else 0  # one method may have several that know no budget
+                key = (point["name"], point["budget"], report["method"], size)
                 values = arrays[f"correct{point['key']}"], arrays[f"macs_fraction{point['key']}"], time
                 gathered.setdefault(key, []).append(values)
     if found is None:
         raise ValueError("nothing has been measured yet")
     points = []
-    for (name, budget, _), seeds in gathered.items():
+    for (name, budget, *_), seeds in gathered.items():
         correct = np.mean([seed[0] for seed in seeds], axis=0)
         fractions = np.stack([seed[1] for seed in seeds])
-        known = [seed[2] for seed in seeds if seed[2] is not None]
+        mean = mean_times([seed[2] for seed in seeds])
+        fraction = mean[max(mean, key=int)]["fraction"] if mean else None
         accuracies = [float(seed[0].mean()) for seed in seeds]
-        points.append(Point(name, budget, correct, fractions, accuracies, float(np.mean(known)) if known else None))
+        points.append(Point(name, budget, correct, fractions, accuracies, fraction, mean))
     return points, found
-
-
-def _times(directory: Path, points: int) -> list[float | None]:
-    """Time fractions of a run's points; None where they have not been timed."""
-    path = directory / "timed.json"
-    if not path.exists():
-        return [None] * points
-    times = json.loads(path.read_text())["times"]
-    return [None if time is None else float(time["fraction"]) for time in times]
 
 
 def summarise(points: Sequence[Point], difficulty: Difficulty, seed: int = 0) -> Table:
@@ -115,7 +113,14 @@ def summarise(points: Sequence[Point], difficulty: Difficulty, seed: int = 0) ->
     weights = resampled(num_images, seed)
     rows = [_row(point, weights, hardest) for point in points]
     gaps = _differences(points, weights, hardest)
-    return Table(rows, gaps, _at_equal_accuracy(points), _adaptivity(points, difficulty), num_images)
+    return Table(
+        rows,
+        gaps,
+        macs_at_equal_accuracy(points, EQUAL_ACCURACY),
+        _adaptivity(points, difficulty),
+        num_images,
+        at_equal_accuracy(points, weights, ONE_POINT),
+    )
 
 
 def _row(point: Point, weights: Array, hardest: Array) -> dict[str, Any]:
@@ -129,6 +134,7 @@ def _row(point: Point, weights: Array, hardest: Array) -> dict[str, Any]:
         "macs_fraction": float(point.macs_fraction.mean()),
         "macs_fraction_std": float(point.macs_by_seed.std(axis=1).mean()),
         "time_fraction": point.time_fraction,
+        "times": point.times,
     }
 
 
@@ -161,30 +167,6 @@ def _differences(points: Sequence[Point], weights: Array, hardest: Array) -> lis
                 "macs_fraction": [float(mine.macs_fraction.mean()), float(other.macs_fraction.mean())],
             }
         )
-    return found
-
-
-def _at_equal_accuracy(points: Sequence[Point]) -> dict[str, float]:
-    """The MACs fraction at which each method is `EQUAL_ACCURACY` below the dense control, between its points.
-
-    Of methods that do not fall so low it is that of their cheapest point; those that do not come so near have none.
-    """
-    dense = [point for point in points if point.name == "dense"]
-    if not dense:
-        return {}
-    wanted = float(dense[0].correct.mean()) - EQUAL_ACCURACY
-    end = (float(dense[0].macs_fraction.mean()), float(dense[0].correct.mean()))
-    found = {}
-    for name in dict.fromkeys(point.name for point in points if point.name != "dense"):
-        own = sorted((float(p.macs_fraction.mean()), float(p.correct.mean())) for p in points if p.name == name)
-        curve = [*own, end]
-        if own[0][1] >= wanted:
-            found[name] = own[0][0]
-            continue
-        for (x0, y0), (x1, y1) in pairwise(curve):
-            if y0 < wanted <= y1:
-                found[name] = x0 + (x1 - x0) * (wanted - y0) / (y1 - y0)
-                break
     return found
 
 

@@ -51,6 +51,8 @@ def comparison_body(report: Mapping[str, Any]) -> Iterable[Markup]:
             yield figure(_over(timed, "time_fraction", label), WIDE, NARROW)
         yield _table(rows, report["differences"])
     yield from _equal_accuracy(report["at_equal_accuracy"])
+    yield from _one_point_below(report.get("one_point_below", {}))
+    yield from _times(report["rows"])
     yield from _adaptivity(report["adaptivity"])
     yield from _durations(report.get("core_seconds", {}))
 
@@ -92,6 +94,39 @@ def _equal_accuracy(found: Mapping[str, float]) -> Iterable[Markup]:
         order = sorted(found.items(), key=lambda pair: pair[1])
         strong = [place for place, (name, _) in enumerate(order) if name == OURS]
         yield table(("method", "MACs"), [(name, f"{value:.3f}") for name, value in order], None, strong)
+
+
+def _one_point_below(found: Mapping[str, Any]) -> Iterable[Markup]:
+    """Older reports have none."""
+    if found.get("methods"):
+        yield tag("h2", "MACs at one point below dense")
+        order = sorted(found["methods"].items(), key=lambda pair: pair[1]["macs_fraction"])
+        strong = [place for place, (name, _) in enumerate(order) if name == OURS]
+        cells = [(name, f"{one['macs_fraction']:.3f}", _between(one["interval"])) for name, one in order]
+        best = found["best_baseline"]
+        caption = None
+        if best is not None:
+            ratio = f"{best['ratio']:.3f} {_between(best['ratio_interval'])}"
+            caption = f"Ours takes {ratio} of the MACs of the best baseline, {best['name']}."
+        yield table(("method", "MACs", "95 % interval"), cells, caption, strong)
+
+
+def _between(interval: Sequence[float]) -> str:
+    return f"({interval[0]:.3f}, {interval[1]:.3f})"
+
+
+def _times(rows: Sequence[Row]) -> Iterable[Markup]:
+    """At every batch size, where rows say more than one fraction."""
+    cells = [
+        (row["name"], f"{row['macs_fraction']:.3f}", size, f"{time['ms']:.2f}", f"{time['fraction']:.2f}",
+         time["engine"], time["dense_engine"])
+        for row in rows
+        for size, time in row.get("times", {}).items()
+    ]  # fmt: skip
+    if cells:
+        yield tag("h2", "Time")
+        columns = ("method", "MACs", "batch", "ms a batch", "of dense", "engine", "dense engine")
+        yield table(columns, cells, "Each on the engine that runs it fastest, of those that were timed.")
 
 
 def _adaptivity(points: Sequence[Row]) -> Iterable[Markup]:

@@ -22,6 +22,7 @@ from miaformer.engine.walk import Execution, Policy
 from miaformer.model import MIAFormer
 from miaformer.policy import ClsAttention, Fixed
 from miaformer.rivals.merging import merged_logits, merged_macs, merges_drawn
+from miaformer.rivals.resolution import drawn_size, resized
 from miaformer.training.gates import Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.training.recipes import Recipe, Stage
 from miaformer.training.rivals import RelaxedTopTokens, drawn_keep
@@ -88,7 +89,7 @@ class Objective(nn.Module):
     def _of_stage(self, images: Tensor, labels: Tensor, step: Step) -> Outcome:
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
         soft = self._soft_labels(images if step.clean is None else step.clean)
-        if self.stage.kind in ("backbone", "merging"):
+        if self.stage.kind in ("backbone", "merging", "resolution"):
             return self._without_policy(images, labels, soft, step, cost)
         if self.stage.kind == "exits":
             return self._exits(images, labels, soft, cost)
@@ -118,15 +119,20 @@ class Objective(nn.Module):
                 return Relaxed(model.controllers, step.log_prices, draws, step.temperature, self._leaving())
 
     def _without_policy(self, images: Tensor, labels: Tensor, soft: Tensor | None, step: Step, cost: Cost) -> Outcome:
-        """The backbone as it is, or with as many tokens merged as this step draws."""
+        """The backbone as it is, with as many tokens merged as this step draws, or on images of the size it draws."""
         everything = torch.ones_like(step.draws.full)
+        drawn = float(step.draws.shared[0])
+        early = None
         if self.stage.kind == "backbone":
             logits, early = self._backbone(images, step)
             fraction = 1.0
+        elif self.stage.kind == "resolution":
+            size = drawn_size(self.model.backbone, drawn)
+            logits = self.model.backbone(resized(images, size))
+            fraction = self.model.cost(size).backbone / cost.backbone
         else:
-            merges = merges_drawn(cost, float(step.draws.shared[0]))
+            merges = merges_drawn(cost, drawn)
             logits, fraction = merged_logits(self.model, images, merges), merged_macs(cost, merges) / cost.backbone
-            early = None
         task = self._task(logits, labels, soft)
         if early is not None:
             task = task + self.stage.early_weight * self._task(early, labels, soft)

@@ -24,7 +24,7 @@ PLAIN_INTERVAL_S = 15.0  # between lines where no terminal can show a live one
 # What a step of a stage costs against one of the backbone stage: the teacher's forward pass, the gates of `supervised`,
 # the two sub-networks of an image in `reinforce`. Rough: between what a ViT of 0.1 million parameters and a ViT-S at
 # 112 px showed on a CPU (elastic 2.1 and 2.0, supervised 1.7 and 3.3, reinforce 3.5 and 6.2). Other kinds count as 1.
-STEP_COST = {"backbone": 1.0, "elastic": 2.0, "supervised": 2.5, "reinforce": 4.5}
+STEP_COST = {"probe": 0.5, "backbone": 1.0, "elastic": 2.0, "supervised": 2.5, "reinforce": 4.5}
 FIRST_ESTIMATE = 10  # steps of a stage, done now, before its pace is told
 
 

@@ -11,7 +11,16 @@ from miaformer.budget import check_fraction
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Kind = Literal[
-    "probe", "backbone", "elastic", "supervised", "reinforce", "exits", "cls-attention", "top-tokens", "merging"
+    "probe",
+    "backbone",
+    "elastic",
+    "supervised",
+    "reinforce",
+    "exits",
+    "cls-attention",
+    "top-tokens",
+    "merging",
+    "resolution",
 ]
 
 

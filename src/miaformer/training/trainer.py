@@ -123,11 +123,12 @@ class Trainer:
         """Fit the classifier to features of the backbone as it is. A minute's work: Ctrl-C leaves nothing of it."""
         backbone, device = self.model.backbone.eval(), self.accelerator.device
         layers = classifiers(backbone)
-        kept = MAX_FEATURES // (self.recipe.batch_size * sum(layer.in_features for layer in layers))
+        kept = MAX_FEATURES // (self.batch_size * sum(layer.in_features for layer in layers))
         last = min(span.last, span.first + max(kept, 1))
         features: list[list[Tensor]] = [[] for _ in layers]
         labels: list[Tensor] = []
-        self.display.start_stage("probe", last - span.first, 0)
+        self.display.start_stage("probe", last - span.first, 0, self.batch_size, self._after(span))
+        duration = Duration(self.out / DURATIONS, "probe", self.accelerator.num_processes)
         with recorded_inputs(layers) as inputs:
             for step, batch in enumerate(self._batches_from(span.first, last), start=1):
                 with self.accelerator.autocast():
@@ -144,6 +145,7 @@ class Trainer:
         self.display.say(f"Linear probe: {100 * accuracy:.1f} % of the training pictures.")
         if metrics is not None:
             metrics.write({"step": span.last, "stage": "probe", "loss": loss, "accuracy": accuracy})
+            duration.write(span.last)
 
     def _run_stage(self, span: Span, step: int, checkpoint: Path | None, metrics: MetricsFile | None) -> None:
         stage, model = span.stage, self.model
@@ -172,8 +174,7 @@ class Trainer:
             self._start_tariff(stage)
 
         running = Means()
-        later = [(s.stage.kind, s.last - s.first) for s in self.spans if s.first >= span.last]
-        self.display.start_stage(stage.kind, length, step - span.first, self.batch_size, later)
+        self.display.start_stage(stage.kind, length, step - span.first, self.batch_size, self._after(span))
         duration = Duration(self.out / DURATIONS, stage.kind, self.accelerator.num_processes)
         wrapped.train()
         for batch in self._batches_from(step, span.last):
@@ -198,6 +199,10 @@ class Trainer:
         if ema is not None:  # a stage ends on its average
             model.load_state_dict(ema.module.state_dict())
         self.accelerator.free_memory()
+
+    def _after(self, span: Span) -> list[tuple[str, int]]:
+        """Kinds and steps of the stages that follow."""
+        return [(other.stage.kind, other.last - other.first) for other in self.spans if other.first >= span.last]
 
     def _step(
         self, wrapped: nn.Module, optimizer: Any, stage: Stage, batch: Batch, step: int, progress: float

@@ -1,0 +1,348 @@
+"""Baselines that take no research cost what they say, are what they claim to be, and are timed on their best engine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from scripts import load_script
+from timm.layers import resample_abs_pos_embed
+from tiny_training import IMAGES, Quadrants, tiny_model
+from torch import Tensor, nn
+from vits import STRUCTURES, vit
+
+from miaformer import MIAFormer, adapt
+from miaformer.comparison import METHODS, summarise
+from miaformer.comparison.engines import OnnxFile, of_module
+from miaformer.comparison.equal_accuracy import at_equal_accuracy
+from miaformer.comparison.given import copy_backbone, is_copied
+from miaformer.comparison.method import Entry, Question, as_backbone
+from miaformer.comparison.results import Difficulty, Point
+from miaformer.comparison.timing import BATCHES, mean_times, read_times, time_entries
+from miaformer.cost import count_macs
+from miaformer.data import Batches, build_transform
+from miaformer.evaluation.engines import EngineUnavailableError
+from miaformer.evaluation.intervals import resampled
+from miaformer.rivals.resolution import at_size, drawn_size, for_any_size, image_sizes, resized
+from miaformer.training.gates import Draws
+from miaformer.training.objective import Objective, Step
+from miaformer.training.progress import DURATIONS, core_seconds
+from miaformer.training.recipes import Stage, get_recipe
+
+GRID = {"img_size": 32, "patch_size": 4}  # 8 x 8 patches, as 112 pixels in patches of 14 are
+
+
+def images_of(model: MIAFormer, count: int) -> Tensor:
+    shape = (count, 3, *model.image_size())
+    return torch.randn(shape, generator=torch.Generator().manual_seed(4))
+
+
+def question_of(model: MIAFormer) -> Question:
+    return Question((0.5,), list, model.cost().backbone, 0)
+
+
+# lower resolution
+
+
+def test_sizes_are_grids_of_8_to_4_patches_a_side() -> None:
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=112, patch_size=14, embed_dim=24, depth=1)
+    assert image_sizes(backbone) == [(112, 112), (98, 98), (84, 84), (70, 70), (56, 56)]
+    assert image_sizes(vit(img_size=(8, 24), patch_size=(4, 6)))[-1] == (4, 12)
+
+
+@pytest.mark.parametrize("structure", ["plain", "registers", "layer_scale_qk_norm", "dynamic_size"])
+def test_macs_of_every_size_are_those_counted(structure: str) -> None:
+    model = adapt(vit(**{**STRUCTURES[structure], **GRID}), mlp_width="hidden").eval()
+    entries = METHODS["resolution-free"].entries(model, question_of(model))
+    images = images_of(model, 1)
+    assert len(entries) == 5
+    for entry in entries:
+        small = entry.read(images)
+        entry.classify(small)  # which counts what is fixed, once
+        spent: list[Tensor] = []
+        counted = count_macs(lambda e=entry, s=small, kept=spent: kept.append(e.classify(s)[1]))  # type: ignore[misc]
+        assert float(spent[0]) * model.cost().backbone == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize("structure", ["plain", "registers", "not_square_no_biases"])
+def test_position_embeddings_are_resampled_once_as_timm_does(structure: str) -> None:
+    backbone = vit(**STRUCTURES[structure])
+    wanted_from, old = backbone.pos_embed.detach().clone(), backbone.patch_embed.grid_size
+    model = adapt(backbone, grains=("depth",), mlp_width="hidden").eval()
+    size = image_sizes(model.backbone)[-1]
+    twin = at_size(model, size)
+    prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
+    wanted = resample_abs_pos_embed(wanted_from, twin.backbone.patch_embed.grid_size, old, num_prefix_tokens=prefix)
+    torch.testing.assert_close(twin.backbone.pos_embed.detach(), wanted)
+    assert not twin.backbone.dynamic_img_size, "which would resample at every call"
+    assert model.image_size() != twin.image_size() == size
+
+
+def test_what_is_measured_is_what_was_trained() -> None:
+    """Training resamples position embeddings at every step, what is measured has them resampled before: both answer
+    alike."""
+    backbone = for_any_size(vit(init_values=0.1, **GRID))
+    model = adapt(backbone).eval()
+    images = images_of(model, 3)
+    for size in image_sizes(backbone):
+        small = resized(images, size)
+        with torch.inference_mode():
+            found = as_backbone("resolution", at_size(model, size), question_of(model)).run(small)
+            torch.testing.assert_close(found, model.backbone(small), atol=1e-5, rtol=1e-4)
+
+
+def test_images_are_resized_without_aliasing() -> None:
+    """Stripes too fine for the smaller image become their mean, not noise."""
+    stripes = torch.ones(1, 3, 32, 32)
+    stripes[..., ::2] = -1
+    assert resized(stripes, (16, 16)).abs().max() < 0.15
+    assert resized(stripes, (32, 32)) is stripes
+
+
+def test_training_draws_every_size_and_learns_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapt(for_any_size(vit(**GRID))).train()
+    images, seen = images_of(model, 2), []
+    embedded = model.backbone.patch_embed.forward
+    monkeypatch.setattr(
+        model.backbone.patch_embed, "forward", lambda x: (seen.append(tuple(x.shape[2:])), embedded(x))[1]
+    )
+    objective = Objective(model, Stage("resolution", epochs=1, lr=0), get_recipe("digits"), None)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = Draws.of_step(generator, 2, model.cost(), 0.25, (0.3, 0.9), slice(0, 2))
+        step = Step(drawn, drawn, torch.zeros(2), torch.zeros(2), (0.0, 1.0), 1.0)
+        model.zero_grad()
+        objective(images, torch.eye(5)[:2], step).loss.backward()
+        assert model.backbone.pos_embed.grad.abs().sum() > 0
+    assert set(seen) == set(image_sizes(model.backbone))
+    sizes = image_sizes(model.backbone)
+    assert [drawn_size(model.backbone, rate) for rate in (0.0, 0.2, 0.4, 0.6, 0.999)] == sizes
+
+
+# smaller models
+
+
+def test_twelve_blocks_become_four_six_and_eight() -> None:
+    for name, kept in (("shallow-0.35", 4), ("shallow-0.5", 6), ("shallow-0.7", 8)):
+        backbone = vit(depth=12)
+        first = list(backbone.blocks)
+        assert list(METHODS[name].reshape(backbone).blocks) == first[:kept]
+
+
+# 8-bit integers
+
+
+@pytest.fixture(scope="module")
+def trained() -> MIAFormer:
+    """Knows the bright quadrant of an image; wide enough that its weights are most of a file."""
+    model = tiny_model({"embed_dim": 96}).train()
+    data, transform = Quadrants("train"), build_transform(model.data_config())
+    (batch,) = Batches(data, transform, IMAGES, seed=0, shuffle=False, drop_last=False).epoch(0)
+    optimizer = torch.optim.AdamW(model.backbone.parameters(), lr=1e-3)
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model.backbone(batch.images), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_int8_agrees_with_float32_and_is_smaller(
+    trained: MIAFormer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from miaformer.export import dense
+
+    sizes: list[int] = []
+    quantize = dense.quantize_int8
+
+    def weighed(source: Path, path: Path) -> None:
+        quantize(source, path)
+        sizes.extend((source.stat().st_size, path.stat().st_size))
+
+    monkeypatch.setattr(dense, "quantize_int8", weighed)
+    images = torch.stack([build_transform(trained.data_config())(image) for image, _ in Quadrants("test")])
+    (entry,) = METHODS["int8"].entries(trained, question_of(trained))
+    with torch.inference_mode():
+        logits, spent = entry.classify(images)
+        exact = trained.backbone(images)
+    assert not torch.allclose(logits, exact, atol=1e-5)
+    assert (logits.argmax(dim=1) == exact.argmax(dim=1)).double().mean() > 0.9
+    assert len(exact.argmax(dim=1).unique()) > 1
+    assert (spent == 1).all()
+    assert entry.run(images[:1]).shape == (1, 4), "whatever the batch"
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_int8_is_the_dense_controls_model() -> None:
+    recipe = get_recipe("digits")
+    int8, dense = METHODS["int8"], METHODS["dense"]
+    assert int8.trained_as == "dense"
+    assert int8.recipe is not None
+    assert dense.recipe is not None
+    assert int8.recipe(recipe) == dense.recipe(recipe)
+
+
+# time
+
+
+def test_each_is_timed_on_its_fastest_engine(trained: MIAFormer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No real time here: an engine takes as long as its name says."""
+    ms = {"timm": 8.0, "onnx": 6.0, "eager": 9.0, "quick": 3.0}
+    said: list[str] = []
+
+    def engine(name: str) -> Any:
+        return lambda images: said.append(name) or trained.backbone(images)
+
+    def only_one(images: Tensor) -> Any:
+        if len(images) > 1:
+            raise EngineUnavailableError("one image at a time")
+        return engine("quick")
+
+    monkeypatch.setattr("miaformer.evaluation.timing._milliseconds", lambda call: (call(), ms[said[-1]])[1])
+    both = {"timm": lambda images: engine("timm"), "onnx": lambda images: engine("onnx")}
+    monkeypatch.setattr("miaformer.comparison.timing.of_module", lambda module, shape: both)
+    eager = engine("eager")
+    entry = Entry("x", None, lambda images: (eager(images), torch.ones(len(images))), engines={"quick": only_one})
+    (times,) = time_entries(trained.backbone, [entry], images_of(trained, 64))
+    assert {size: (one["engine"], one["dense_engine"]) for size, one in times.items()} == {
+        "1": ("quick", "onnx"),
+        "32": ("eager", "onnx"),
+    }
+    assert (times["1"]["ms"], times["1"]["dense_ms"], times["1"]["fraction"]) == (3.0, 6.0, 0.5)
+    assert times["1"]["batches"] == BATCHES[1]
+    assert times["32"]["engines"] == {"eager": 9.0}
+    assert times["32"]["left_out"] == {"quick": "one image at a time"}
+    assert list(time_entries(trained.backbone, [entry], images_of(trained, 8))[0]) == ["1"], "no full batch of 32"
+
+
+def test_engines_answer_alike_or_are_left_out(trained: MIAFormer) -> None:
+    pytest.importorskip("onnxruntime")
+    images = images_of(trained, 3)
+    engines = of_module(trained.backbone, (3, 16, 16))
+    with torch.inference_mode():
+        for prepare in engines.values():
+            torch.testing.assert_close(prepare(images)(images), trained.backbone(images), atol=1e-4, rtol=1e-3)
+    with pytest.raises(EngineUnavailableError, match="batches of 1"):
+        OnnxFile(lambda path: None, batch=1).prepare(images)
+    with pytest.raises(EngineUnavailableError, match="cannot be written"):
+        OnnxFile(_fails).prepare(images)
+
+
+def _fails(path: Path) -> None:
+    raise RuntimeError("cannot be written")
+
+
+def test_times_are_read_in_both_forms(tmp_path: Path) -> None:
+    assert read_times(tmp_path, 2) == [{}, {}]
+    old = {"times": [{"dense_ms": 8.0, "ms": 4.0, "fraction": 0.5}, None], "batch": 64}
+    (tmp_path / "timed.json").write_text(json.dumps(old))
+    first, second = read_times(tmp_path, 2)
+    assert first["64"] == {"dense_ms": 8.0, "ms": 4.0, "fraction": 0.5, "engine": "eager", "dense_engine": "eager"}
+    assert second == {}
+    one = {"ms": 2.0, "dense_ms": 4.0, "fraction": 0.5, "engine": "onnx", "dense_engine": "timm", "engines": {}}
+    (tmp_path / "timed.json").write_text(json.dumps({"times": [{"1": one, "32": one}]}))
+    assert read_times(tmp_path, 1) == [{"1": one, "32": one}]
+    mean = mean_times([{"1": one}, {"1": {**one, "fraction": 0.7}}, {}])
+    assert mean["1"]["fraction"] == pytest.approx(0.6)
+    assert mean["1"]["engine"] == "onnx"
+
+
+# equal accuracy
+
+
+def a_point(name: str, correct: np.ndarray, macs: float, budget: float | None = 0.5) -> Point:
+    share = [float(correct.mean())]
+    return Point(name, budget, correct.astype(float), np.full((1, len(correct)), macs), share, None)
+
+
+def test_macs_at_one_point_below_dense_and_how_sure_they_are() -> None:
+    """Dense is right on 900 of 1,000 images, ours on 880 at 0.4 of the MACs and on 900 at 0.6: a point below is 0.5."""
+    rank = np.random.default_rng(0).permutation(1000)
+    points = [
+        a_point("dense", rank < 900, 1.0, None),
+        a_point("learned", rank < 880, 0.4),
+        a_point("learned", rank < 900, 0.6),
+        a_point("resolution", rank < 850, 0.5, None),
+        a_point("resolution", rank < 900, 0.75, None),
+        a_point("static", rank < 899, 0.3),
+        a_point("no-elastic", rank < 899, 0.2),
+        a_point("int8", rank < 880, 1.0, None),
+    ]
+    found = at_equal_accuracy(points, resampled(1000), 0.01)
+    ours = found["methods"]["learned"]
+    assert ours["macs_fraction"] == pytest.approx(0.5)
+    # The gap of 20 images that decides is a count of 20 draws: its standard deviation is 4.5.
+    assert 0.4 <= ours["interval"][0] < 0.47 < 0.52 < ours["interval"][1] < 0.56
+    assert ours["reached"] == 1.0
+    assert "int8" not in found["methods"], "it saves no MACs and is less accurate"
+    best = found["best_baseline"]
+    assert best["name"] == "resolution", "neither the same weights without images to decide by, nor an ablation"
+    assert best["ratio"] == pytest.approx(0.5 / 0.7)
+    low, high = best["ratio_interval"]
+    assert low < best["ratio"] < high < 1
+    assert best["difference"] == pytest.approx(-0.2)
+    table = summarise(points, Difficulty(rank.astype(float), -rank.astype(float)))
+    assert table.one_point_below == found
+    assert at_equal_accuracy(points[1:], resampled(1000), 0.01) == {}
+
+
+def test_the_table_of_baselines_says_what_one_point_buys() -> None:
+    rank = np.arange(1000)
+    time = {"ms": 5.0, "dense_ms": 10.0, "fraction": 0.5, "engine": "onnx", "dense_engine": "onnx"}
+    points = [
+        a_point("dense", rank < 900, 0.88, None),
+        replace(a_point("learned", rank < 895, 0.5), times={"1": time, "32": {**time, "engine": "eager"}}),
+        a_point("resolution", rank < 850, 0.39, None),
+        replace(a_point("resolution", rank < 899, 0.75, None), times={"1": {**time, "fraction": 0.7}}),
+    ]
+    found = summarise(points, Difficulty(rank.astype(float), -rank.astype(float)))
+    report = {
+        **found.__dict__,
+        "environment": {"command": "miaformer compare"},
+        "adaptation": {"learned": {"minutes": 12.0, "share_of_backbone": 0.25}},
+    }
+    tables = load_script("benchmarks/tables.py")
+    made = {line.split(" | ")[0]: line for line in tables.TABLES["baselines"](report, "x.json").splitlines()}
+    assert "| 89.5 |" in made["| **ours**"]
+    assert "5.0 (0.50, onnx) | 5.0 (0.50, eager) | 12 (0.25 of fine-tuning)" in made["| **ours**"]
+    lower = made["| lower input resolution, fine-tuned"]
+    assert "| 85.0 (at 0.39) |" in lower
+    assert "5.0 (0.70, onnx)" in lower
+
+
+# a backbone trained elsewhere
+
+
+def test_a_given_backbone_is_copied_and_no_other_takes_its_place(tmp_path: Path) -> None:
+    given, to = tmp_path / "run" / "model", tmp_path / "out" / "backbone" / "model"
+    tiny_model().save_pretrained(given)
+    row = {"step": 1, "stage": "backbone", "seconds": 90.0, "processes": 2}
+    (given.parent / DURATIONS).write_text(json.dumps(row) + "\n")
+    data = Quadrants("train")
+    with pytest.raises(ValueError, match="no model directory"):
+        is_copied(tmp_path / "nothing", to)
+    assert not is_copied(given, to)
+    copy_backbone(given, to, data)
+    assert is_copied(given, to)
+    assert core_seconds(to.parent) == 180.0
+    weights = MIAFormer.from_pretrained(to).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in tiny_model().state_dict().items())
+    other = tmp_path / "other"
+    tiny_model({"depth": 2}).save_pretrained(other)
+    with pytest.raises(ValueError, match="holds another backbone"):
+        is_copied(other, to)
+    named = tiny_model()
+    named.label_names = list("badc")
+    named.save_pretrained(other)
+    with pytest.raises(ValueError, match="in another order"):
+        copy_backbone(other, tmp_path / "else", data)
+    data.classes = list("abc")
+    with pytest.raises(ValueError, match="tells 4 classes apart"):
+        copy_backbone(given, tmp_path / "else", data)
