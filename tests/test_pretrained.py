@@ -236,7 +236,7 @@ def test_a_decoder_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptu
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
-class ExecutedError(Exception):
+class ExecutedError(BaseException):  # which no handler of bad files may catch
     """The file's code has run."""
 
 
