@@ -107,6 +107,7 @@ CAPABILITIES: list[tuple[dict[str, Any], bool]] = [
     ({"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
     ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, True),
     ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True, "amx_tile": True, "amx_bf16": True}, True),
+    ({"architecture": "x86_64", "amx_tile": True, "amx_bf16": True}, True),
     ({"architecture": "x86_64", "amx_tile": True, "amx_int8": True}, False),
     ({"architecture": "aarch64", "neon": True, "bf16": True}, False),
     ({}, False),
