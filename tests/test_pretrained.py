@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import timm
 import torch
@@ -64,6 +65,7 @@ WRAPPED: dict[str, Callable[[State], Any]] = {
     "attribute": lambda s: prefixed(s, "model."),
     "state_dict": lambda s: {"state_dict": s, "epoch": 3, "optimizer": OPTIMIZER},
     "model_state": lambda s: {"model_state": prefixed(s, "module."), "best": 0.5},
+    "metrics of numpy": lambda s: {"model": s, "best": np.float64(0.3), "step": np.int64(3), "losses": [np.float32(1)]},
     "timm's training": lambda s: {"arch": NAME, "state_dict": s, "args": argparse.Namespace(lr=0.1), "version": 2},
     "DeiT's training": lambda s: {"model": s, "optimizer": OPTIMIZER, "args": argparse.Namespace(), "scaler": {}},
     "Lightning": lambda s: {

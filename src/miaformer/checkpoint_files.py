@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,6 +21,15 @@ from torch import Tensor
 ANCHOR = "blocks.0.norm1.weight"  # timm's ViTs have it, and so have the DeiT, DINOv2 and MAE that they come from
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LISTED = 4  # names in a message
+
+# Plain values that training scripts save beside weights, and that run nothing when they are read: options, and metrics
+# as numbers of numpy.
+PLAIN: list[Any] = [
+    argparse.Namespace,
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)),
+]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -82,7 +92,7 @@ def _content(path: Path) -> Any:
     try:
         if start[8:] == b"{":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # options of the training script, as timm saves
+        with torch.serialization.safe_globals(PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of bytes that may be anything
         raise ValueError(_why(path, error)) from error
