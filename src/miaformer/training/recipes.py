@@ -250,14 +250,15 @@ FINETUNE = Recipe(  # chosen on a pretrained ViT-S and photographs (docs/log.md)
     stages=(
         Stage("probe", epochs=1),
         Stage("backbone", epochs=5, lr=2e-4, layer_decay=0.75, patch_drop=(0.2, 0.75), early_weight=0.4),
-        Stage("elastic", epochs=0.2, lr=5e-5, layer_decay=0.8, keep=(0.5, 0.5, 0.25), anneal=0.6),
+        Stage("elastic", epochs=0.2, lr=1e-4, layer_decay=0.75, keep=(0.5, 0.5, 0.15), anneal=0.6),
         Stage(
-            "supervised", epochs=0.7, lr=5e-5, controller_lr=5e-3, layer_decay=0.8, temperature=(0.5, 0.25), anneal=0.7
+            "supervised", epochs=0.7, lr=1e-4, controller_lr=5e-3, layer_decay=0.75, temperature=(0.5, 0.25), anneal=0.7
         ),
-        Stage("reinforce", epochs=0.3, lr=2e-5, controller_lr=1e-3, layer_decay=0.8, temperature=(0.25, 0.25)),
+        Stage("reinforce", epochs=0.3, lr=4e-5, controller_lr=1e-3, layer_decay=0.75, temperature=(0.25, 0.25)),
     ),
     augmentation={"hflip": 0.5, "scale": (0.35, 1.0)},
     batch_size=None,
+    budgets=(0.15, 0.9),
     precision="auto",
     num_workers=None,
 )
