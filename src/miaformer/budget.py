@@ -10,16 +10,21 @@ from itertools import pairwise
 from typing import Any
 
 from miaformer.controller import LOG_PRICE_RANGE
+from miaformer.looks import Looks
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Prices and the mean MACs fraction that each led to on the calibration images, both strictly monotone."""
+    """Prices and the mean MACs fraction that each led to on the calibration images, both strictly monotone.
+
+    They are those of single looks. `looks` says which budgets are better spent in two (`miaformer.looks`).
+    """
 
     prices: tuple[float, ...]  # rising
     fractions: tuple[float, ...]  # falling
     num_images: int
     data: str = ""
+    looks: tuple[Looks, ...] = ()  # by rising budget: where two looks are better than one
 
     def __post_init__(self) -> None:
         if len(self.prices) != len(self.fractions) or not self.prices:
@@ -62,6 +67,7 @@ class Calibration:
                 tuple(map(float, content["fractions"])),
                 int(content["num_images"]),
                 str(content.get("data", "")),
+                tuple(Looks(**row) for row in content.get("looks", ())),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"calibration.json is not a calibration table: {error!r}") from error

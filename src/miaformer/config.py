@@ -28,6 +28,7 @@ class AdaptConfig:
     dither: bool = True  # tokens are kept by thresholds that lie evenly over the image (`miaformer.dither`)
     token_choice: TokenChoice = "content"  # even: controllers say how many tokens an image keeps, thresholds which
     token_multiple: int | None = None  # rows kept are rounded up to this; None: 16 from 128 patch tokens on, else 1
+    looks: int = 1  # 2: an image whose first answer is not confident is looked at again (`miaformer.looks`)
     default_budget: float | None = None  # used where a call names none; None: everything is executed
 
     @property
@@ -87,5 +88,7 @@ class AdaptConfig:
                 continue
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        if self.looks not in (1, 2):
+            raise ValueError(f"looks={self.looks!r} must be 1 or 2")
         if self.default_budget is not None:
             check_fraction("default_budget", self.default_budget)

@@ -30,17 +30,22 @@ from miaformer.engine.walk import Execution, Steps, walk
 from miaformer.folded import Controllers
 from miaformer.from_transformers import is_of_transformers, to_timm
 from miaformer.importance import identity_orders, importance_orders
+from miaformer.looks import row_of
 from miaformer.model_files import SavedModel
-from miaformer.policy import Full, Learned, Policy, Sampling
+from miaformer.policy import Full, Learned, Policy, Sampling, TwoLooks
 from miaformer.prices import Budget, PricedModel, per_image
 
 
 @dataclass(frozen=True)
 class Trace(Decisions):
-    """The decisions that were executed, and what they cost. A skipped block shows no head and no token."""
+    """The decisions that were executed, and what they cost. A skipped block shows no head and no token.
+
+    Of an image that was looked at twice: the decisions of the second look, and the MACs of both.
+    """
 
     macs: Tensor  # (B,) int64
     macs_fraction: Tensor  # (B,) float32, of the backbone's MACs
+    looks: Tensor  # (B,) int64: 1, or 2 where the first answer was not confident
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ class MIAFormer(
     def run(
         self,
         images: Tensor,
-        policy: Policy | None = None,
+        policy: Policy | TwoLooks | None = None,
         budget: Budget | None = None,
         price: Budget | None = None,
         cap: Budget | None = None,
@@ -185,7 +190,9 @@ class MIAFormer(
         model spends what it allows where it matters, not on the first blocks. budget: mean MACs over data like the
         calibration set, as a fraction of the backbone's; one for all images or one each. price: what a dense
         forward costs, in units of loss, instead of a budget. cap: the most MACs any one image takes, as a fraction:
-        hard; one for all images or one each. execution: "sparse" computes nothing that is skipped; "masked" computes
+        hard; one for all images or one each. A model with `looks=2` spends a budget in two looks where its calibration
+        found that better: images whose first answer is not confident are executed again, and both looks count.
+        execution: "sparse" computes nothing that is skipped; "masked" computes
         all and is the reference. sample: draw the controllers' decisions instead of taking the likelier one, as
         `Sampling` says how; spends what the budget says only nearly, which was measured without.
 
@@ -196,17 +203,40 @@ class MIAFormer(
         images = static.check_images(images, self.backbone)
         if execution not in ("sparse", "masked"):
             raise ValueError(f"execution={execution!r} must be 'sparse' or 'masked'")
-        cost = self.cost((images.shape[-2], images.shape[-1]))
-        chosen = self._policy(policy, budget, price, cap, len(images))
+        cap_macs = None if cap is None else _cap_macs(cap, len(images), self._cost_of(images))
+        chosen = self._chosen(policy, budget, price, cap, len(images))
         if sample:
             chosen = _drawing(chosen, Sampling() if sample is True else sample)
-        x, steps = self._walk(images, cost, chosen, cap, execution)
+        if not isinstance(chosen, TwoLooks):
+            return self._look(images, chosen, cap_macs, execution)
+        output = self._look(images, chosen.first, cap_macs, execution)
+        again = self._affordable(chosen.open_images(output.logits), output.trace.macs, cap_macs)
+        if not len(again):
+            return output
+        left = None if cap_macs is None else cap_macs[again.cpu().numpy()] - output.trace.macs[again].cpu().numpy()
+        return _merged(output, again, self._look(images[again], chosen.second_of(again), left, execution))
+
+    def _look(self, images: Tensor, policy: Policy, cap_macs: Counts | None, execution: str) -> Output:
+        """One look. cap_macs: (B,), the most MACs of each image."""
+        cost = self._cost_of(images)
+        x, steps = self._walk(images, cost, policy, cap_macs, execution)
         if cost.trims_last_block:  # nothing else is read
             x = x[:, : cost.num_prefix_tokens]
         logits = self._head(self.backbone.norm(x))
         taken = steps.decisions()
-        macs_fraction = steps.macs.double() / cost.backbone
-        return Output(logits, Trace(taken.depth, taken.heads, taken.tokens, steps.macs, macs_fraction.float()))
+        fraction = (steps.macs.double() / cost.backbone).float()
+        return Output(logits, Trace(taken.depth, taken.heads, taken.tokens, steps.macs, fraction, _ones(steps.macs)))
+
+    def _cost_of(self, images: Tensor) -> Cost:
+        return self.cost((images.shape[-2], images.shape[-1]))
+
+    @staticmethod
+    def _affordable(again: Tensor, spent: Tensor, cap_macs: Counts | None) -> Tensor:
+        """Of the images (n,) to be looked at again, those whose cap leaves more than the first look took."""
+        if cap_macs is None:
+            return again
+        left = torch.from_numpy(cap_macs.copy()).to(spent.device)[again] - spent[again]
+        return again[left > spent[again]]
 
     def forward_features(
         self,
@@ -222,8 +252,9 @@ class MIAFormer(
         images = static.check_images(images, self.backbone)
         if self.training and budget is None and price is None and cap is None:
             return self._in_first_order(self.backbone.forward_features(images))
-        cost = replace(self.cost((images.shape[-2], images.shape[-1])), trims_last_block=False)
-        x, _ = self._walk(images, cost, self._policy(None, budget, price, cap, len(images)), cap, "sparse")
+        cost = replace(self._cost_of(images), trims_last_block=False)
+        cap_macs = None if cap is None else _cap_macs(cap, len(images), cost)
+        x, _ = self._walk(images, cost, self._policy(None, budget, price, cap, len(images)), cap_macs, "sparse")
         return self._in_first_order(self.backbone.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -264,11 +295,48 @@ class MIAFormer(
         return walk(self.backbone.blocks, x, policy, execution, cost, self.adapt_config.rules, cap_macs)
 
     def _walk(
-        self, images: Tensor, cost: Cost, policy: Policy, cap: Budget | None, execution: str
+        self, images: Tensor, cost: Cost, policy: Policy, cap_macs: Counts | None, execution: str
     ) -> tuple[Tensor, Steps]:
-        cap_macs = None if cap is None else _cap_macs(cap, len(images), cost)
         carried_out = Sparse(cost, self._packed) if execution == "sparse" else Masked(cost)
         return self._through_blocks(self.embed(images), policy, carried_out, cost, cap_macs)
+
+    def _chosen(
+        self,
+        policy: Policy | TwoLooks | None,
+        budget: Budget | None,
+        price: Budget | None,
+        cap: Budget | None,
+        batch: int,
+    ) -> Policy | TwoLooks:
+        """What is executed: a budget may be spent in two looks."""
+        if isinstance(policy, TwoLooks):
+            return policy
+        if policy is None and price is None and self.calibration is not None and self.calibration.looks:
+            spent = self._default_budget(cap, batch) if budget is None else budget
+            looks = None if spent is None else self._two_looks(per_image("budget", spent, batch), batch)
+            if looks is not None:
+                return looks
+        return self._policy(policy, budget, price, cap, batch)
+
+    def _two_looks(self, budgets: Tensor, batch: int) -> TwoLooks | None:
+        """budgets: (), or (B,) where images have their own."""
+        assert self.calibration is not None
+        asked = torch.atleast_1d(budgets).tolist()
+        self.price_of(asked)  # or say what is wrong with them
+        rows = [row_of(self.calibration.looks, one) for one in asked]
+        if not any(rows):
+            return None
+        first, second = (
+            self.learned(
+                self.price_of([getattr(row, name) if row else one for row, one in zip(rows, asked, strict=True)]), batch
+            )
+            for name in ("first", "second")
+        )
+        return TwoLooks(first, second, torch.tensor([row.confidence if row else 0.0 for row in rows]))
+
+    def at_budget(self, budget: float) -> Learned | TwoLooks:
+        """What `run` executes at a budget, as a policy. Raises ValueError as `price_of` does."""
+        return self._two_looks(per_image("budget", budget), 1) or self.learned(self.price_of(budget))
 
     def _policy(
         self, policy: Policy | None, budget: Budget | None, price: Budget | None, cap: Budget | None, batch: int
@@ -395,8 +463,32 @@ def _cap_macs(cap: Budget, batch: int, cost: Cost) -> Counts:
     return np.broadcast_to(np.array(limits, dtype=np.int64), batch)
 
 
-def _drawing(policy: Policy, sampling: Sampling) -> Learned:
+def _ones(counts: Tensor) -> Tensor:
+    return torch.ones_like(counts)
+
+
+def _merged(first: Output, again: Tensor, second: Output) -> Output:
+    """Both looks as one output. again: (n,), the images of the first one that had the second."""
+    one, other = first.trace, second.trace
+
+    def put(name: str) -> Tensor:
+        return cast(Tensor, getattr(one, name).index_copy(0, again.to(one.macs.device), getattr(other, name)))
+
+    def added(name: str, values: Tensor) -> Tensor:
+        return cast(Tensor, getattr(one, name).index_add(0, again.to(one.macs.device), values))
+
+    trace = Trace(
+        put("depth"), put("heads"), put("tokens"), added("macs", other.macs),
+        added("macs_fraction", other.macs_fraction), added("looks", other.looks),
+    )  # fmt: skip
+    return Output(first.logits.index_copy(0, again, second.logits), trace)
+
+
+def _drawing(policy: Policy | TwoLooks, sampling: Sampling) -> Learned | TwoLooks:
     """The learned policy, drawing its decisions."""
+    if isinstance(policy, TwoLooks):
+        first, second = (replace(look, sampling=sampling) for look in (policy.first, policy.second))
+        return replace(policy, first=first, second=second)
     if not isinstance(policy, Learned):
         raise ValueError(
             "sample= draws the decisions of controllers, and here none decide: calibrate the model and give a budget, "

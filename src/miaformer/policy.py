@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -307,6 +307,28 @@ class Learned(AsksControllers):
         if self.token_multiple > 1:
             kept = _rounded_up(kept, scores, prefix, self.token_multiple)
         return HostGates(depth, heads, kept, scores, effective)
+
+
+@dataclass(frozen=True)
+class TwoLooks:
+    """A policy for `MIAFormer.run`: a first look, and a second one for images whose first answer is less confident.
+
+    confidence: (B,) or (1,); 0: no second look.
+    """
+
+    first: Learned
+    second: Learned
+    confidence: Tensor
+
+    def open_images(self, logits: Tensor) -> Tensor:
+        """Which images (n,) of the first look's logits (B, classes) are to be looked at again."""
+        confidence = logits.float().softmax(dim=1).amax(dim=1)
+        return (confidence < self.confidence.to(confidence)).nonzero().flatten()
+
+    def second_of(self, images: Tensor) -> Learned:
+        """The second look of these images (n,) of the batch."""
+        prices = self.second.log_price
+        return self.second if len(prices) == 1 else replace(self.second, log_price=prices[images.to(prices.device)])
 
 
 def _rows(x: Tensor, patches: Booleans, num_prefix_tokens: int) -> Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,18 +28,25 @@ class OnnxFile:
     def __init__(self, write: Callable[[Path], None], batch: int | None = None) -> None:
         self._write, self._batch = write, batch
 
-    def prepare(self, images: Tensor, feed: Mapping[str, Any] | None = None) -> Call:
-        """Raises EngineUnavailableError, saying why, for batches that it cannot run, and where exporting fails."""
+    def prepare(self, images: Tensor, budget: float | None = None) -> Call:
+        """budget: of an adaptive file.
+
+        Raises EngineUnavailableError, saying why, for batches that it cannot run, and where exporting fails.
+        """
         reason = OnnxRuntime().unsupported(images.dtype, len(images), images.device)
         if reason is None and self._batch not in (None, len(images)):
             reason = f"the exported model takes batches of {self._batch}"
         if reason is not None:
             raise EngineUnavailableError(reason)
-        session, others = self.session, {name: np.array(value, np.float32) for name, value in (feed or {}).items()}
+        session = self.session
+        if budget is not None:
+            from miaformer.export import run_session
+
+            return lambda images: torch.from_numpy(run_session(session, images.numpy(), budget)["logits"])
         logits = session.get_outputs()[0].name
 
         def run(images: Tensor) -> Tensor:
-            return torch.from_numpy(session.run([logits], {"images": images.numpy(), **others})[0])
+            return torch.from_numpy(session.run([logits], {"images": images.numpy()})[0])
 
         return run
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from miaformer.backbone import check_supported
 from miaformer.comparison.given import copy_backbone, is_copied
-from miaformer.comparison.measuring import on_test_images
+from miaformer.comparison.measuring import difficulty, on_test_images
 from miaformer.comparison.method import Entry, Method, Question
 from miaformer.comparison.methods import METHODS
 from miaformer.comparison.timing import time_entries, timed_pictures
@@ -182,7 +182,8 @@ class Comparison:
     def measure(self, run: Run, device: torch.device, on_progress: OnProgress | None = None) -> None:
         """What the trained model does on each test image at each budget."""
         static, entries = self._entries(run, device)
-        arrays = on_test_images(static, entries, self.batches("test"), device, on_progress)
+        arrays = self._difficulty(static, device)
+        arrays |= on_test_images(entries, self.batches("test"), device, on_progress)
         points = [{"name": one.name, "budget": one.budget, "key": place} for place, one in enumerate(entries)]
         out = self.directory(run)
         out.mkdir(parents=True, exist_ok=True)
@@ -199,6 +200,18 @@ class Comparison:
         }
         (out / "timed.json").unlink(missing_ok=True)  # of what was measured before
         _write(out / "measured.json", report)
+
+    def _difficulty(self, static: nn.Module, device: torch.device) -> dict[str, Array]:
+        """How hard the test images are for the backbone, found once for all methods."""
+        path, asked = self.backbone / "difficulty.npz", json.dumps(self._asked(), sort_keys=True)
+        if path.exists():
+            with np.load(path) as known:
+                if str(known["asked"]) == asked:
+                    return {name: known[name] for name in ("dense_loss", "dense_margin")}
+        found = difficulty(static, self.batches("test"), device)
+        with whole_file(path) as unfinished, unfinished.open("wb") as file:
+            np.savez_compressed(file, asked=np.array(asked), **found)  # type: ignore[arg-type]
+        return found
 
     def is_timed(self, run: Run) -> bool:
         return (self.directory(run) / "timed.json").exists()

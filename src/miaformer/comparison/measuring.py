@@ -18,24 +18,31 @@ Array = NDArray[Any]
 
 
 @torch.inference_mode()
+def difficulty(static: nn.Module, batches: Iterable[LabelledBatch], device: torch.device) -> dict[str, Array]:
+    """The backbone's loss and margin on each image."""
+    losses: list[Array] = []
+    margins: list[Array] = []
+    for batch in batches:
+        labels = batch.labels.to(device)
+        logits = static(batch.images.to(device)).float()
+        losses.append(F.cross_entropy(logits, labels, reduction="none").cpu().numpy())
+        margins.append(margin(logits, labels).cpu().numpy())
+    return {"dense_loss": np.concatenate(losses), "dense_margin": np.concatenate(margins)}
+
+
+@torch.inference_mode()
 def on_test_images(
-    static: nn.Module,
     entries: Sequence[Entry],
     batches: Iterable[LabelledBatch],
     device: torch.device,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Array]:
-    """The backbone's loss and margin on each image; of entry k what is right (`correctK`) and its `macs_fractionK`."""
+    """Of entry k what is right on each image (`correctK`), and its `macs_fractionK`."""
     correct: list[list[Array]] = [[] for _ in entries]
     fraction: list[list[Array]] = [[] for _ in entries]
-    losses: list[Array] = []
-    margins: list[Array] = []
     done = 0
     for batch in batches:
         images, labels = batch.images.to(device), batch.labels.to(device)
-        logits = static(images).float()
-        losses.append(F.cross_entropy(logits, labels, reduction="none").cpu().numpy())
-        margins.append(margin(logits, labels).cpu().numpy())
         for place, entry in enumerate(entries):
             logits, spent = entry.classify(entry.read(images))
             correct[place].append((logits.argmax(dim=1) == labels).cpu().numpy())
@@ -43,7 +50,7 @@ def on_test_images(
         done += len(images)
         if on_progress is not None:
             on_progress("measure", done)
-    arrays = {"dense_loss": np.concatenate(losses), "dense_margin": np.concatenate(margins)}
+    arrays: dict[str, Array] = {}
     for name, parts in (("correct", correct), ("macs_fraction", fraction)):
         arrays |= {f"{name}{place}": np.concatenate(part) for place, part in enumerate(parts)}
     return arrays

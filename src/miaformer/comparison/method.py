@@ -11,7 +11,7 @@ from torch import Tensor
 from miaformer.comparison.engines import Prepare, of_module
 from miaformer.evaluation.calibration import LabelledBatch
 from miaformer.model import MIAFormer
-from miaformer.policy import Full, Policy
+from miaformer.policy import Full, Policy, TwoLooks
 from miaformer.training.recipes import Kind, Recipe
 
 Classify = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> logits (B, classes), MACs fraction (B,)
@@ -93,7 +93,7 @@ def one_stage(kind: Kind) -> Callable[[Recipe], Recipe]:
     return recipe
 
 
-def by_policy(model: MIAFormer, policy: Policy) -> Classify:
+def by_policy(model: MIAFormer, policy: Policy | TwoLooks) -> Classify:
     """The logits and the MACs of what this policy decides."""
 
     def classify(images: Tensor) -> tuple[Tensor, Tensor]:

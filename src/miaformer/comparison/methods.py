@@ -68,7 +68,7 @@ def _write_learned(model: MIAFormer, path: Path) -> None:
 def _in_onnx(model: MIAFormer, one: Contender, learned: OnnxFile) -> dict[str, Prepare]:
     """ONNX Runtime, which takes one image at a time: the learned policy's file, or that of the static decisions."""
     if one.name == "learned":
-        return {"onnx": partial(learned.prepare, feed={"budget": one.budget, "cap": float("inf")})}
+        return {"onnx": partial(learned.prepare, budget=one.budget)}
     if isinstance(one.policy, Static):
         return {"onnx": OnnxFile(partial(_write_static, model, one.policy), batch=1).prepare}
     return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from miaformer.evaluation.controls import (
     static_policy,
 )
 from miaformer.model import MIAFormer, Trace
-from miaformer.policy import Full, Policy
+from miaformer.policy import Full, Policy, TwoLooks
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
 
@@ -29,7 +29,7 @@ class Contender:
 
     name: str
     budget: float
-    policy: Policy
+    policy: Policy | TwoLooks
     price: float | None = None
 
 
@@ -98,7 +98,7 @@ def _contender(
     if name == "learned":
         price = model.price_of(budget)
         assert isinstance(price, float)
-        return Contender(name, budget, model.learned(price), price)
+        return Contender(name, budget, model.at_budget(budget), price)
     trace = traces.get(budget)
     target = budget
     if trace is not None:
@@ -144,7 +144,7 @@ def _learned_traces(
             on_progress("controls", done)
     if not done:
         raise ValueError("there are no calibration images")
-    names = ("depth", "heads", "tokens", "macs", "macs_fraction")
+    names = [field.name for field in fields(Trace)]
     return {
         budget: Trace(*(torch.cat([getattr(trace, name) for trace in traces]).cpu() for name in names))
         for budget, traces in parts.items()

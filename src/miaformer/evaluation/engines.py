@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,15 +137,11 @@ class OnnxRuntime:
         if len(images) != 1:
             raise EngineUnavailableError("the exported model takes one image at a time")
         session = _session(lambda path: export_onnx(model, path))
+        run_session = import_module("miaformer.export").run_session
 
         def run(images: Tensor, budget: float) -> tuple[Tensor, Tensor]:
-            feed = {
-                "images": images.numpy(),
-                "budget": np.array(budget, np.float32),
-                "cap": np.array(np.inf, np.float32),
-            }
-            logits, fraction = session.run(["logits", "macs_fraction"], feed)
-            return torch.from_numpy(logits), torch.atleast_1d(torch.as_tensor(fraction))
+            found = run_session(session, images.numpy(), budget)
+            return torch.from_numpy(found["logits"]), torch.from_numpy(found["macs_fraction"])
 
         return run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from miaformer.export.adaptive import AdaptiveWriter, Image, write_log_price
 from miaformer.export.blocks import BlockWriter
 from miaformer.export.graph import OPSET, Graph, TensorProto
 from miaformer.files import whole_file
+from miaformer.looks import Looks, row_of
 from miaformer.model import MIAFormer
 
 __all__ = ["export_onnx", "export_static", "open_session", "run_session"]
@@ -125,6 +127,9 @@ def run_session(
 ) -> dict[str, NDArray[Any]]:
     """What an adaptive file gives for one image (1, 3, H, W), by the names of its outputs.
 
+    A file of a model that looks twice says in its metadata, as `looks`, at which budgets: then it is run again where
+    the first answer is not confident, and the MACs of both runs are added up.
+
     Raises ValueError for a budget that is no positive number, and for a cap below what the model takes at least: the
     file itself, which raises nothing, skips everything then.
     """
@@ -134,10 +139,24 @@ def run_session(
         raise ValueError(f"budget={budget!r} must be a fraction of the backbone's MACs, more than 0")
     if not least <= cap < float("inf"):
         raise ValueError(f"cap={cap!r} must be a fraction of the backbone's MACs, {least:.4f} at least")
-    feed = {"images": images, "budget": np.float32(budget), "cap": np.float32(cap)}
-    feed = {one.name: np.asarray(feed[one.name]) for one in session.get_inputs()}
+    inputs = {one.name for one in session.get_inputs()}
     names = [one.name for one in session.get_outputs()]
-    return dict(zip(names, session.run(names, feed), strict=True))
+
+    def look(budget: float, cap: float) -> dict[str, NDArray[Any]]:
+        feed = {"images": images, "budget": np.float32(budget), "cap": np.float32(cap)}
+        values = session.run(names, {name: np.asarray(value) for name, value in feed.items() if name in inputs})
+        return dict(zip(names, values, strict=True))
+
+    row = row_of([Looks(**one) for one in json.loads(meta.get("looks", "[]"))], budget)
+    if row is None:
+        return look(budget, cap)
+    first = look(row.first, cap)
+    spent = float(first["macs_fraction"][0])
+    scores = np.exp(first["logits"] - first["logits"].max())
+    if scores.max() / scores.sum() >= row.confidence or cap - spent <= spent:
+        return first
+    second = look(row.second, cap - spent)
+    return {**second, "macs_fraction": second["macs_fraction"] + first["macs_fraction"]}
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------
@@ -241,6 +260,7 @@ def _save(
         "budgets": json.dumps(None if table is None else table.range),
         "backbone_macs": str(model.cost().backbone),
         "least_macs": str(model.least_macs()),
+        "looks": json.dumps([] if table is None else [asdict(row) for row in table.looks]),
     }
     proto = graph.model(inputs, outputs, **{**meta, **more})
     onnx.checker.check_model(proto)

@@ -246,6 +246,7 @@ FINETUNE = Recipe(  # chosen on a pretrained ViT-S and photographs (docs/log.md)
         "first_token_block": 0,
         "last_token_block": 0,
         "token_choice": "even",
+        "looks": 2,
     },
     stages=(
         Stage("probe", epochs=1),

@@ -1,0 +1,209 @@
+"""Two looks keep every promise of one: masked equals sparse, batch mates, MACs, caps, budgets, files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from vits import lively, pictures, relative
+
+from miaformer import MIAFormer
+from miaformer.budget import Calibration
+from miaformer.data import Batch
+from miaformer.evaluation.calibration import calibrate
+from miaformer.looks import STEP, Looks, View, choose_looks, row_of
+from miaformer.policy import TwoLooks
+
+
+def looking(seed: int = 0, **config: object) -> MIAFormer:
+    """A small calibrated model that looks again at about half of the images, at a budget of 0.5."""
+    model = lively(seed, looks=2, **config)
+    images = pictures(model.backbone, 48, seed=9)
+    labels = torch.zeros(48, dtype=torch.int64)
+    calibrate(model, [Batch(images, labels, labels)])
+    assert model.calibration is not None
+    least, most = model.calibration.range
+    with torch.no_grad():
+        logits = model.run(images, price=model.price_of(least + 0.05)).logits
+    middle = float(logits.softmax(dim=1).amax(dim=1).median())
+    rows = tuple(Looks(budget, least + 0.05, most - 0.05, middle) for budget in (0.5, 0.6))
+    model.calibration = replace(model.calibration, looks=rows)
+    return model
+
+
+@pytest.mark.parametrize("config", [{}, {"depth_choice": "nested", "token_choice": "even"}, {"mlp_width": "coupled"}])
+def test_masked_equals_sparse(config: dict[str, object]) -> None:
+    model = looking(**config)
+    images = pictures(model.backbone, 12)
+    sparse, masked = (model.run(images, budget=0.5, execution=one) for one in ("sparse", "masked"))  # type: ignore[arg-type]
+    assert set(sparse.trace.looks.tolist()) == {1, 2}
+    assert relative(sparse.logits, masked.logits) < 1e-4
+    for name in ("depth", "heads", "tokens", "macs", "looks"):
+        assert torch.equal(getattr(sparse.trace, name), getattr(masked.trace, name))
+
+
+def test_an_image_does_not_depend_on_its_batch_mates_or_their_budgets() -> None:
+    model = looking()
+    images = pictures(model.backbone, 10)
+    budgets = [0.5, 0.6, 0.3, 0.5, 0.8, 0.6, 0.5, 0.5, 0.4, 0.5]  # some of them are spent in one look
+    together = model.run(images, budget=budgets)
+    for index, budget in enumerate(budgets):
+        alone = model.run(images[index : index + 1], budget=budget)
+        assert relative(alone.logits, together.logits[index : index + 1]) < 1e-4
+        assert int(alone.trace.macs) == int(together.trace.macs[index])
+        assert int(alone.trace.looks) == int(together.trace.looks[index])
+    assert together.trace.looks[[2, 4, 8]].tolist() == [1, 1, 1]
+    assert 2 in together.trace.looks.tolist()
+
+
+def test_the_second_look_is_taken_where_the_first_answer_is_not_confident() -> None:
+    model = looking()
+    images = pictures(model.backbone, 16)
+    assert model.calibration is not None
+    row = model.calibration.looks[0]
+    first, second = (model.run(images, price=model.price_of(one)) for one in (row.first, row.second))
+    both = model.run(images, budget=0.5)
+    again = first.logits.softmax(dim=1).amax(dim=1) < row.confidence
+    assert torch.equal(both.trace.looks == 2, again)
+    assert relative(both.logits, torch.where(again[:, None], second.logits, first.logits)) < 1e-5
+    assert torch.equal(both.trace.macs, first.trace.macs + again * second.trace.macs)
+    assert torch.equal(both.trace.tokens[again], second.trace.tokens[again])
+
+
+def test_reported_macs_are_executed() -> None:
+    model = looking()
+    images = pictures(model.backbone, 6)
+    assert model.calibration is not None
+    model.run(images, budget=0.5)  # what is prepared once does not count
+    with FlopCounterMode(display=False) as counter:
+        output = model.run(images, budget=0.5)
+    assert 2 in output.trace.looks.tolist()
+    assert counter.get_total_flops() == 2 * int(output.trace.macs.sum())
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.15, 1.0), st.integers(0, 5))
+def test_no_cap_is_exceeded_and_a_second_look_is_worth_it(cap: float, seed: int) -> None:
+    model = MODEL
+    output = model.run(pictures(model.backbone, 8, seed=seed), budget=0.5, cap=cap)
+    assert (output.trace.macs <= cap * model.cost().backbone).all()
+    first = model.run(pictures(model.backbone, 8, seed=seed), policy=_first(model), cap=cap)
+    twice = output.trace.looks == 2
+    assert (output.trace.macs[twice] > first.trace.macs[twice]).all()
+    assert torch.equal(output.logits[~twice], first.logits[~twice])
+
+
+def _first(model: MIAFormer):  # type: ignore[no-untyped-def]
+    policy = model.at_budget(0.5)
+    assert isinstance(policy, TwoLooks)
+    return policy.first
+
+
+MODEL = looking()
+
+
+def test_saved_and_loaded_it_looks_the_same(tmp_path: Path) -> None:
+    model = looking().float()
+    model.save_pretrained(tmp_path / "model")
+    loaded = MIAFormer.from_pretrained(tmp_path / "model")
+    assert loaded.calibration == model.calibration
+    images = pictures(model.backbone, 8).float()
+    one, other = model.run(images, budget=0.5), loaded.run(images, budget=0.5)
+    assert torch.equal(one.logits, other.logits)
+    assert torch.equal(one.trace.looks, other.trace.looks)
+
+
+def test_a_table_of_before_is_read() -> None:
+    table = Calibration((1.0, 2.0), (0.8, 0.4), 10)
+    content = table.to_json()
+    del content["looks"]
+    assert Calibration.from_json(content) == table
+
+
+@pytest.mark.parametrize("cap", [4.0, 0.7])
+def test_an_exported_file_looks_as_often(cap: float, tmp_path: Path) -> None:
+    from miaformer.export import export_onnx, open_session, run_session
+
+    model = looking(depth_choice="nested").float()
+    export_onnx(model, tmp_path / "model.onnx")
+    session = open_session(tmp_path / "model.onnx", 1)
+    spent = []
+    for image in pictures(model.backbone, 10).float():
+        found = run_session(session, image[None].numpy(), 0.5, cap)
+        wanted = model.run(image[None], budget=0.5, cap=min(cap, 1.0) if cap < 1 else None)
+        assert relative(torch.from_numpy(found["logits"]), wanted.logits) < 1e-4
+        assert float(found["macs_fraction"][0]) == pytest.approx(float(wanted.trace.macs_fraction), abs=1e-5)
+        spent.append(int(wanted.trace.looks))
+    assert set(spent) == {1, 2}
+
+
+# Which looks ---------------------------------------------------------------------------------------------------------
+
+
+def views(n: int = 400, seed: int = 0, helpful: bool = True) -> list[View]:
+    """Single looks that are right more often the dearer they are. helpful: whether their confidence tells when."""
+    rng = np.random.default_rng(seed)
+    hard, noise = rng.random(n), rng.random(n)
+    found = []
+    for fraction in np.linspace(0.1, 0.9, 17):
+        right = hard < 0.75 + 0.27 * fraction
+        confidence = np.where(right, 0.6, 0.1) + 0.4 * noise if helpful else noise
+        found.append(View(float(fraction), np.full(n, fraction), np.where(right, 0, 1), confidence))
+    return found
+
+
+def spent(looks: Looks, found: list[View]) -> tuple[float, float]:
+    """Mean MACs and agreement with the dearest look, by the definition."""
+    first, second = (min(found, key=lambda view: abs(view.fraction - one)) for one in (looks.first, looks.second))
+    again = first.confidence < looks.confidence
+    answer = np.where(again, second.answer, first.answer)
+    return float((first.macs + again * second.macs).mean()), float((answer == found[-1].answer).mean())
+
+
+@given(st.integers(0, 20))
+def test_the_looks_chosen_spend_their_budget_and_beat_one_look(seed: int) -> None:
+    found = views(seed=seed)
+    table = choose_looks(found)
+    assert table
+    for looks in table:
+        macs, agreement = spent(looks, found)
+        assert abs(macs - looks.budget) <= max(STEP / 2, looks.second / 400) + 1e-9
+        single = np.interp(
+            looks.budget, [v.fraction for v in found], [(v.answer == found[-1].answer).mean() for v in found]
+        )
+        assert agreement > single
+
+
+def test_where_confidence_says_nothing_there_is_one_look() -> None:
+    assert len(choose_looks(views(helpful=False))) <= 3  # of 160 budgets
+
+
+def test_a_row_is_for_budgets_near_it() -> None:
+    rows = [Looks(0.3, 0.2, 0.8, 0.5), Looks(0.4, 0.2, 0.8, 0.6)]
+    assert row_of(rows, 0.3 + STEP / 2) is rows[0]
+    assert row_of(rows, 0.3 + STEP) is None
+    assert row_of(rows, 0.4) is rows[1]
+    assert row_of([], 0.4) is None
+
+
+def test_calibration_chooses_looks_only_where_the_model_may_look_twice() -> None:
+    for looks in (1, 2):
+        model = lively(0, looks=looks)
+        images = pictures(model.backbone, 64, seed=2)
+        labels = torch.zeros(64, dtype=torch.int64)
+        table = calibrate(model, [Batch(images, labels, labels)])
+        assert looks == 2 or table.looks == ()
+        for row in table.looks:
+            spent = model.run(images, budget=row.budget).trace.macs_fraction.mean()
+            assert float(spent) == pytest.approx(row.budget, abs=0.02)
+
+
+def test_looks_are_one_or_two() -> None:
+    with pytest.raises(ValueError, match="looks=3 must be 1 or 2"):
+        lively(0, looks=3)
