@@ -224,6 +224,7 @@ METHODS = {
     "even-exits": "ours without controllers: an even share of tokens, leaving when confident",
     "resolution": "lower input resolution, fine-tuned",
     "resolution-free": "lower input resolution, without training",
+    "resolution-looks": "a smaller image first, a larger one where not confident",
     "int8": "int8 (ONNX Runtime), of dense",
 }
 

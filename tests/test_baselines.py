@@ -29,6 +29,7 @@ from miaformer.cost import count_macs
 from miaformer.data import Batches, build_transform
 from miaformer.evaluation.engines import EngineUnavailableError
 from miaformer.evaluation.intervals import resampled
+from miaformer.policy import Full
 from miaformer.rivals.resolution import at_size, drawn_size, for_any_size, image_sizes, resized
 from miaformer.training.gates import Draws
 from miaformer.training.objective import Objective, Step
@@ -126,6 +127,25 @@ def test_training_draws_every_size_and_learns_at_each(monkeypatch: pytest.Monkey
 
 
 # smaller models
+
+
+def test_two_looks_at_images_of_two_sizes_spend_their_budget(trained: MIAFormer) -> None:
+    data, budgets = Quadrants("calibration"), (0.4, 0.6, 0.9)
+    batches = Batches(data, build_transform(trained.data_config()), IMAGES, seed=0, shuffle=False, drop_last=False)
+    question = Question(budgets, lambda: batches.epoch(0), trained.cost().backbone, 0)
+    entries = METHODS["resolution-looks"].entries(trained, question)
+    images = next(iter(batches.epoch(0))).images
+    macs = [
+        int(at_size(trained, size).run(resized(images[:1], size), policy=Full()).trace.macs) / trained.cost().backbone
+        for size in image_sizes(trained.backbone)
+    ]
+    possible = torch.tensor([*macs, *(one + other for one in macs for other in macs if other > one)])
+    assert [entry.budget for entry in entries] == list(budgets)
+    for entry in entries:
+        logits, spent = entry.classify(entry.read(images))
+        assert logits.shape == (IMAGES, 4)
+        assert ((spent[:, None] - possible).abs().amin(dim=1) < 1e-4).all()
+        assert float(spent.mean()) <= (entry.budget or 0) + 1 / IMAGES
 
 
 def test_twelve_blocks_become_four_six_and_eight() -> None:

@@ -40,6 +40,8 @@ methods:
                  static ViTs of fewer blocks, the first of the backbone's
   resolution resolution-free
                  smaller images, fine-tuned on all sizes at once and as it is
+  resolution-looks
+                 the model of `resolution`: a small image first, a larger one where the answer is not confident
   int8           the model of `dense` in 8-bit integers, by ONNX Runtime
   cls-attention  EViT: the tokens that the class token attends to
   top-tokens     DynamicViT: the tokens that trained scorers prefer

@@ -29,7 +29,7 @@ from miaformer.comparison.method import (
     image_shape,
     one_stage,
 )
-from miaformer.comparison.resolution import RESOLUTION, RESOLUTION_FREE
+from miaformer.comparison.resolution import RESOLUTION, RESOLUTION_FREE, RESOLUTION_LOOKS
 from miaformer.comparison.smaller import DENSE, NARROW, SHALLOW
 from miaformer.evaluation import cls_attention_policy, contenders
 from miaformer.evaluation.contenders import Contender
@@ -163,6 +163,7 @@ RIVALS: dict[str, Method] = {
         INT8,
         RESOLUTION,
         RESOLUTION_FREE,
+        RESOLUTION_LOOKS,
         Method(
             "cls-attention",
             "EViT's criterion: tokens by class attention, fine-tuned",

@@ -21,6 +21,7 @@ _LOOKS = {  # colour, marker
     "even-exits": ("#5aa02c", "p"),
     "resolution": ("#c2185b", "d"),
     "resolution-free": ("#e48bb0", "d"),
+    "resolution-looks": ("#880e4f", "D"),
     "int8": ("#4b6e2f", "*"),
     "narrow": ("#22262b", "h"),
     "shallow": ("#9a8c5a", "H"),
