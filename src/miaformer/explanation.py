@@ -27,6 +27,7 @@ class Explanation:
     depth: list[bool]  # (L,)
     heads: list[list[bool]]  # (L, H); all False in a skipped block
     tokens: list[list[bool]]  # (L, N) row-major over grid; all False in a skipped block
+    looks: int = 1  # 2: the first answer was not confident; decisions are those of the second look
 
     @property
     def asked(self) -> str:
@@ -43,6 +44,7 @@ class Explanation:
             "depth": self.depth,
             "heads": self.heads,
             "tokens": self.tokens,
+            "looks": self.looks,
         }
 
 
@@ -68,11 +70,12 @@ def explain(
         trace.depth.tolist(),
         trace.heads.tolist(),
         trace.tokens.tolist(),
+        trace.looks.tolist(),
         strict=True,
     )
     return [
-        Explanation(prediction, asked, most, (rows, columns), depth, heads, tokens)
-        for prediction, asked, most, depth, heads, tokens in each
+        Explanation(prediction, asked, most, (rows, columns), depth, heads, tokens, looks)
+        for prediction, asked, most, depth, heads, tokens, looks in each
     ]
 
 

@@ -171,6 +171,7 @@ def _spent(shown: Explanation, about: About) -> Markup:
         tag("p", f"{sum(shown.depth)} of {len(shown.depth)} blocks", class_="quiet"),
         tag("p", f"{percent(spent.heads_kept, 0)} of their heads", class_="quiet"),
         tag("p", f"{percent(spent.tokens_kept, 0)} of their patches", class_="quiet"),
+        *([tag("p", "second look: the first answer was not confident", class_="quiet")] if shown.looks > 1 else []),
     )
 
 
