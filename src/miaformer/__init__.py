@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from miaformer.decisions import Decisions
     from miaformer.evaluation.calibration import calibrate
     from miaformer.loading import load
-    from miaformer.model import MIAFormer, Output, Trace, adapt
+    from miaformer.model import MIAFormer, adapt
+    from miaformer.output import Output, Trace
     from miaformer.pretrained import load_backbone
     from miaformer.training import train
 
@@ -41,8 +42,8 @@ _HOME = {
     "AdaptConfig": "miaformer.config",
     "Decisions": "miaformer.decisions",
     "MIAFormer": "miaformer.model",
-    "Output": "miaformer.model",
-    "Trace": "miaformer.model",
+    "Output": "miaformer.output",
+    "Trace": "miaformer.output",
     "adapt": "miaformer.model",
     "calibrate": "miaformer.evaluation.calibration",
     "load": "miaformer.loading",

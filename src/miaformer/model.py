@@ -6,7 +6,7 @@ per image which blocks, heads and tokens to execute, executes only those, and sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, Literal, Self, cast
 
 import numpy as np
@@ -21,7 +21,6 @@ from miaformer.classes import ClassifyingModel
 from miaformer.config import AdaptConfig
 from miaformer.controller import Controller
 from miaformer.cost import Cost, Counts, cost_of
-from miaformer.decisions import Decisions
 from miaformer.engine.cap import Purse
 from miaformer.engine.masked import Masked
 from miaformer.engine.products import Packed
@@ -30,28 +29,10 @@ from miaformer.engine.walk import Execution, Steps, walk
 from miaformer.folded import Controllers
 from miaformer.from_transformers import is_of_transformers, to_timm
 from miaformer.importance import identity_orders, importance_orders
-from miaformer.looks import row_of
 from miaformer.model_files import SavedModel
-from miaformer.policy import Full, Learned, Policy, Sampling, TwoLooks
-from miaformer.prices import Budget, PricedModel, per_image
-
-
-@dataclass(frozen=True)
-class Trace(Decisions):
-    """The decisions that were executed, and what they cost. A skipped block shows no head and no token.
-
-    Of an image that was looked at twice: the decisions of the second look, and the MACs of both.
-    """
-
-    macs: Tensor  # (B,) int64
-    macs_fraction: Tensor  # (B,) float32, of the backbone's MACs
-    looks: Tensor  # (B,) int64: 1, or 2 where the first answer was not confident
-
-
-@dataclass(frozen=True)
-class Output:
-    logits: Tensor  # (B, classes)
-    trace: Trace
+from miaformer.output import Output, Trace, merged
+from miaformer.policy import Policy, Sampling, TwoLooks
+from miaformer.prices import Budget, PricedModel, drawing, per_image
 
 
 class MIAFormer(
@@ -206,15 +187,14 @@ class MIAFormer(
         cap_macs = None if cap is None else _cap_macs(cap, len(images), self._cost_of(images))
         chosen = self._chosen(policy, budget, price, cap, len(images))
         if sample:
-            chosen = _drawing(chosen, Sampling() if sample is True else sample)
+            chosen = drawing(chosen, Sampling() if sample is True else sample)
         if not isinstance(chosen, TwoLooks):
             return self._look(images, chosen, cap_macs, execution)
         output = self._look(images, chosen.first, cap_macs, execution)
-        again = self._affordable(chosen.open_images(output.logits), output.trace.macs, cap_macs)
+        again, left = self._open_images(output, chosen, cap_macs)
         if not len(again):
             return output
-        left = None if cap_macs is None else cap_macs[again.cpu().numpy()] - output.trace.macs[again].cpu().numpy()
-        return _merged(output, again, self._look(images[again], chosen.second_of(again), left, execution))
+        return merged(output, again, self._look(images[again], chosen.second_of(again), left, execution))
 
     def _look(self, images: Tensor, policy: Policy, cap_macs: Counts | None, execution: str) -> Output:
         """One look. cap_macs: (B,), the most MACs of each image."""
@@ -231,12 +211,16 @@ class MIAFormer(
         return self.cost((images.shape[-2], images.shape[-1]))
 
     @staticmethod
-    def _affordable(again: Tensor, spent: Tensor, cap_macs: Counts | None) -> Tensor:
-        """Of the images (n,) to be looked at again, those whose cap leaves more than the first look took."""
+    def _open_images(output: Output, looks: TwoLooks, cap_macs: Counts | None) -> tuple[Tensor, Counts | None]:
+        """The images (n,) to look at again, on the host: those whose cap leaves more than the first look took. And what
+        it leaves.
+        """
+        again = looks.open_images(output.logits).cpu()
         if cap_macs is None:
-            return again
-        left = torch.from_numpy(cap_macs.copy()).to(spent.device)[again] - spent[again]
-        return again[left > spent[again]]
+            return again, None
+        spent = output.trace.macs.cpu().numpy()
+        affordable = again[torch.from_numpy((cap_macs > 2 * spent)[again.numpy()])]
+        return affordable, (cap_macs - spent)[affordable.numpy()]
 
     def forward_features(
         self,
@@ -299,86 +283,6 @@ class MIAFormer(
     ) -> tuple[Tensor, Steps]:
         carried_out = Sparse(cost, self._packed) if execution == "sparse" else Masked(cost)
         return self._through_blocks(self.embed(images), policy, carried_out, cost, cap_macs)
-
-    def _chosen(
-        self,
-        policy: Policy | TwoLooks | None,
-        budget: Budget | None,
-        price: Budget | None,
-        cap: Budget | None,
-        batch: int,
-    ) -> Policy | TwoLooks:
-        """What is executed: a budget may be spent in two looks."""
-        if isinstance(policy, TwoLooks):
-            return policy
-        if policy is None and price is None and self.calibration is not None and self.calibration.looks:
-            spent = self._default_budget(cap, batch) if budget is None else budget
-            looks = None if spent is None else self._two_looks(per_image("budget", spent, batch), batch)
-            if looks is not None:
-                return looks
-        return self._policy(policy, budget, price, cap, batch)
-
-    def _two_looks(self, budgets: Tensor, batch: int) -> TwoLooks | None:
-        """budgets: (), or (B,) where images have their own."""
-        assert self.calibration is not None
-        asked = torch.atleast_1d(budgets).tolist()
-        self.price_of(asked)  # or say what is wrong with them
-        rows = [row_of(self.calibration.looks, one) for one in asked]
-        if not any(rows):
-            return None
-        first, second = (
-            self.learned(
-                self.price_of([getattr(row, name) if row else one for row, one in zip(rows, asked, strict=True)]), batch
-            )
-            for name in ("first", "second")
-        )
-        return TwoLooks(first, second, torch.tensor([row.confidence if row else 0.0 for row in rows]))
-
-    def at_budget(self, budget: float) -> Learned | TwoLooks:
-        """What `run` executes at a budget, as a policy. Raises ValueError as `price_of` does."""
-        return self._two_looks(per_image("budget", budget), 1) or self.learned(self.price_of(budget))
-
-    def _policy(
-        self, policy: Policy | None, budget: Budget | None, price: Budget | None, cap: Budget | None, batch: int
-    ) -> Policy:
-        given = [
-            name for name, value in (("policy", policy), ("budget", budget), ("price", price)) if value is not None
-        ]
-        if len(given) > 1:
-            raise ValueError(f"Give one of policy, budget and price, not {' and '.join(given)}")
-        if policy is not None:
-            if not hasattr(policy, "decide"):
-                raise TypeError(
-                    f"policy={policy!r} is none: give one of miaformer.policy, for example Random(tokens=0.5)"
-                )
-            return policy
-        if price is None:
-            if budget is None:
-                budget = self._default_budget(cap, batch)
-                if budget is None:
-                    return Full()
-            price = self.price_of(per_image("budget", budget, batch))
-        return self.learned(price, batch)
-
-    def _default_budget(self, cap: Budget | None, batch: int) -> Budget | None:
-        """What is spent where nobody says it: the model's own budget, and no more than a cap allows. None: all."""
-        own = self.adapt_config.default_budget
-        if self.calibration is None or cap is None:
-            return None if self.calibration is None else own
-        least, most = self.calibration.range
-        caps = per_image("cap", cap, batch)
-        for one in torch.atleast_1d(caps).tolist():
-            check_fraction("cap", one)
-        allowed = caps.clamp(least, most)
-        return allowed if own is None else allowed.clamp(max=own)
-
-    def learned(self, price: Budget, batch: int = 1) -> Learned:
-        """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each."""
-        prices = torch.atleast_1d(per_image("price", price, batch)).float()
-        if not bool((prices >= 0).all()):
-            raise ValueError(f"price={price!r} must be at least 0: a number, or one for each of {batch} images")
-        multiple = self.adapt_config.rows_multiple(self.cost().num_patches)
-        return Learned(self.controllers, self.log_price(prices), multiple)
 
     def prepack(self) -> Self:
         """Keep copies of the blocks' weights in the layout that this processor's fastest products read.
@@ -465,33 +369,3 @@ def _cap_macs(cap: Budget, batch: int, cost: Cost) -> Counts:
 
 def _ones(counts: Tensor) -> Tensor:
     return torch.ones_like(counts)
-
-
-def _merged(first: Output, again: Tensor, second: Output) -> Output:
-    """Both looks as one output. again: (n,), the images of the first one that had the second."""
-    one, other = first.trace, second.trace
-
-    def put(name: str) -> Tensor:
-        return cast(Tensor, getattr(one, name).index_copy(0, again.to(one.macs.device), getattr(other, name)))
-
-    def added(name: str, values: Tensor) -> Tensor:
-        return cast(Tensor, getattr(one, name).index_add(0, again.to(one.macs.device), values))
-
-    trace = Trace(
-        put("depth"), put("heads"), put("tokens"), added("macs", other.macs),
-        added("macs_fraction", other.macs_fraction), added("looks", other.looks),
-    )  # fmt: skip
-    return Output(first.logits.index_copy(0, again, second.logits), trace)
-
-
-def _drawing(policy: Policy | TwoLooks, sampling: Sampling) -> Learned | TwoLooks:
-    """The learned policy, drawing its decisions."""
-    if isinstance(policy, TwoLooks):
-        first, second = (replace(look, sampling=sampling) for look in (policy.first, policy.second))
-        return replace(policy, first=first, second=second)
-    if not isinstance(policy, Learned):
-        raise ValueError(
-            "sample= draws the decisions of controllers, and here none decide: calibrate the model and give a budget, "
-            "or give a price"
-        )
-    return replace(policy, sampling=sampling)

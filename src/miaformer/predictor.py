@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from miaformer.images import MAX_PIXELS, open_image
-from miaformer.model import MIAFormer, Output, Trace
+from miaformer.model import MIAFormer
+from miaformer.output import Output, Trace
 from miaformer.policy import Policy
 from miaformer.prices import Budget
 

@@ -1,15 +1,23 @@
-"""Budgets are prices: what a model does with the one to find the other, and what controllers see of it."""
+"""Budgets are prices: what a model does with the one to find the other, and what it executes at them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from miaformer.budget import Calibration, check_fraction
 from miaformer.controller import LEAST_LOG_PRICE, LOG_PRICE_RANGE
+from miaformer.looks import row_of
+from miaformer.policy import Full, Learned, Policy, Sampling, TwoLooks
+
+if TYPE_CHECKING:
+    from miaformer.config import AdaptConfig
+    from miaformer.cost import Cost
 
 Budget = float | Sequence[float] | Tensor  # one for all images, or one for each
 
@@ -19,6 +27,12 @@ class PricedModel(nn.Module):
 
     calibration: Calibration | None
     price_scale: Tensor  # (2,): controllers see price_scale[0] * log(price) + price_scale[1]
+    controllers: nn.ModuleList
+    adapt_config: AdaptConfig
+
+    if TYPE_CHECKING:
+
+        def cost(self, image_size: tuple[int, int] | None = None) -> Cost: ...
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +80,93 @@ class PricedModel(nn.Module):
             )
         return self.calibration.price(budget)
 
+    # What is executed ------------------------------------------------------------------------------------------
+
+    def _chosen(
+        self,
+        policy: Policy | TwoLooks | None,
+        budget: Budget | None,
+        price: Budget | None,
+        cap: Budget | None,
+        batch: int,
+    ) -> Policy | TwoLooks:
+        """What is executed: a budget may be spent in two looks."""
+        if isinstance(policy, TwoLooks) and budget is None and price is None:
+            return policy
+        if policy is None and price is None and self.calibration is not None and self.calibration.looks:
+            spent = self._default_budget(cap, batch) if budget is None else budget
+            looks = None if spent is None else self._two_looks(per_image("budget", spent, batch), batch)
+            if looks is not None:
+                return looks
+        return self._policy(policy, budget, price, cap, batch)
+
+    def _two_looks(self, budgets: Tensor, batch: int) -> TwoLooks | None:
+        """budgets: (), or (B,) where images have their own."""
+        assert self.calibration is not None
+        asked = torch.atleast_1d(budgets).tolist()
+        self.price_of(asked)  # or say what is wrong with them
+        rows = [row_of(self.calibration.looks, one) for one in asked]
+        if not any(rows):
+            return None
+        first, second = (
+            self.learned(
+                self.price_of([getattr(row, name) if row else one for row, one in zip(rows, asked, strict=True)]), batch
+            )
+            for name in ("first", "second")
+        )
+        return TwoLooks(first, second, torch.tensor([row.confidence if row else 0.0 for row in rows]))
+
+    def at_budget(self, budget: float) -> Learned | TwoLooks:
+        """What `run` executes at a budget, as a policy. Raises ValueError as `price_of` does."""
+        return self._two_looks(per_image("budget", budget), 1) or self.learned(self.price_of(budget))
+
+    def _policy(
+        self,
+        policy: Policy | TwoLooks | None,
+        budget: Budget | None,
+        price: Budget | None,
+        cap: Budget | None,
+        batch: int,
+    ) -> Policy:
+        given = [
+            name for name, value in (("policy", policy), ("budget", budget), ("price", price)) if value is not None
+        ]
+        if len(given) > 1:
+            raise ValueError(f"Give one of policy, budget and price, not {' and '.join(given)}")
+        if policy is not None:
+            if isinstance(policy, TwoLooks) or not hasattr(policy, "decide"):
+                raise TypeError(
+                    f"policy={policy!r} is none: give one of miaformer.policy, for example Random(tokens=0.5)"
+                )
+            return policy
+        if price is None:
+            if budget is None:
+                budget = self._default_budget(cap, batch)
+                if budget is None:
+                    return Full()
+            price = self.price_of(per_image("budget", budget, batch))
+        return self.learned(price, batch)
+
+    def _default_budget(self, cap: Budget | None, batch: int) -> Budget | None:
+        """What is spent where nobody says it: the model's own budget, and no more than a cap allows. None: all."""
+        own = self.adapt_config.default_budget
+        if self.calibration is None or cap is None:
+            return None if self.calibration is None else own
+        least, most = self.calibration.range
+        caps = per_image("cap", cap, batch)
+        for one in torch.atleast_1d(caps).tolist():
+            check_fraction("cap", one)
+        allowed = caps.clamp(least, most)
+        return allowed if own is None else allowed.clamp(max=own)
+
+    def learned(self, price: Budget, batch: int = 1) -> Learned:
+        """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each."""
+        prices = torch.atleast_1d(per_image("price", price, batch)).float()
+        if not bool((prices >= 0).all()):
+            raise ValueError(f"price={price!r} must be at least 0: a number, or one for each of {batch} images")
+        multiple = self.adapt_config.rows_multiple(self.cost().num_patches)
+        return Learned(self.controllers, self.log_price(prices), multiple)
+
 
 def per_image(name: str, value: Budget, batch: int | None = None) -> Tensor:
     """A number for all images (), or one for each (B,), float64."""
@@ -77,3 +178,16 @@ def per_image(name: str, value: Budget, batch: int | None = None) -> Tensor:
         images = "image" if batch is None else f"of {batch} images"
         raise ValueError(f"{name}={value!r} must be a number, or one for each {images}")
     return numbers
+
+
+def drawing(policy: Policy | TwoLooks, sampling: Sampling) -> Learned | TwoLooks:
+    """The learned policy, drawing its decisions."""
+    if isinstance(policy, TwoLooks):
+        first, second = (replace(look, sampling=sampling) for look in (policy.first, policy.second))
+        return replace(policy, first=first, second=second)
+    if not isinstance(policy, Learned):
+        raise ValueError(
+            "sample= draws the decisions of controllers, and here none decide: calibrate the model and give a budget, "
+            "or give a price"
+        )
+    return replace(policy, sampling=sampling)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from miaformer.model import Output
+    from miaformer.output import Output
 
 BUNDLED_MODEL = "cifar10-small"
 BUDGETS = (0.35, 0.5, 0.7)

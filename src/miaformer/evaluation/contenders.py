@@ -17,7 +17,8 @@ from miaformer.evaluation.controls import (
     random_policy,
     static_policy,
 )
-from miaformer.model import MIAFormer, Trace
+from miaformer.model import MIAFormer
+from miaformer.output import Trace
 from miaformer.policy import Full, Policy, TwoLooks
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
