@@ -12,6 +12,8 @@ from typing import Any
 from miaformer.controller import LOG_PRICE_RANGE
 from miaformer.looks import Looks
 
+MOST_PASSES = 48  # over the calibration images
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -87,7 +89,7 @@ def calibrate(
     tolerance: float = 0.01,
     prices: tuple[float, float] = (math.exp(LOG_PRICE_RANGE[0]), math.exp(LOG_PRICE_RANGE[1])),
     coarse: int = 13,
-    most: int = 48,
+    most: int = MOST_PASSES,
 ) -> Calibration:
     """Measure the table between two prices: evenly spaced log-prices, then more between distant neighbours.
 

@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from miaformer.backbone import check_supported
+from miaformer.budget import MOST_PASSES
 from miaformer.checkpoint_files import identity
 from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform, open_data
 from miaformer.evaluation.calibration import calibrate
@@ -123,8 +124,15 @@ def train(
         plain = build_transform(data_config, training=False)
         size = max(batches.batch_size, 256)  # nothing learns from them: the larger the faster
         held_out_batches = Batches(held_out, plain, size, seed=seed, shuffle=False, drop_last=False)
-        display.say(f"Calibrating on {len(held_out)} images of {held_out.name} ...")
-        calibrate(model, held_out_batches.epoch(0), _name(held_out, data))
+        display.say(f"Calibrating on {len(held_out)} images of {held_out.name}, in at most {MOST_PASSES} passes ...")
+        display.start_stage("calibrate", MOST_PASSES, 0, len(held_out))
+        calibrate(
+            model,
+            held_out_batches.epoch(0),
+            _name(held_out, data),
+            on_progress=lambda _, passes: display.step(passes, {}),
+        )
+        display.end_stage()
     if main:
         model.save_pretrained(out / "model")
     display.say(
