@@ -23,7 +23,7 @@ from miaformer.evaluation.corruptions import mean_rows
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CARD = "src/miaformer/models/cifar10-small/README.md"
-PAGES = ("README.md", "docs/speed.md", "docs/results.md", "docs/robustness.md", CARD)
+PAGES = ("README.md", "docs/gain.md", "docs/speed.md", "docs/results.md", "docs/robustness.md", CARD)
 
 Report = dict[str, Any]
 
@@ -262,7 +262,7 @@ def rivals(report: Report, name: str) -> str:
 ONE_POINT = 0.01  # of accuracy
 
 
-def baselines(report: Report, name: str) -> str:
+def baselines(report: Report, name: str, link: str = "../benchmarks/results/") -> str:
     """A comparison on a pretrained backbone: accuracy by budget, and what one point of accuracy buys in MACs and in
     milliseconds, each method on its fastest engine.
     """
@@ -293,7 +293,12 @@ def baselines(report: Report, name: str) -> str:
         "less than one point below dense, on the engine that runs it fastest, and as a fraction of the dense model's "
         "time on its own fastest engine"
     )
-    return f"{about}; `{_command(report)}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
+    return f"{about}; `{_command(report)}` ([JSON]({link}{name}))\n\n{_table(head, rows)}"
+
+
+def baselines_readme(report: Report, name: str) -> str:
+    """The same in the README."""
+    return baselines(report, name, "benchmarks/results/")
 
 
 def _within_budget(rows: list[dict[str, Any]], budget: float) -> str:
@@ -441,6 +446,7 @@ TABLES: dict[str, Callable[[Report, str], str]] = {
         comparison,
         rivals,
         baselines,
+        baselines_readme,
         card,
         seeds,
         ablations,
@@ -452,7 +458,8 @@ TABLES: dict[str, Callable[[Report, str], str]] = {
 def _command(report: Report) -> str:
     """What was called, without what it wrote and where pictures lay."""
     command = str(report["environment"]["command"]).split(" --json")[0]
-    command = re.sub(r"--data \S*imagenet\S*", "--data PICTURES", command)
+    command = re.sub(r"--data \S*imagenette\S*", "--data IMAGENETTE", command)
+    command = re.sub(r"--data \S*imagenet-sample\S*", "--data PICTURES", command)
     return re.sub(r"--data \S*cifar10\S*", "--data CIFAR10", command)
 
 
