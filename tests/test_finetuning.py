@@ -14,8 +14,11 @@ from tiny_training import RECIPE, SIZES, STEPS, Quadrants, run, tiny_model
 from torch import nn
 
 from miaformer import MIAFormer, adapt
+from miaformer.cli import build_parser
+from miaformer.comparison import Comparison
+from miaformer.comparison.method import adaptation_epochs
 from miaformer.data import Batches, build_transform
-from miaformer.training import Interrupted, Stage
+from miaformer.training import Interrupted, Stage, get_recipe
 from miaformer.training.optimizer import set_trainable, stage_optimizer
 from miaformer.training.probe import PENALTY, classifiers, fit
 
@@ -139,3 +142,14 @@ def test_stages_that_would_learn_nothing_are_refused() -> None:
         Stage("backbone", epochs=1, lr=1e-3, layer_decay=0)
     with pytest.raises(ValueError, match="frozen_blocks=-1"):
         Stage("backbone", epochs=1, lr=1e-3, frozen_blocks=-1)
+
+
+def test_a_comparison_trains_its_shared_backbone_with_the_probe(tmp_path: Path) -> None:
+    comparison = Comparison(get_recipe("finetune"), "data", tmp_path, (0.5,))
+    assert [stage.kind for stage in comparison._backbone_recipe.stages] == ["probe", "backbone"]
+    assert adaptation_epochs(comparison.recipe) == pytest.approx(1.2)
+
+
+def test_the_command_line_takes_every_stage_of_the_recipe() -> None:
+    for stage in get_recipe("finetune").stages:
+        build_parser().parse_args(["train", "--recipe", "finetune", "--out", "x", "--stages", stage.kind])

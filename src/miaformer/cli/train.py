@@ -10,7 +10,7 @@ from miaformer.cli.processes import STOPPED, check_processes, is_one_of_several,
 from miaformer.files import check_holds_no_run
 
 DESCRIPTION = """\
-Train an adaptive ViT: backbone -> elastic -> supervised -> reinforce, then calibrate its budgets.
+Train an adaptive ViT: (probe ->) backbone -> elastic -> supervised -> reinforce, then calibrate its budgets.
 
 OUT gets recipe.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/: a directory
 that eval, predict and MIAFormer.from_pretrained() take. Ctrl-C saves a checkpoint; --resume goes on from it, exactly.
@@ -56,9 +56,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--stages",
         nargs="+",
-        choices=("backbone", "elastic", "supervised", "reinforce"),
+        choices=("probe", "backbone", "elastic", "supervised", "reinforce"),
         metavar="STAGE",
-        help="only these of the recipe's stages: backbone, elastic, supervised, reinforce",
+        help="only these of the recipe's stages: probe, backbone, elastic, supervised, reinforce",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")

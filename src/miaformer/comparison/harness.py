@@ -89,7 +89,7 @@ class Comparison:
     @property
     def _backbone_recipe(self) -> Recipe:
         """Without what adapts it: one backbone serves however that is done."""
-        stages = tuple(stage for stage in self.recipe.stages if stage.kind == "backbone")
+        stages = tuple(stage for stage in self.recipe.stages if stage.kind in ("probe", "backbone"))
         return replace(self.recipe, stages=stages, adapt={})
 
     def trained(self, run: Run) -> Run:
