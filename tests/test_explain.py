@@ -53,7 +53,7 @@ def test_an_explanation_says_what_was_executed() -> None:
         assert len(one.prediction.top_k) == 2
     assert len({one.prediction.macs_fraction for one in found}) > 1
     written = json.loads(json.dumps(found[0].to_json()))
-    assert list(written) == ["prediction", "budget", "cap", "grid", "depth", "heads", "tokens"]
+    assert list(written) == ["prediction", "budget", "cap", "grid", "depth", "heads", "tokens", "looks"]
     assert written["grid"] == [4, 4]
 
 
