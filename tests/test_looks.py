@@ -18,7 +18,7 @@ from miaformer.budget import Calibration
 from miaformer.data import Batch
 from miaformer.evaluation.calibration import calibrate
 from miaformer.looks import STEP, Looks, View, choose_looks, row_of
-from miaformer.policy import TwoLooks
+from miaformer.policy import AnyPolicy, Full, Look, TwoLooks
 
 
 def looking(seed: int = 0, **config: object) -> MIAFormer:
@@ -29,27 +29,46 @@ def looking(seed: int = 0, **config: object) -> MIAFormer:
     calibrate(model, [Batch(images, labels, labels)])
     assert model.calibration is not None
     least, most = model.calibration.range
+    first, second = least + 0.05, most - 0.05
+    if model.adapt_config.chooses_resolution:
+        first, second = model.calibration.fractions[-1], model.calibration.fractions[1]
     with torch.no_grad():
-        logits = model.run(images, price=model.price_of(least + 0.05)).logits
+        logits = model.run(images, policy=one_look(model, first)).logits
     middle = float(logits.softmax(dim=1).amax(dim=1).median())
-    rows = tuple(Looks(budget, least + 0.05, most - 0.05, middle) for budget in (0.5, 0.6))
+    rows = tuple(Looks(budget, first, second, middle) for budget in (0.5, 0.6))
     model.calibration = replace(model.calibration, looks=rows)
     return model
 
 
-@pytest.mark.parametrize("config", [{}, {"depth_choice": "nested", "token_choice": "even"}, {"mlp_width": "coupled"}])
+def one_look(model: MIAFormer, fraction: float) -> AnyPolicy:
+    if not model.adapt_config.chooses_resolution:
+        price = model.price_of(fraction)
+        assert isinstance(price, float)
+        return model.learned(price)
+    assert model.calibration is not None
+    return Look(Full(), (model.image_sizes()[model.calibration.nearest(fraction)],))
+
+
+SIZES: dict[str, object] = {"grains": ("resolution",)}
+either = pytest.mark.parametrize("config", [{}, SIZES], ids=["prices", "sizes"])
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"depth_choice": "nested", "token_choice": "even"}, {"mlp_width": "coupled"}, SIZES]
+)
 def test_masked_equals_sparse(config: dict[str, object]) -> None:
     model = looking(**config)
     images = pictures(model.backbone, 12)
     sparse, masked = (model.run(images, budget=0.5, execution=one) for one in ("sparse", "masked"))  # type: ignore[arg-type]
     assert set(sparse.trace.looks.tolist()) == {1, 2}
     assert relative(sparse.logits, masked.logits) < 1e-4
-    for name in ("depth", "heads", "tokens", "macs", "looks"):
+    for name in ("depth", "heads", "tokens", "macs", "looks", "grid"):
         assert torch.equal(getattr(sparse.trace, name), getattr(masked.trace, name))
 
 
-def test_an_image_does_not_depend_on_its_batch_mates_or_their_budgets() -> None:
-    model = looking()
+@either
+def test_an_image_does_not_depend_on_its_batch_mates_or_their_budgets(config: dict[str, object]) -> None:
+    model = looking(**config)
     images = pictures(model.backbone, 10)
     budgets = [0.5, 0.6, 0.3, 0.5, 0.8, 0.6, 0.5, 0.5, 0.4, 0.5]  # some of them are spent in one look
     together = model.run(images, budget=budgets)
@@ -62,22 +81,25 @@ def test_an_image_does_not_depend_on_its_batch_mates_or_their_budgets() -> None:
     assert 2 in together.trace.looks.tolist()
 
 
-def test_the_second_look_is_taken_where_the_first_answer_is_not_confident() -> None:
-    model = looking()
+@either
+def test_the_second_look_is_taken_where_the_first_answer_is_not_confident(config: dict[str, object]) -> None:
+    model = looking(**config)
     images = pictures(model.backbone, 16)
     assert model.calibration is not None
     row = model.calibration.looks[0]
-    first, second = (model.run(images, price=model.price_of(one)) for one in (row.first, row.second))
+    first, second = (model.run(images, policy=one_look(model, one)) for one in (row.first, row.second))
     both = model.run(images, budget=0.5)
     again = first.logits.softmax(dim=1).amax(dim=1) < row.confidence
     assert torch.equal(both.trace.looks == 2, again)
     assert relative(both.logits, torch.where(again[:, None], second.logits, first.logits)) < 1e-5
     assert torch.equal(both.trace.macs, first.trace.macs + again * second.trace.macs)
     assert torch.equal(both.trace.tokens[again], second.trace.tokens[again])
+    assert torch.equal(both.trace.grid, torch.where(again[:, None], second.trace.grid, first.trace.grid))
 
 
-def test_reported_macs_are_executed() -> None:
-    model = looking()
+@either
+def test_reported_macs_are_executed(config: dict[str, object]) -> None:
+    model = looking(**config)
     images = pictures(model.backbone, 6)
     assert model.calibration is not None
     model.run(images, budget=0.5)  # what is prepared once does not count
@@ -87,10 +109,12 @@ def test_reported_macs_are_executed() -> None:
     assert counter.get_total_flops() == 2 * int(output.trace.macs.sum())
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.floats(0.15, 1.0), st.integers(0, 5))
-def test_no_cap_is_exceeded_and_a_second_look_is_worth_it(cap: float, seed: int) -> None:
-    model = MODEL
+@settings(deadline=None, max_examples=60)
+@given(st.floats(0.0, 1.0), st.integers(0, 5), st.sampled_from(["prices", "sizes"]))
+def test_no_cap_is_exceeded_and_a_second_look_is_worth_it(share: float, seed: int, kind: str) -> None:
+    model = MODELS[kind]
+    least = (model.least_macs() + 1) / model.cost().backbone
+    cap = min(least + share * (1 - least), 1.0)
     output = model.run(pictures(model.backbone, 8, seed=seed), budget=0.5, cap=cap)
     assert (output.trace.macs <= cap * model.cost().backbone).all()
     first = model.run(pictures(model.backbone, 8, seed=seed), policy=_first(model), cap=cap)
@@ -105,11 +129,12 @@ def _first(model: MIAFormer):  # type: ignore[no-untyped-def]
     return policy.first
 
 
-MODEL = looking()
+MODELS = {"prices": looking(), "sizes": looking(**SIZES)}
 
 
-def test_saved_and_loaded_it_looks_the_same(tmp_path: Path) -> None:
-    model = looking().float()
+@either
+def test_saved_and_loaded_it_looks_the_same(tmp_path: Path, config: dict[str, object]) -> None:
+    model = looking(**config).float()
     model.save_pretrained(tmp_path / "model")
     loaded = MIAFormer.from_pretrained(tmp_path / "model")
     assert loaded.calibration == model.calibration
@@ -126,11 +151,12 @@ def test_a_table_of_before_is_read() -> None:
     assert Calibration.from_json(content) == table
 
 
-@pytest.mark.parametrize("cap", [4.0, 0.7])
-def test_an_exported_file_looks_as_often(cap: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [{"depth_choice": "nested"}, SIZES], ids=["prices", "sizes"])
+@pytest.mark.parametrize("cap", [4.0, 0.9])
+def test_an_exported_file_looks_as_often(cap: float, config: dict[str, object], tmp_path: Path) -> None:
     from miaformer.export import export_onnx, open_session, run_session
 
-    model = looking(depth_choice="nested").float()
+    model = looking(**config).float()
     export_onnx(model, tmp_path / "model.onnx")
     session = open_session(tmp_path / "model.onnx", 1)
     spent = []

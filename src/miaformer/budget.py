@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from miaformer.controller import LOG_PRICE_RANGE
-from miaformer.looks import Looks
+from miaformer.looks import STEP, Looks
 
 MOST_PASSES = 48  # over the calibration images
 
@@ -19,17 +19,18 @@ MOST_PASSES = 48  # over the calibration images
 class Calibration:
     """Prices and the mean MACs fraction that each led to on the calibration images, both strictly monotone.
 
-    They are those of single looks. `looks` says which budgets are better spent in two (`miaformer.looks`).
+    They are those of single looks. `looks` says which budgets are better spent in two (`miaformer.looks`). A model that
+    chooses resolutions has no prices: `fractions` are those of its sizes, the largest first.
     """
 
-    prices: tuple[float, ...]  # rising
+    prices: tuple[float, ...]  # rising; none where sizes are chosen
     fractions: tuple[float, ...]  # falling
     num_images: int
     data: str = ""
     looks: tuple[Looks, ...] = ()  # by rising budget: where two looks are better than one
 
     def __post_init__(self) -> None:
-        if len(self.prices) != len(self.fractions) or not self.prices:
+        if not self.fractions or len(self.prices) not in (0, len(self.fractions)):
             raise ValueError(
                 f"Calibration needs as many prices as fractions, got {len(self.prices)} and {len(self.fractions)}"
             )
@@ -43,12 +44,34 @@ class Calibration:
         """The smallest and the largest budget that the table reaches."""
         return self.fractions[-1], self.fractions[0]
 
+    def check(self, budget: float) -> float:
+        """The budget, if it is one that can be met.
+
+        Raises ValueError where it is not a number in (0, 1], or below the least that the table reaches.
+        """
+        least = self.range[0]
+        if check_fraction("budget", budget) < least - 0.01:
+            raise ValueError(
+                f"budget={budget:.3f} is below {least:.3f}, the least that this model spends; use cap= for a hard limit"
+            )
+        return budget
+
+    def nearest(self, fraction: float) -> int:
+        """The place of the single look whose MACs fraction is nearest."""
+        return min(range(len(self.fractions)), key=lambda place: abs(self.fractions[place] - fraction))
+
+    def within(self, budget: float) -> float:
+        """The largest fraction that a single look spends of a budget; the least where it is below all."""
+        return next((one for one in self.fractions if one <= budget + STEP / 2), self.fractions[-1])
+
     def price(self, budget: float) -> float:
         """The price of a budget, interpolated in log-price; the nearest end of the table outside of its range.
 
-        Raises ValueError where the budget is not a number in (0, 1].
+        Raises ValueError where the budget is not a number in (0, 1], and where there are no prices.
         """
         check_fraction("budget", budget)
+        if not self.prices:
+            raise ValueError("this model chooses resolutions and has no prices: give a budget")
         if budget >= self.fractions[0]:
             return self.prices[0]
         if budget <= self.fractions[-1]:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from miaformer.budget import check_fraction
 from miaformer.decisions import DepthChoice, HeadChoice, MlpWidth, Rules, TokenScope
 
-Grain = Literal["depth", "heads", "tokens"]
+Grain = Literal["depth", "heads", "tokens", "resolution"]
 TokenChoice = Literal["content", "even"]
 
 
@@ -16,7 +16,7 @@ TokenChoice = Literal["content", "even"]
 class AdaptConfig:
     """The settings of `adapt`."""
 
-    grains: tuple[Grain, ...] = ("depth", "heads", "tokens")  # what controllers decide; the rest is always kept
+    grains: tuple[Grain, ...] = ("depth", "heads", "tokens")  # what is decided; the rest is always kept
     mlp_width: MlpWidth = "hidden"
     token_scope: TokenScope = "progressive"
     head_choice: HeadChoice = "nested"
@@ -29,7 +29,18 @@ class AdaptConfig:
     token_choice: TokenChoice = "content"  # even: controllers say how many tokens an image keeps, thresholds which
     token_multiple: int | None = None  # rows kept are rounded up to this; None: 16 from 128 patch tokens on, else 1
     looks: int = 1  # 2: an image whose first answer is not confident is looked at again (`miaformer.looks`)
+    least_resolution: float = 0.5  # of the image's sides, of the smallest size that is looked at: grain "resolution"
     default_budget: float | None = None  # used where a call names none; None: everything is executed
+
+    @property
+    def chooses_resolution(self) -> bool:
+        """Whether looks differ in the size of the image, and no controllers decide."""
+        return "resolution" in self.grains
+
+    @property
+    def looks_twice(self) -> bool:
+        """Whether an image may be looked at again: nothing else tells which size it needs."""
+        return self.looks == 2 or self.chooses_resolution
 
     @property
     def rules(self) -> Rules:
@@ -65,6 +76,8 @@ class AdaptConfig:
         if not grains or len(set(grains)) < len(grains) or not set(grains) <= set(get_args(Grain)):
             raise ValueError(f"grains={self.grains!r} must be some of {', '.join(get_args(Grain))}, each once")
         object.__setattr__(self, "grains", grains)  # read from a file it is a list
+        if self.chooses_resolution and len(grains) > 1:
+            raise ValueError(f"grains={self.grains!r}: 'resolution' is decided alone, by how sure a first look is")
         for name, choices in (
             ("mlp_width", MlpWidth),
             ("token_scope", TokenScope),
@@ -90,5 +103,9 @@ class AdaptConfig:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
         if self.looks not in (1, 2):
             raise ValueError(f"looks={self.looks!r} must be 1 or 2")
+        if not 0 < self.least_resolution < 1:
+            raise ValueError(
+                f"least_resolution={self.least_resolution!r} must be a share of the sides, between 0 and 1"
+            )
         if self.default_budget is not None:
             check_fraction("default_budget", self.default_budget)

@@ -23,7 +23,7 @@ class Explanation:
     prediction: Prediction
     budget: float | None  # as asked: None is the model's own default, or everything where it has none
     cap: float | None
-    grid: tuple[int, int]  # rows and columns of patch tokens
+    grid: tuple[int, int]  # rows and columns of patch tokens, N of them: fewer where the picture was looked at smaller
     depth: list[bool]  # (L,)
     heads: list[list[bool]]  # (L, H); all False in a skipped block
     tokens: list[list[bool]]  # (L, N) row-major over grid; all False in a skipped block
@@ -61,7 +61,6 @@ def explain(
     """
     batch = images if isinstance(images, Tensor) else torch.stack(list(images))
     output = predictor.run(batch, budget=budget, cap=cap)
-    rows, columns = predictor.model.backbone.patch_embed.dynamic_feat_size((batch.shape[-2], batch.shape[-1]))
     trace = output.trace
     each = zip(
         predictor.read(output, top_k),
@@ -71,11 +70,14 @@ def explain(
         trace.heads.tolist(),
         trace.tokens.tolist(),
         trace.looks.tolist(),
+        trace.grid.tolist(),
         strict=True,
     )
     return [
-        Explanation(prediction, asked, most, (rows, columns), depth, heads, tokens, looks)
-        for prediction, asked, most, depth, heads, tokens, looks in each
+        Explanation(
+            prediction, asked, most, (rows, columns), depth, heads, [kept[: rows * columns] for kept in tokens], looks
+        )
+        for prediction, asked, most, depth, heads, tokens, looks, (rows, columns) in each
     ]
 
 

@@ -148,7 +148,9 @@ class Controllers(nn.ModuleList):
 
     @classmethod
     def of(cls, config: AdaptConfig, depth: int, embed_dim: int, num_heads: int) -> Self:
-        """Untrained ones for a backbone of so many blocks, channels and heads."""
+        """Untrained ones for a backbone of so many blocks, channels and heads; none where sizes are chosen instead."""
+        if config.chooses_resolution:
+            return cls()
         hidden = config.controller_hidden or min(32, max(8, embed_dim // 3))
         rank = config.controller_rank or min(16, max(4, embed_dim // 12))
         leaves, token_blocks = config.depth_choice == "nested", config.token_blocks(depth)

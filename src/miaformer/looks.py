@@ -2,9 +2,9 @@
 
 What is decided inside one look is decided before there is an answer, and nothing tells how hard an image is as well as
 the confidence of an answer does. So compute follows difficulty best where a cheap look comes first and those images
-alone get a dear one whose answer it leaves open (CF-ViT, Chen et al. 2023, by resolution; here by the budget of the
-same weights). Which two budgets, and which confidence is enough, is chosen for every mean budget on the calibration
-images (`choose_looks`): where a single look does as well, it stays one.
+alone get a dear one whose answer it leaves open (CF-ViT, Chen et al. 2023). Looks differ in the size of the image
+(`miaformer.resolution`), or in what controllers keep at their prices. Which two, and which confidence is enough, is
+chosen for every mean budget on the calibration images (`choose_looks`): where a single look does as well, it stays one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 Array = NDArray[Any]
 
 STEP = 0.005  # of mean budgets, between the rows of a table
-LEAST_GAP = 0.03  # between the budgets of the looks that are tried
+LEAST_GAP = 0.03  # between the fractions of the looks that are tried
 
 
 @dataclass(frozen=True)
 class Looks:
     """How a mean budget is spent in two looks.
 
-    first, second: the budgets of one look each. confidence: images whose first answer has less look again.
+    first, second: the mean MACs fractions of one look each. confidence: images whose first answer has less look again.
     """
 
     budget: float
@@ -39,7 +39,7 @@ class Looks:
 
 @dataclass(frozen=True)
 class View:
-    """What single looks at one price gave on the calibration images."""
+    """What single looks at one price, or in one size, gave on the calibration images."""
 
     fraction: float  # mean MACs, of the backbone's
     macs: Array  # (n,), fractions
@@ -61,11 +61,12 @@ def row_of(table: Sequence[Looks], budget: float) -> Looks | None:
     return min(near, key=lambda row: abs(row.budget - budget), default=None)
 
 
-def choose_looks(views: Sequence[View]) -> tuple[Looks, ...]:
+def choose_looks(views: Sequence[View], between: bool = True) -> tuple[Looks, ...]:
     """The best two looks for each mean budget at which they are better than one.
 
     Better is what answers more often as the dearest single look does, less the standard error of what is spent: a pair
-    that spends very unevenly meets its budget less exactly on other images. views: of different prices.
+    that spends very unevenly meets its budget less exactly on other images. views: of different prices, or sizes.
+    between: whether single looks can spend anything between two of them, as prices can and sizes cannot.
     """
     ordered = _apart(sorted(views, key=lambda view: view.fraction))
     reference = ordered[-1].answer
@@ -76,7 +77,8 @@ def choose_looks(views: Sequence[View]) -> tuple[Looks, ...]:
     ]
     found = []
     for budget in np.arange(fractions[0] + STEP, fractions[-1], STEP):
-        best, score = None, float(np.interp(budget, fractions, agreement))
+        within = int(np.searchsorted(fractions, budget + STEP / 2)) - 1
+        best, score = None, float(np.interp(budget, fractions, agreement) if between else agreement[within])
         for curve in curves:
             looks, own = curve.at(float(budget))
             if looks is not None and own > score:

@@ -6,11 +6,13 @@ per image which blocks, heads and tokens to execute, executes only those, and sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -30,9 +32,10 @@ from miaformer.folded import Controllers
 from miaformer.from_transformers import is_of_transformers, to_timm
 from miaformer.importance import identity_orders, importance_orders
 from miaformer.model_files import SavedModel
-from miaformer.output import Output, Trace, merged
-from miaformer.policy import Policy, Sampling, TwoLooks
+from miaformer.output import Output, Trace, in_turn, merged
+from miaformer.policy import AnyPolicy, Look, Policy, Sampling, TwoLooks
 from miaformer.prices import Budget, PricedModel, drawing, per_image
+from miaformer.resolution import Size, image_sizes, resized, take_any_size, within_cap
 
 
 class MIAFormer(
@@ -108,6 +111,13 @@ class MIAFormer(
         """(H, W) of the images that the backbone was made for."""
         return static.image_size(self.backbone)
 
+    def image_sizes(self) -> tuple[Size, ...]:
+        """Those that images are looked at in, the largest first: one, where a model does not choose resolutions."""
+        config = self.adapt_config
+        if not config.chooses_resolution:
+            return (self.image_size(),)
+        return image_sizes(self.image_size(), self.backbone.patch_embed.patch_size, config.least_resolution)
+
     def cost(self, image_size: tuple[int, int] | None = None) -> Cost:
         """What decisions cost for images of this size (H, W); the backbone's own size by default."""
         size = image_size or self.image_size()
@@ -121,14 +131,20 @@ class MIAFormer(
         return sum(c.context_macs + patches * c.token_score_macs for c in self._controllers())
 
     def least_macs(self, image_size: tuple[int, int] | None = None) -> int:
-        """MACs that every image takes, whatever controllers decide: no cap can be lower."""
+        """MACs that every image takes, whatever is decided: no cap can be lower."""
+        if self.adapt_config.chooses_resolution:
+            return min(self._macs_of_sizes().values())
         return self.cost(image_size).fixed + self._context_macs()
 
     def check_cap(self, cap: Budget, image_size: tuple[int, int] | None = None) -> None:
         """Raises ValueError for a cap that `run` refuses, without running anything."""
         cost = self.cost(image_size)
         batch = 1 if isinstance(cap, str) else per_image("cap", cap).numel()
-        Purse(cost, _cap_macs(cap, batch, cost), self._context_macs())
+        caps = _cap_macs(cap, batch, cost)
+        if not self.adapt_config.chooses_resolution:
+            Purse(cost, caps, self._context_macs())
+        elif caps.min() < self.least_macs():
+            raise self._cap_too_low()
 
     def _context_macs(self) -> int:
         return sum(controller.context_macs for controller in self._controllers())
@@ -157,7 +173,7 @@ class MIAFormer(
     def run(
         self,
         images: Tensor,
-        policy: Policy | TwoLooks | None = None,
+        policy: AnyPolicy | None = None,
         budget: Budget | None = None,
         price: Budget | None = None,
         cap: Budget | None = None,
@@ -188,39 +204,83 @@ class MIAFormer(
         chosen = self._chosen(policy, budget, price, cap, len(images))
         if sample:
             chosen = drawing(chosen, Sampling() if sample is True else sample)
-        if not isinstance(chosen, TwoLooks):
+        if isinstance(chosen, Look):
             return self._look(images, chosen, cap_macs, execution)
         output = self._look(images, chosen.first, cap_macs, execution)
-        again, left = self._open_images(output, chosen, cap_macs)
+        again, left = self._open_images(images, output, chosen, cap_macs)
         if not len(again):
             return output
-        return merged(output, again, self._look(images[again], chosen.second_of(again), left, execution))
+        return merged(output, again, self._look(images[again], chosen.second.of(again), left, execution))
 
-    def _look(self, images: Tensor, policy: Policy, cap_macs: Counts | None, execution: str) -> Output:
+    def _look(self, images: Tensor, look: Look, cap_macs: Counts | None, execution: str) -> Output:
         """One look. cap_macs: (B,), the most MACs of each image."""
+        whole = self._cost_of(images)
+        if not look.sizes:
+            return self._executed(images, look.policy, cap_macs, execution, whole)
+        sizes = self._sizes_of(look, images, cap_macs)
+        parts = []
+        for size in dict.fromkeys(sizes):
+            if size is None:
+                raise self._cap_too_low()
+            own = torch.tensor([place for place, one in enumerate(sizes) if one == size])
+            small = resized(images if len(own) == len(images) else images[own], size)
+            parts.append((own, self._executed(small, look.of(own).policy, None, execution, whole)))
+        return in_turn(parts)
+
+    def _sizes_of(self, look: Look, images: Tensor, cap_macs: Counts | None) -> Sequence[Size | None]:
+        """In which size each image is looked at: a cap makes it smaller, None where it allows none. Raises ValueError
+        for images that are smaller, or larger, already.
+        """
+        if tuple(images.shape[-2:]) != self.image_size():
+            height, width = self.image_size()
+            raise ValueError(
+                f"images are {images.shape[-2]} x {images.shape[-1]}: a model that chooses resolutions takes "
+                f"{height} x {width} and makes them smaller itself"
+            )
+        asked = look.sizes * len(images) if len(look.sizes) == 1 else look.sizes
+        return asked if cap_macs is None else within_cap(asked, cap_macs, self._macs_of_sizes())
+
+    def _macs_of_sizes(self) -> dict[Size, int]:
+        return {size: self.cost(size).everything for size in self.image_sizes()}
+
+    def _cap_too_low(self) -> ValueError:
+        least = self.least_macs() / self.cost().backbone
+        return ValueError(f"the cap is below {least:.4f}, what an image takes in the smallest size: give a larger one")
+
+    def _executed(self, images: Tensor, policy: Policy, cap_macs: Counts | None, execution: str, whole: Cost) -> Output:
+        """whole: of the images before they were made smaller."""
         cost = self._cost_of(images)
         x, steps = self._walk(images, cost, policy, cap_macs, execution)
         if cost.trims_last_block:  # nothing else is read
             x = x[:, : cost.num_prefix_tokens]
         logits = self._head(self.backbone.norm(x))
         taken = steps.decisions()
-        fraction = (steps.macs.double() / cost.backbone).float()
-        return Output(logits, Trace(taken.depth, taken.heads, taken.tokens, steps.macs, fraction, _ones(steps.macs)))
+        tokens = F.pad(taken.tokens, (0, whole.num_patches - cost.num_patches))
+        fraction = (steps.macs.double() / whole.backbone).float()
+        grid = torch.tensor(cost.grid).expand(len(images), 2)
+        return Output(logits, Trace(taken.depth, taken.heads, tokens, steps.macs, fraction, _ones(steps.macs), grid))
 
     def _cost_of(self, images: Tensor) -> Cost:
         return self.cost((images.shape[-2], images.shape[-1]))
 
-    @staticmethod
-    def _open_images(output: Output, looks: TwoLooks, cap_macs: Counts | None) -> tuple[Tensor, Counts | None]:
-        """The images (n,) to look at again, on the host: those whose cap leaves more than the first look took. And what
-        it leaves.
+    def _open_images(
+        self, images: Tensor, output: Output, looks: TwoLooks, cap_macs: Counts | None
+    ) -> tuple[Tensor, Counts | None]:
+        """The images (n,) to look at again, on the host: those whose cap pays for more than the first look took. And
+        what it leaves.
         """
         again = looks.open_images(output.logits).cpu()
         if cap_macs is None:
             return again, None
         spent = output.trace.macs.cpu().numpy()
-        affordable = again[torch.from_numpy((cap_macs > 2 * spent)[again.numpy()])]
-        return affordable, (cap_macs - spent)[affordable.numpy()]
+        left = cap_macs - spent
+        more = left > spent
+        if looks.second.sizes:  # a larger size wants all of its MACs
+            macs = self._macs_of_sizes()
+            sizes = self._sizes_of(looks.second, images, left)
+            more = np.array([0 if size is None else macs[size] for size in sizes]) > spent
+        again = again[torch.from_numpy(more[again.numpy()])]
+        return again, left[again.numpy()]
 
     def forward_features(
         self,
@@ -231,11 +291,17 @@ class MIAFormer(
     ) -> Tensor:
         """All tokens (B, P+N, C) after the final norm, for dense tasks; skipped tokens keep their value.
 
-        In training mode without budget, price and cap these are the backbone's.
+        In training mode without budget, price and cap these are the backbone's. Raises ValueError for a budget, price
+        or cap of a model that chooses resolutions: its images would have tokens of different numbers.
         """
         images = static.check_images(images, self.backbone)
-        if self.training and budget is None and price is None and cap is None:
+        everything = budget is None and price is None and cap is None
+        if self.training and everything:
             return self._in_first_order(self.backbone.forward_features(images))
+        if self.adapt_config.chooses_resolution and not everything:
+            raise ValueError(
+                "the features of a model that chooses resolutions are of one size: give smaller images, and no budget"
+            )
         cost = replace(self._cost_of(images), trims_last_block=False)
         cap_macs = None if cap is None else _cap_macs(cap, len(images), cost)
         x, _ = self._walk(images, cost, self._policy(None, budget, price, cap, len(images)), cap_macs, "sparse")
@@ -309,15 +375,21 @@ class MIAFormer(
 
     # What it becomes -------------------------------------------------------------------------------------------
 
-    def to_timm(self) -> VisionTransformer:
-        """The (fine-tuned) backbone as a timm model of its own, heads, units and channels in their first order."""
+    def to_timm(self, image_size: Size | None = None) -> VisionTransformer:
+        """The (fine-tuned) backbone as a timm model of its own, heads, units and channels in their first order.
+
+        image_size: (H, W), to which position embeddings are resampled; default: the model's own.
+        """
         parameter = next(self.backbone.parameters())
-        twin = static.build(self._description).to(device=parameter.device, dtype=parameter.dtype)
+        description = self._description if image_size is None else {**self._description, "dynamic_img_size": False}
+        twin = static.build(description).to(device=parameter.device, dtype=parameter.dtype)
         twin.load_state_dict(self.backbone.state_dict())
         for name in ("pretrained_cfg", "default_cfg"):
             if hasattr(self.backbone, name):
                 setattr(twin, name, getattr(self.backbone, name))
         static.apply_orders(twin, static.inverse_orders(self.orders()))
+        if image_size is not None:
+            twin.set_input_size(img_size=image_size)
         return twin.train(self.training)
 
 
@@ -346,6 +418,8 @@ def adapt(
     elif image_processor is not None:
         raise TypeError("image_processor goes with a transformers model; timm's have their pretrained_cfg")
     vit = static.check_supported(backbone)
+    if settings.chooses_resolution:
+        take_any_size(vit)
     static.check_describes(static.describe(vit), vit)
     if calibration_images is not None:
         static.check_images(calibration_images, vit, "calibration_images")

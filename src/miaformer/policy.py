@@ -24,8 +24,9 @@ from miaformer.cost import Cost
 from miaformer.decisions import Booleans, Decisions, Gates, HostGates
 from miaformer.engine.walk import Policy, State
 from miaformer.folded import Controllers, Folded
+from miaformer.resolution import Size
 
-__all__ = ["ClsAttention", "Fixed", "Full", "Learned", "Policy", "Random", "Sampling", "Static"]
+__all__ = ["ClsAttention", "Fixed", "Full", "Learned", "Look", "Policy", "Random", "Sampling", "Static", "TwoLooks"]
 
 
 class _Free:
@@ -310,14 +311,32 @@ class Learned(AsksControllers):
 
 
 @dataclass(frozen=True)
+class Look:
+    """One look at images: who decides, and the sizes (H, W) in which they are looked at: one for all, or one each.
+
+    sizes: empty where they are taken as they are.
+    """
+
+    policy: Policy
+    sizes: tuple[Size, ...] = ()
+
+    def of(self, images: Tensor) -> Look:
+        """The same for these images (n,) of the batch."""
+        policy, sizes = self.policy, self.sizes
+        if isinstance(policy, Learned) and len(policy.log_price) > 1:
+            policy = replace(policy, log_price=policy.log_price[images.to(policy.log_price.device)])
+        return Look(policy, tuple(sizes[i] for i in images.tolist()) if len(sizes) > 1 else sizes)
+
+
+@dataclass(frozen=True)
 class TwoLooks:
     """A policy for `MIAFormer.run`: a first look, and a second one for images whose first answer is less confident.
 
     confidence: (B,) or (1,); 0: no second look.
     """
 
-    first: Learned
-    second: Learned
+    first: Look
+    second: Look
     confidence: Tensor
 
     def open_images(self, logits: Tensor) -> Tensor:
@@ -325,10 +344,22 @@ class TwoLooks:
         confidence = logits.float().softmax(dim=1).amax(dim=1)
         return (confidence < self.confidence.to(confidence)).nonzero().flatten()
 
-    def second_of(self, images: Tensor) -> Learned:
-        """The second look of these images (n,) of the batch."""
-        prices = self.second.log_price
-        return self.second if len(prices) == 1 else replace(self.second, log_price=prices[images.to(prices.device)])
+
+@dataclass(frozen=True)
+class RandomLooks(TwoLooks):
+    """Its control: as many second looks, at images drawn by chance. confidence: (1,), the share of them.
+
+    Drawn anew for each batch, the same ones for the same seed and batch size.
+    """
+
+    seed: int = 0
+
+    def open_images(self, logits: Tensor) -> Tensor:
+        drawn = torch.rand(len(logits), generator=torch.Generator().manual_seed(self.seed))
+        return (drawn < self.confidence.cpu()).nonzero().flatten()
+
+
+AnyPolicy = Policy | Look | TwoLooks  # of one look, of one in other sizes, of two
 
 
 def _rows(x: Tensor, patches: Booleans, num_prefix_tokens: int) -> Tensor:

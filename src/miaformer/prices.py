@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from miaformer.budget import Calibration, check_fraction
 from miaformer.controller import LEAST_LOG_PRICE, LOG_PRICE_RANGE
 from miaformer.looks import row_of
-from miaformer.policy import Full, Learned, Policy, Sampling, TwoLooks
+from miaformer.policy import AnyPolicy, Full, Learned, Look, Policy, Sampling, TwoLooks
 
 if TYPE_CHECKING:
     from miaformer.config import AdaptConfig
     from miaformer.cost import Cost
+    from miaformer.resolution import Size
 
 Budget = float | Sequence[float] | Tensor  # one for all images, or one for each
 
@@ -32,7 +33,9 @@ class PricedModel(nn.Module):
 
     if TYPE_CHECKING:
 
-        def cost(self, image_size: tuple[int, int] | None = None) -> Cost: ...
+        def cost(self, image_size: Size | None = None) -> Cost: ...
+
+        def image_sizes(self) -> tuple[Size, ...]: ...
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,70 +66,72 @@ class PricedModel(nn.Module):
 
         Raises ValueError for an uncalibrated model, and for a budget below the least that the table reaches.
         """
+        table = self.check_budget(budget)
+        budgets = per_image("budget", budget).tolist()
+        return [table.price(b) for b in budgets] if isinstance(budgets, list) else table.price(budgets)
+
+    def check_budget(self, budget: Budget) -> Calibration:
+        """The table that a budget is looked up in.
+
+        Raises ValueError for an uncalibrated model, and for a budget below the least that the table reaches.
+        """
         if self.calibration is None:
             raise ValueError(
                 "This model is not calibrated, so it knows no budget: train it (miaformer.train), calibrate it "
                 "(miaformer.calibrate), or pass price= or policy="
             )
-        budgets = per_image("budget", budget).tolist()
-        return [self._price_of(b) for b in budgets] if isinstance(budgets, list) else self._price_of(budgets)
-
-    def _price_of(self, budget: float) -> float:
-        assert self.calibration is not None
-        least = self.calibration.range[0]
-        if check_fraction("budget", budget) < least - 0.01:
-            raise ValueError(
-                f"budget={budget:.3f} is below {least:.3f}, the least that this model spends; use cap= for a hard limit"
-            )
-        return self.calibration.price(budget)
+        for one in torch.atleast_1d(per_image("budget", budget)).tolist():
+            self.calibration.check(one)
+        return self.calibration
 
     # What is executed ------------------------------------------------------------------------------------------
 
     def _chosen(
-        self,
-        policy: Policy | TwoLooks | None,
-        budget: Budget | None,
-        price: Budget | None,
-        cap: Budget | None,
-        batch: int,
-    ) -> Policy | TwoLooks:
+        self, policy: AnyPolicy | None, budget: Budget | None, price: Budget | None, cap: Budget | None, batch: int
+    ) -> Look | TwoLooks:
         """What is executed: a budget may be spent in two looks."""
-        if isinstance(policy, TwoLooks) and budget is None and price is None:
+        if isinstance(policy, Look | TwoLooks) and budget is None and price is None:
             return policy
-        if policy is None and price is None and self.calibration is not None and self.calibration.looks:
+        may_look_twice = self.calibration is not None and (
+            bool(self.calibration.looks) or self.adapt_config.chooses_resolution
+        )
+        if policy is None and price is None and may_look_twice:
             spent = self._default_budget(cap, batch) if budget is None else budget
             looks = None if spent is None else self._two_looks(per_image("budget", spent, batch), batch)
             if looks is not None:
                 return looks
-        return self._policy(policy, budget, price, cap, batch)
+        return Look(self._policy(policy, budget, price, cap, batch))
 
     def _two_looks(self, budgets: Tensor, batch: int) -> TwoLooks | None:
-        """budgets: (), or (B,) where images have their own."""
-        assert self.calibration is not None
+        """None where one look is best for all. budgets: (), or (B,) where images have their own."""
         asked = torch.atleast_1d(budgets).tolist()
-        self.price_of(asked)  # or say what is wrong with them
-        rows = [row_of(self.calibration.looks, one) for one in asked]
-        if not any(rows):
+        table = self.check_budget(asked)
+        rows = [row_of(table.looks, one) for one in asked]
+        if not (any(rows) or self.adapt_config.chooses_resolution):
             return None
+        if self.adapt_config.chooses_resolution:
+            asked = [table.within(one) for one in asked]
         first, second = (
-            self.learned(
-                self.price_of([getattr(row, name) if row else one for row, one in zip(rows, asked, strict=True)]), batch
+            self._one_look(
+                [getattr(row, name) if row else one for row, one in zip(rows, asked, strict=True)], table, batch
             )
             for name in ("first", "second")
         )
         return TwoLooks(first, second, torch.tensor([row.confidence if row else 0.0 for row in rows]))
 
-    def at_budget(self, budget: float) -> Learned | TwoLooks:
-        """What `run` executes at a budget, as a policy. Raises ValueError as `price_of` does."""
-        return self._two_looks(per_image("budget", budget), 1) or self.learned(self.price_of(budget))
+    def _one_look(self, fractions: Sequence[float], table: Calibration, batch: int) -> Look:
+        """One that spends such fractions of the MACs in the mean: one for all images, or one each."""
+        if self.adapt_config.chooses_resolution:
+            sizes = self.image_sizes()
+            return Look(Full(), tuple(sizes[table.nearest(fraction)] for fraction in fractions))
+        return Look(self.learned(self.price_of(fractions), batch))
+
+    def at_budget(self, budget: float) -> Look | TwoLooks:
+        """What `run` executes at a budget, as a policy. Raises ValueError as `check_budget` does."""
+        return self._two_looks(per_image("budget", budget), 1) or Look(self.learned(self.price_of(budget)))
 
     def _policy(
-        self,
-        policy: Policy | TwoLooks | None,
-        budget: Budget | None,
-        price: Budget | None,
-        cap: Budget | None,
-        batch: int,
+        self, policy: AnyPolicy | None, budget: Budget | None, price: Budget | None, cap: Budget | None, batch: int
     ) -> Policy:
         given = [
             name for name, value in (("policy", policy), ("budget", budget), ("price", price)) if value is not None
@@ -134,7 +139,7 @@ class PricedModel(nn.Module):
         if len(given) > 1:
             raise ValueError(f"Give one of policy, budget and price, not {' and '.join(given)}")
         if policy is not None:
-            if isinstance(policy, TwoLooks) or not hasattr(policy, "decide"):
+            if isinstance(policy, Look | TwoLooks) or not hasattr(policy, "decide"):
                 raise TypeError(
                     f"policy={policy!r} is none: give one of miaformer.policy, for example Random(tokens=0.5)"
                 )
@@ -160,7 +165,12 @@ class PricedModel(nn.Module):
         return allowed if own is None else allowed.clamp(max=own)
 
     def learned(self, price: Budget, batch: int = 1) -> Learned:
-        """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each."""
+        """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each.
+
+        Raises ValueError for a price below 0, and for a model without controllers.
+        """
+        if self.adapt_config.chooses_resolution:
+            raise ValueError("this model chooses resolutions and has no controllers to give a price: give a budget")
         prices = torch.atleast_1d(per_image("price", price, batch)).float()
         if not bool((prices >= 0).all()):
             raise ValueError(f"price={price!r} must be at least 0: a number, or one for each of {batch} images")
@@ -180,14 +190,18 @@ def per_image(name: str, value: Budget, batch: int | None = None) -> Tensor:
     return numbers
 
 
-def drawing(policy: Policy | TwoLooks, sampling: Sampling) -> Learned | TwoLooks:
+def drawing(policy: Look | TwoLooks, sampling: Sampling) -> Look | TwoLooks:
     """The learned policy, drawing its decisions."""
     if isinstance(policy, TwoLooks):
-        first, second = (replace(look, sampling=sampling) for look in (policy.first, policy.second))
+        first, second = (_drawing(look, sampling) for look in (policy.first, policy.second))
         return replace(policy, first=first, second=second)
-    if not isinstance(policy, Learned):
+    return _drawing(policy, sampling)
+
+
+def _drawing(look: Look, sampling: Sampling) -> Look:
+    if not isinstance(look.policy, Learned):
         raise ValueError(
             "sample= draws the decisions of controllers, and here none decide: calibrate the model and give a budget, "
             "or give a price"
         )
-    return replace(policy, sampling=sampling)
+    return replace(look, policy=replace(look.policy, sampling=sampling))

@@ -211,7 +211,7 @@ def _targets(model: MIAFormer, args: argparse.Namespace, on_progress: Any) -> li
     from miaformer.attacks import adaptive_target
     from miaformer.data import open_data
     from miaformer.evaluation import contenders
-    from miaformer.policy import TwoLooks
+    from miaformer.policy import Look, TwoLooks
 
     names = list(dict.fromkeys(args.targets or (TARGETS[:2] if model.calibration else TARGETS[:1])))
     unknown = sorted(set(names) - set(TARGETS))
@@ -231,7 +231,9 @@ def _targets(model: MIAFormer, args: argparse.Namespace, on_progress: Any) -> li
         )  # fmt: skip
         if left_out:
             raise ValueError(f"{left_out[0].name} at {args.budget:g}: {left_out[0].reason}")
-        policies = {one.name: one.policy for one in found if not isinstance(one.policy, TwoLooks)}  # controls look once
+        policies = {
+            one.name: one.policy for one in found if not isinstance(one.policy, Look | TwoLooks)
+        }  # controls look once
     targets = []
     for name in names:
         if name == "backbone":

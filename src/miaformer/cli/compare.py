@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = open_device(args.device, args.threads)
     recipe = get_recipe(args.recipe).scaled(args.epochs_scale)
-    recipe.only("elastic", "supervised", "reinforce")  # or say which is missing
+    recipe.adapting()  # or say that there is nothing to compare
     data = args.data or recipe.data
     if not data:
         raise ValueError(f"recipe {recipe.name!r} has no data of its own: give --data")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from miaformer.comparison.method import FRACTIONS, OURS, Entry, Method, Question, adaptation_epochs, by_policy
+from miaformer.comparison.method import FRACTIONS, Entry, Method, Question, adaptation_epochs, by_policy
 from miaformer.config import Grain
 from miaformer.evaluation import contenders
 from miaformer.model import MIAFormer
@@ -23,7 +23,7 @@ def _without(*kinds: Kind) -> Callable[[Recipe], Recipe]:
     """
 
     def recipe(base: Recipe) -> Recipe:
-        left = [stage for stage in base.stages if stage.kind in OURS and stage.kind not in kinds]
+        left = [stage for stage in base.adapting().stages if stage.kind not in kinds]
         heir = next(place for place, stage in enumerate(left) if stage.decides)
         missing = adaptation_epochs(base) - sum(stage.epochs for stage in left)
         first = next(stage for stage in base.stages if stage.decides)
@@ -36,13 +36,13 @@ def _without(*kinds: Kind) -> Callable[[Recipe], Recipe]:
 
 def _for_budget(budget: float, base: Recipe) -> Recipe:
     """Ours trained for this budget, give or take a hundredth, instead of for all of them."""
-    return replace(base.only(*OURS), budgets=(budget - 0.01, budget + 0.01))
+    return replace(base.adapting(), budgets=(budget - 0.01, budget + 0.01))
 
 
 def _ablation(
     name: str,
     about: str,
-    recipe: Callable[[Recipe], Recipe] = lambda base: base.only(*OURS),
+    recipe: Callable[[Recipe], Recipe] = Recipe.adapting,
     budgets: Sequence[float] | None = None,
     **adapt: Any,
 ) -> Method:
@@ -53,7 +53,12 @@ def _ablation(
         found = contenders(model, asked, ("learned",))[0] if asked else []
         return [Entry(name, one.budget, by_policy(model, one.policy)) for one in found]
 
-    return Method(name, about, lambda base: replace(recipe(base), adapt={**base.adapt, **adapt}), entries)
+    def changed(base: Recipe) -> Recipe:
+        if base.chooses_resolution:
+            raise ValueError(f"{name} is ours without a part that recipe {base.name!r} does not have: controllers")
+        return replace(recipe(base), adapt={**base.adapt, **adapt})
+
+    return Method(name, about, changed, entries)
 
 
 ABLATIONS: dict[str, Method] = {
@@ -73,7 +78,7 @@ ABLATIONS: dict[str, Method] = {
         _ablation(
             "no-distillation",
             "true labels alone",
-            lambda base: replace(base.only(*OURS), distill_weight=0.0),
+            lambda base: replace(base.adapting(), distill_weight=0.0),
         ),
         *(
             _ablation(

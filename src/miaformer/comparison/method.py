@@ -11,12 +11,18 @@ from torch import Tensor
 from miaformer.comparison.engines import Prepare, of_module
 from miaformer.evaluation.calibration import LabelledBatch
 from miaformer.model import MIAFormer
-from miaformer.policy import Full, Policy, TwoLooks
-from miaformer.training.recipes import Kind, Recipe
+from miaformer.policy import AnyPolicy, Full
+from miaformer.training.recipes import Kind, Recipe, Stage
 
 Classify = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> logits (B, classes), MACs fraction (B,)
 
-OURS: tuple[Kind, ...] = ("elastic", "supervised", "reinforce")
+RIVALS_ADAPT = {  # of methods that decide tokens and exits, where the recipe's own model chooses resolutions
+    "grains": ("depth", "tokens"),
+    "depth_choice": "nested",
+    "first_token_block": 0,
+    "last_token_block": 0,
+    "token_choice": "even",
+}
 FRACTIONS = (0.35, 0.5, 0.7)  # of the backbone's MACs: smaller static models come near to them
 
 
@@ -71,29 +77,34 @@ class Method:
 
     def is_calibrated(self, base: Recipe) -> bool:
         """Whether training it ends with a table of budgets: then it is one of ours, a model like any other."""
-        return self.recipe is not None and any(stage.decides for stage in self.recipe(base).stages)
+        return self.recipe is not None and self.recipe(base).calibrates
 
 
 def adaptation_epochs(recipe: Recipe) -> float:
     """Epochs of adapting; every method gets as many."""
-    return sum(stage.epochs for stage in recipe.stages if stage.kind in OURS)
+    return sum(stage.epochs for stage in recipe.stages if stage.adapts)
+
+
+def main_stage(recipe: Recipe) -> Stage:
+    """The stage of adaptation whose learning rates all methods get: the longest."""
+    return max(recipe.adapting().stages, key=lambda stage: stage.epochs)
 
 
 def one_stage(kind: Kind) -> Callable[[Recipe], Recipe]:
-    """Adaptation as a single stage of this kind, with the learning rates of the recipe's supervised stage.
+    """Adaptation as a single stage of this kind, with the learning rates of the recipe's main stage.
 
     Images are not mixed, as they are not where ours is adapted.
     """
 
     def recipe(base: Recipe) -> Recipe:
-        supervised = next(stage for stage in base.stages if stage.kind == "supervised")
-        stage = replace(supervised, kind=kind, epochs=adaptation_epochs(base), anneal=1.0)
-        return replace(base, stages=(stage,), mixup=0.0, cutmix=0.0)
+        stage = replace(main_stage(base), kind=kind, epochs=adaptation_epochs(base), anneal=1.0)
+        adapt = RIVALS_ADAPT if base.chooses_resolution else base.adapt
+        return replace(base, stages=(stage,), adapt=adapt, mixup=0.0, cutmix=0.0)
 
     return recipe
 
 
-def by_policy(model: MIAFormer, policy: Policy | TwoLooks) -> Classify:
+def by_policy(model: MIAFormer, policy: AnyPolicy) -> Classify:
     """The logits and the MACs of what this policy decides."""
 
     def classify(images: Tensor) -> tuple[Tensor, Tensor]:

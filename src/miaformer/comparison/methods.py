@@ -20,11 +20,9 @@ from miaformer.comparison.ablations import ABLATIONS
 from miaformer.comparison.engines import OnnxFile, Prepare, of_module
 from miaformer.comparison.int8 import INT8
 from miaformer.comparison.method import (
-    OURS,
     Entry,
     Method,
     Question,
-    adaptation_epochs,
     by_policy,
     image_shape,
     one_stage,
@@ -145,9 +143,9 @@ def _exits(name: str, shares: Sequence[float]) -> Callable[[MIAFormer, Question]
 
 def _elastic_for_all_epochs(base: Recipe) -> Recipe:
     """Random decisions and no controllers, for as long as everybody adapts."""
-    supervised, elastic = (next(s for s in base.stages if s.kind == kind) for kind in ("supervised", "elastic"))
-    stage = replace(elastic, epochs=adaptation_epochs(base), lr=supervised.lr, anneal=1.0)
-    return replace(base, stages=(stage,))
+    alone = one_stage("elastic")(base)
+    keep = next((stage.keep for stage in base.stages if stage.kind == "elastic"), alone.stages[0].keep)
+    return replace(alone, stages=(replace(alone.stages[0], keep=keep),), mixup=base.mixup, cutmix=base.cutmix)
 
 
 def _put_scorers(model: MIAFormer) -> None:
@@ -158,7 +156,7 @@ def _put_scorers(model: MIAFormer) -> None:
 RIVALS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("learned", "ours, with static and random on its weights", lambda base: base.only(*OURS), _learned),
+        Method("learned", "ours, with static and random on its weights", Recipe.adapting, _learned),
         DENSE,
         INT8,
         RESOLUTION,

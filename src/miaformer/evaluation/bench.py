@@ -181,7 +181,7 @@ class _Cell:
                 return
             for budget in (*budgets, *([FULL] if grains == first else [])):
                 try:
-                    model.price_of(budget)
+                    model.check_budget(budget)
                 except ValueError as error:
                     self._leave_out(engine, f"sparse, {grains} at {budget:g}", str(error))
                     continue

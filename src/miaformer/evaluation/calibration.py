@@ -13,6 +13,7 @@ from miaformer import budget
 from miaformer.budget import Calibration
 from miaformer.looks import View, choose_looks
 from miaformer.model import MIAFormer
+from miaformer.policy import Full, Look
 
 OnProgress = Callable[[str, int], None]  # stage ("calibrate", "controls", "evaluate"), passes or images done
 
@@ -37,7 +38,8 @@ def calibrate(
     """Measure the model's table from budget to price, and store it as `model.calibration`.
 
     The decisions measured are those of inference: greedy, executed sparsely. Of a model with `looks=2` the same passes
-    say which budgets are better spent in two looks. The images are kept in memory, for they are run 13 to 48 times.
+    say which budgets are better spent in two looks. The images are kept in memory, for they are run 13 to 48 times, or
+    of a model that chooses resolutions once in each size.
 
     batches: of the calibration set, e.g. `Batches(...).epoch(0)`; labels are not read. data: what to call that set in
     the table. tolerance: the largest step between neighbouring fractions, where the controllers allow it.
@@ -49,29 +51,49 @@ def calibrate(
     num_images = sum(map(len, images))
     if not num_images:
         raise ValueError("calibrate() was given no images")
-    views: dict[float, View] = {}  # by price, where there are answers to compare
-    looks_twice = model.adapt_config.looks == 2 and model.num_classes > 1
+    config = model.adapt_config
     passes = 0
 
-    def mean_fraction(price: float) -> float:
+    def measured(look: Look) -> View:
         nonlocal passes
-        outputs = [model.run(batch, price=price) for batch in images]
-        fractions = torch.cat([output.trace.macs_fraction for output in outputs])
-        if looks_twice:
-            views[price] = View.of(torch.cat([output.logits for output in outputs]), fractions)
+        outputs = [model.run(batch, policy=look) for batch in images]
         passes += 1
         if on_progress is not None:
             on_progress("calibrate", passes)
-        return fractions.double().mean().item()
+        return View.of(
+            torch.cat([output.logits for output in outputs]),
+            torch.cat([output.trace.macs_fraction for output in outputs]),
+        )
 
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            table = budget.calibrate(mean_fraction, num_images, data, tolerance, model.price_range())
-            if looks_twice:
-                table = replace(table, looks=choose_looks([views[price] for price in table.prices]))
-            model.calibration = table
+            if config.chooses_resolution:
+                model.calibration = _of_sizes(model, measured, num_images, data)
+            else:
+                model.calibration = _of_prices(model, measured, num_images, data, tolerance)
     finally:
         model.train(training)
     return model.calibration
+
+
+def _of_sizes(model: MIAFormer, measured: Callable[[Look], View], num_images: int, data: str) -> Calibration:
+    views = [measured(Look(Full(), (size,))) for size in model.image_sizes()]
+    looks = choose_looks(views, between=False) if model.num_classes > 1 else ()
+    return Calibration((), tuple(view.fraction for view in views), num_images, data, looks)
+
+
+def _of_prices(
+    model: MIAFormer, measured: Callable[[Look], View], num_images: int, data: str, tolerance: float
+) -> Calibration:
+    views: dict[float, View] = {}
+
+    def mean_fraction(price: float) -> float:
+        views[price] = measured(Look(model.learned(price)))
+        return views[price].fraction
+
+    table = budget.calibrate(mean_fraction, num_images, data, tolerance, model.price_range())
+    if not model.adapt_config.looks_twice or model.num_classes <= 1:
+        return table
+    return replace(table, looks=choose_looks([views[price] for price in table.prices]))

@@ -17,9 +17,10 @@ from miaformer.evaluation.controls import (
     random_policy,
     static_policy,
 )
+from miaformer.looks import row_of
 from miaformer.model import MIAFormer
 from miaformer.output import Trace
-from miaformer.policy import Full, Policy, TwoLooks
+from miaformer.policy import AnyPolicy, Full, Look, RandomLooks, TwoLooks
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
 
@@ -30,7 +31,7 @@ class Contender:
 
     name: str
     budget: float
-    policy: Policy | TwoLooks
+    policy: AnyPolicy
     price: float | None = None
 
 
@@ -61,7 +62,8 @@ def contenders(
     budgets = sorted({check_fraction("budget", budget) for budget in budgets})
     _check(model, policies, budgets, calibration is not None)
     traces: dict[float, Trace] = {}
-    if calibration is not None and model.calibration is not None and {"static", "random"} & set(policies):
+    imitates = bool({"static", "random"} & set(policies)) and not model.adapt_config.chooses_resolution
+    if calibration is not None and model.calibration is not None and imitates:
         traces = _learned_traces(model, calibration, [b for b in budgets if _reaches(model, b)], cap, on_progress)
     found = [Contender("full", 1.0, Full())] if "full" in policies else []
     left_out = []
@@ -97,9 +99,9 @@ def _contender(
     model: MIAFormer, name: str, budget: float, traces: Mapping[float, Trace], cap: float | None, seed: int
 ) -> Contender:
     if name == "learned":
-        price = model.price_of(budget)
-        assert isinstance(price, float)
-        return Contender(name, budget, model.at_budget(budget), price)
+        return Contender(name, budget, model.at_budget(budget), _price_of(model, budget))
+    if model.adapt_config.chooses_resolution and name in ("static", "random"):
+        return Contender(name, budget, _without_confidence(model, name, budget, seed))
     trace = traces.get(budget)
     target = budget
     if trace is not None:
@@ -108,7 +110,7 @@ def _contender(
     if name == "cls-attention":
         return Contender(name, budget, cls_attention_policy(model, target))
     if model.calibration is not None and trace is None:
-        model.price_of(budget)  # raises, saying why there is no trace
+        model.check_budget(budget)  # raises, saying why there is no trace
     if name == "static":
         assert trace is not None
         return Contender(name, budget, static_policy(Simulation.of(model), target, trace))
@@ -116,9 +118,27 @@ def _contender(
     return Contender(name, budget, random_policy(Simulation.of(model), target, rates, cap, seed))
 
 
+def _price_of(model: MIAFormer, budget: float) -> float | None:
+    """None of a model that has no prices."""
+    table = model.check_budget(budget)
+    return table.price(budget) if table.prices else None
+
+
+def _without_confidence(model: MIAFormer, name: str, budget: float, seed: int) -> AnyPolicy:
+    """The controls of a model that chooses resolutions: the largest size within the budget for every image, or the
+    learned policy's two looks, of which the second is for images drawn by chance.
+    """
+    table = model.check_budget(budget)
+    row, learned = row_of(table.looks, budget), model.at_budget(budget)
+    if name == "static" or row is None or not isinstance(learned, TwoLooks):
+        return Look(Full(), (model.image_sizes()[table.nearest(table.within(budget))],))
+    share = torch.tensor([(budget - row.first) / row.second])
+    return RandomLooks(learned.first, learned.second, share, seed)
+
+
 def _reaches(model: MIAFormer, budget: float) -> bool:
     try:
-        model.price_of(budget)
+        model.check_budget(budget)
     except ValueError:
         return False
     return True

@@ -49,7 +49,7 @@ def measure_memory(
     reached = []
     for budget in sorted({*budgets, 1.0}):
         with contextlib.suppress(ValueError):
-            model.price_of(budget)
+            model.check_budget(budget)
             reached.append(budget)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

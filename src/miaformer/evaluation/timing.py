@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from miaformer.model import MIAFormer
-from miaformer.policy import Policy, TwoLooks
+from miaformer.policy import AnyPolicy
 
 Input = TypeVar("Input")
 
@@ -114,7 +114,7 @@ def _wait() -> None:
 
 
 def time_against_dense(
-    model: MIAFormer, batches: Sequence[Tensor], policy: Policy | TwoLooks, cap: float | None = None, repeats: int = 5
+    model: MIAFormer, batches: Sequence[Tensor], policy: AnyPolicy, cap: float | None = None, repeats: int = 5
 ) -> dict[str, float]:
     """How a policy's compute and time compare with the static backbone's, eager, on the same batches.
 

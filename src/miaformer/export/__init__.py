@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import miaformer
+from miaformer.cost import Cost
 from miaformer.decisions import Decisions, HostGates
+from miaformer.export import sizes
 from miaformer.export.adaptive import AdaptiveWriter, Image, write_log_price
 from miaformer.export.blocks import BlockWriter
-from miaformer.export.graph import OPSET, Graph, TensorProto
+from miaformer.export.graph import Graph, TensorProto
+from miaformer.export.parts import exported
 from miaformer.files import whole_file
 from miaformer.looks import Looks, row_of
 from miaformer.model import MIAFormer
@@ -34,7 +36,8 @@ def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = Non
     Inputs: `images` (1, 3, H, W) float32, normalised; `budget` and `cap`, float32 scalars. Blocks are skipped by `If`,
     tokens by gathering, heads by branches over slices of weights that are folded when the file is loaded. Without a
     cap, give one above 1; a budget out of the calibrated range counts as the nearest end. A cap below `least_macs` of
-    the file's metadata cannot be kept: everything is skipped then. Outputs: `logits`
+    the file's metadata cannot be kept: everything is skipped then. A model that chooses resolutions looks at the image
+    in the largest size that budget and cap allow, and in the smallest at least (`export.sizes`). Outputs: `logits`
     (1, classes), `macs_fraction` (1,), with `trace` also `depth` (1, L), `heads` (1, L, H), `tokens` (1, L, N), bool.
     price: decide at this price, whatever budget is given; a model that is not calibrated needs one.
 
@@ -43,6 +46,9 @@ def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = Non
     _check_exportable(model)
     if model.calibration is None and price is None:
         raise ValueError("the model is not calibrated, so its file would know no budget: calibrate it, or give price=")
+    if model.adapt_config.chooses_resolution:
+        _export_sizes(model, path, price, trace)
+        return
     graph, cost = Graph(), model.cost()
     log_price = _log_price(graph, model, price)
     writer = AdaptiveWriter(graph, model, log_price)
@@ -58,15 +64,37 @@ def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = Non
         blocks.append(done)
     outputs = _outputs(graph, model, image.rows, image.macs)
     if trace:
-        shapes: dict[str, list[int]] = {"depth": [], "heads": [cost.num_heads], "tokens": [cost.num_patches]}
-        for name, shape in shapes.items():
+        for name, shape in _trace_shapes(cost).items():
             parts = [getattr(done, name) for done in blocks]
             if shape:
                 parts = [graph.op("Unsqueeze", part, graph.ints(0)) for part in parts]
             value = graph.op("Unsqueeze", graph.op("Concat", *parts, axis=0), graph.ints(0))
             outputs[name] = (value, TensorProto.BOOL, [1, cost.depth, *shape])
-    scalars: dict[str, tuple[int, list[Any]]] = {name: (TensorProto.FLOAT, []) for name in ("budget", "cap")}
-    _save(graph, model, path, scalars, outputs, {"price": "" if price is None else repr(price)})
+    _save(graph, model, path, _SCALARS, outputs, {"price": "" if price is None else repr(price)})
+
+
+def _export_sizes(model: MIAFormer, path: str | Path, price: float | None, trace: bool) -> None:
+    if price is not None:
+        raise ValueError("this model chooses resolutions and has no prices")
+    graph, cost = Graph(), model.cost()
+    rows, macs, grid_size = sizes.write(graph, model)
+    outputs = _outputs(graph, model, rows, macs)
+    if trace:
+        kept = graph.op("Less", graph.constant(np.arange(cost.num_patches)), grid_size)
+        executed = {"depth": np.ones((1, cost.depth), bool), "heads": np.ones((1, cost.depth, cost.num_heads), bool)}
+        values = {name: graph.constant(value) for name, value in executed.items()}
+        values["tokens"] = graph.op("Expand", kept, graph.ints(1, cost.depth, cost.num_patches))
+        for name, shape in _trace_shapes(cost).items():
+            outputs[name] = (values[name], TensorProto.BOOL, [1, cost.depth, *shape])
+    _save(graph, model, path, _SCALARS, outputs, {"price": ""})
+
+
+_SCALARS: dict[str, tuple[int, list[Any]]] = {name: (TensorProto.FLOAT, []) for name in ("budget", "cap")}
+
+
+def _trace_shapes(cost: Cost) -> dict[str, list[int]]:
+    """Of one block."""
+    return {"depth": [], "heads": [cost.num_heads], "tokens": [cost.num_patches]}
 
 
 def export_static(model: MIAFormer, path: str | Path, decisions: Decisions) -> None:
@@ -208,38 +236,22 @@ class _Head(nn.Module):
 def _embedded(graph: Graph, model: MIAFormer) -> str:
     """Rows (P + N, C) of the embedded image."""
     size = (1, model.backbone.in_chans, *model.image_size())
-    return graph.include(_exported(_Embed(model), torch.zeros(size)), ["images"], "embed_")[0]
+    return graph.include(exported(_Embed(model), torch.zeros(size)), ["images"], "embed_")[0]
 
 
 def _outputs(graph: Graph, model: MIAFormer, rows: str, macs: str) -> dict[str, tuple[str, int, list[Any]]]:
     cost = model.cost()
-    count = cost.num_prefix_tokens + (0 if cost.trims_last_block else cost.num_patches)
+    count = cost.num_prefix_tokens
+    if not cost.trims_last_block:
+        count += cost.num_patches
     rows = graph.op("Slice", rows, graph.ints(0), graph.ints(count))
-    head = _exported(_Head(model), torch.zeros(count, cost.embed_dim))
+    varies = model.adapt_config.chooses_resolution and not cost.trims_last_block
+    head = exported(_Head(model), torch.zeros(count, cost.embed_dim), "rows" if varies else None)
     logits = graph.include(head, [rows], "head_")[0]
     fraction = graph.op("Mul", graph.op("Cast", macs, to=TensorProto.DOUBLE), graph.constant(1 / cost.backbone))
     fraction = graph.op("Cast", fraction, to=TensorProto.FLOAT)
     shape = [one.dim_value for one in head.graph.output[0].type.tensor_type.shape.dim]
     return {"logits": (logits, TensorProto.FLOAT, shape), "macs_fraction": (fraction, TensorProto.FLOAT, [1])}
-
-
-def _exported(module: nn.Module, example: Tensor) -> onnx.ModelProto:
-    """A part without decisions, by PyTorch's own exporter."""
-    was_training = {part: part.training for part in module.modules()}
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module.eval(), (example,), dynamo=True, opset_version=OPSET, verbose=False, optimize=True
-            )
-    finally:
-        for part, mode in was_training.items():
-            part.training = mode
-    assert program is not None
-    proto: onnx.ModelProto = program.model_proto
-    if proto.functions:
-        raise ValueError("PyTorch's exporter wrote the embedding or the head with functions, which are not supported")
-    return proto
 
 
 def _save(

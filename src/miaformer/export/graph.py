@@ -25,6 +25,7 @@ class Graph:
             self.initializers: dict[str, onnx.TensorProto] = {}
             self._names = 0
             self._constants: dict[tuple[Any, ...], str] = {}
+            self._included: dict[tuple[Any, ...], str] = {}
 
     def name(self, stem: str) -> str:
         self.root._names += 1
@@ -66,11 +67,14 @@ class Graph:
         return names
 
     def include(self, model: onnx.ModelProto, inputs: list[str], prefix: str) -> list[str]:
-        """Add another model's nodes and weights, fed with these values; its outputs."""
+        """Add another model's nodes and weights, fed with these values; its outputs. Equal weights are shared."""
         graph = onnx.compose.add_prefix(model, prefix).graph
         renamed = {one.name: value for one, value in zip(graph.input, inputs, strict=True)}
         for initializer in graph.initializer:
-            self.root.initializers[initializer.name] = initializer
+            key = initializer.data_type, tuple(initializer.dims), initializer.raw_data
+            renamed[initializer.name] = self.root._included.setdefault(key, initializer.name)
+            if renamed[initializer.name] == initializer.name:
+                self.root.initializers[initializer.name] = initializer
         for node in graph.node:
             node.input[:] = [renamed.get(name, name) for name in node.input]
             self.nodes.append(node)

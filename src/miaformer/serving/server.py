@@ -153,7 +153,7 @@ class Server:
     def _budget(self, text: str) -> float:
         budget = _number(float, "budget", text)
         with _unprocessable():
-            self.predictor.model.price_of(check_fraction("budget", budget))
+            self.predictor.model.check_budget(check_fraction("budget", budget))
         return budget
 
     def _cap(self, text: str) -> float:

@@ -67,5 +67,5 @@ class Settings:
         budget = self.budget or model.adapt_config.default_budget or most
         min_budget = self.min_budget or min(budget, max(least, budget / 2))
         for asked in (budget, min_budget):
-            model.price_of(asked)
+            model.check_budget(asked)
         return replace(self, budget=budget, min_budget=min_budget)

@@ -21,8 +21,8 @@ from miaformer.engine.sparse import Sparse
 from miaformer.engine.walk import Execution, Policy
 from miaformer.model import MIAFormer
 from miaformer.policy import ClsAttention, Fixed
+from miaformer.resolution import drawn_size, resized
 from miaformer.rivals.merging import merged_logits, merged_macs, merges_drawn
-from miaformer.rivals.resolution import drawn_size, resized
 from miaformer.training.gates import Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.training.recipes import Recipe, Stage
 from miaformer.training.rivals import RelaxedTopTokens, drawn_keep
@@ -127,7 +127,7 @@ class Objective(nn.Module):
             logits, early = self._backbone(images, step)
             fraction = 1.0
         elif self.stage.kind == "resolution":
-            size = drawn_size(self.model.backbone, drawn)
+            size = drawn_size(self.model.image_sizes(), drawn)
             logits = self.model.backbone(resized(images, size))
             fraction = self.model.cost(size).backbone / cost.backbone
         else:

@@ -16,11 +16,11 @@ Kind = Literal[
     "elastic",
     "supervised",
     "reinforce",
+    "resolution",
     "exits",
     "cls-attention",
     "top-tokens",
     "merging",
-    "resolution",
 ]
 
 
@@ -28,8 +28,9 @@ Kind = Literal[
 class Stage:
     """One part of training, with an optimiser and a schedule of its own.
 
-    The first five kinds are ours (DESIGN.md, section 6), the others those of `miaformer.rivals`. A `probe` fits the
-    classifier alone, to features of the backbone as it is (`miaformer.training.probe`).
+    The first six kinds are ours (DESIGN.md, section 6), the others those of `miaformer.rivals`. A `probe` fits the
+    classifier alone, to features of the backbone as it is (`miaformer.training.probe`); `resolution` trains the static
+    model on images of all sizes that it is looked at in, one drawn each step.
     """
 
     kind: Kind
@@ -74,6 +75,11 @@ class Stage:
     def decides(self) -> bool:
         """Whether controllers make the decisions."""
         return self.kind in ("supervised", "reinforce")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it is one of those that make a backbone ours."""
+        return self.decides or self.kind in ("elastic", "resolution")
 
     @property
     def trains_controllers(self) -> bool:
@@ -192,6 +198,22 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r} has no stage {', '.join(sorted(missing))}")
         return replace(self, stages=found)
 
+    def adapting(self) -> Recipe:
+        """The same with the stages alone that make a backbone ours."""
+        found = tuple(stage for stage in self.stages if stage.adapts)
+        if not found:
+            raise ValueError(f"recipe {self.name!r} has no stage that adapts the backbone")
+        return replace(self, stages=found)
+
+    @property
+    def chooses_resolution(self) -> bool:
+        return "resolution" in self.adapt.get("grains", ())
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model that it trains knows budgets afterwards."""
+        return self.chooses_resolution or any(stage.decides for stage in self.stages)
+
     def scaled(self, factor: float) -> Recipe:
         """The same with every stage `factor` times as long."""
         return replace(self, stages=tuple(replace(s, epochs=s.epochs * factor) for s in self.stages))
@@ -240,25 +262,14 @@ FINETUNE = Recipe(  # chosen on a pretrained ViT-S and photographs (docs/log.md)
     data="",
     model="deit_small_patch16_224",
     model_args={"pretrained": True},
-    adapt={
-        "grains": ("tokens",),  # early exits cost the full model 1.6 points in one epoch
-        "first_token_block": 0,
-        "last_token_block": 0,
-        "token_choice": "even",
-        "looks": 2,
-    },
+    adapt={"grains": ("resolution",)},
     stages=(
         Stage("probe", epochs=1),
         Stage("backbone", epochs=5, lr=2e-4, layer_decay=0.75, patch_drop=(0.2, 0.75), early_weight=0.4),
-        Stage("elastic", epochs=0.2, lr=1e-4, layer_decay=0.75, keep=(1.0, 1.0, 0.15), anneal=0.6),
-        Stage(
-            "supervised", epochs=0.7, lr=1e-4, controller_lr=5e-3, layer_decay=0.75, temperature=(0.5, 0.25), anneal=0.7
-        ),
-        Stage("reinforce", epochs=0.3, lr=4e-5, controller_lr=1e-3, layer_decay=0.75, temperature=(0.25, 0.25)),
+        Stage("resolution", epochs=1.2, lr=1e-4, layer_decay=0.75),
     ),
     augmentation={"hflip": 0.5, "scale": (0.35, 1.0)},
     batch_size=None,
-    budgets=(0.15, 0.9),
     precision="auto",
     num_workers=None,
 )

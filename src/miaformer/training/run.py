@@ -72,6 +72,8 @@ def train(
         raise TypeError(f"train() takes what miaformer.adapt gives, not a {type(model).__name__}")
     if isinstance(recipe, str):
         recipe = get_recipe(recipe)
+    if any(stage.kind == "resolution" for stage in recipe.stages) and not model.adapt_config.chooses_resolution:
+        raise ValueError("stage resolution is for models adapted with grains=('resolution',)")
     out = Path(out)
     if isinstance(data, ImageData):
         if calibration_data is None:
@@ -117,10 +119,9 @@ def train(
         display.say(line)
     with _claimed(out, description, accelerator, seed):
         trainer.run(resume)
-    decides = any(stage.decides for stage in recipe.stages)
-    if decides:
+    if any(stage.decides for stage in recipe.stages):
         model.set_price_scale(*trainer.tariff.price_scale())
-    if decides or had_budgets:
+    if recipe.calibrates or had_budgets:
         plain = build_transform(data_config, training=False)
         size = max(batches.batch_size, 256)  # nothing learns from them: the larger the faster
         held_out_batches = Batches(held_out, plain, size, seed=seed, shuffle=False, drop_last=False)
@@ -303,7 +304,7 @@ def is_trained(recipe: Recipe, out: str | Path, *, data: str | Path | None = Non
     Raises ValueError where `out` holds another run.
     """
     out = Path(out)
-    last_written = "calibration.json" if any(stage.decides for stage in recipe.stages) else "model.safetensors"
+    last_written = "calibration.json" if recipe.calibrates else "model.safetensors"
     if not holds_run(out):
         return False
     source = data or recipe.data

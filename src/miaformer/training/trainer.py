@@ -233,7 +233,8 @@ class Trainer:
         if self.recipe.clip_grad is not None:
             self.accelerator.unscale_gradients(optimizer)
             for part in (self.model.backbone, self.model.controllers):  # neither drowns the other
-                nn.utils.clip_grad_norm_(part.parameters(), self.recipe.clip_grad)
+                if parameters := list(part.parameters()):
+                    nn.utils.clip_grad_norm_(parameters, self.recipe.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
         felt = log_prices.grad
