@@ -21,12 +21,14 @@ from miaformer.comparison.engines import OnnxFile, of_module
 from miaformer.comparison.equal_accuracy import at_equal_accuracy
 from miaformer.comparison.given import copy_backbone, is_copied
 from miaformer.comparison.method import Entry, Question
+from miaformer.comparison.resolution import Looked
 from miaformer.comparison.results import Difficulty, Point
 from miaformer.comparison.timing import BATCHES, mean_times, read_times, time_entries
 from miaformer.cost import count_macs
 from miaformer.data import Batches, build_transform
 from miaformer.evaluation.engines import EngineUnavailableError
 from miaformer.evaluation.intervals import resampled
+from miaformer.policy import Full, Look, RandomLooks, TwoLooks
 from miaformer.training.progress import DURATIONS, core_seconds
 from miaformer.training.recipes import get_recipe
 
@@ -76,6 +78,21 @@ def test_two_looks_at_images_of_two_sizes_spend_their_budget(trained: MIAFormer)
         assert logits.shape == (IMAGES, 4)
         assert ((spent[:, None] - possible).abs().amin(dim=1) < 1e-4).all()
         assert float(spent.mean()) <= (entry.budget or 0) + 1 / IMAGES
+
+
+def test_sizes_run_once_for_all_budgets_give_what_running_gives(trained: MIAFormer) -> None:
+    model = adapt(trained.to_timm(), grains=("resolution",)).eval()
+    first, second = (Look(Full(), (size,)) for size in (model.image_sizes()[-1], model.image_sizes()[0]))
+    looked = Looked(model)
+    with torch.inference_mode():
+        for images in (images_of(model, 9), images_of(model, 12)):
+            middle = model.run(images, policy=first).logits.softmax(dim=1).amax(dim=1).median().reshape(1)
+            half = torch.full((1,), 0.5)
+            for policy in (first, second, TwoLooks(first, second, middle), RandomLooks(first, second, half)):
+                wanted = model.run(images, policy=policy)
+                logits, spent = looked.by(policy)(images)
+                assert torch.allclose(logits, wanted.logits, atol=1e-5)
+                assert torch.allclose(spent, wanted.trace.macs_fraction)
 
 
 # smaller models

@@ -181,7 +181,7 @@ def test_training_draws_every_size_and_learns_at_each(monkeypatch: pytest.Monkey
     )
     objective = Objective(model, Stage("resolution", epochs=1, lr=0), get_recipe("digits"), None)
     classes = model.num_classes
-    for seed in range(20):
+    for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         drawn = Draws.of_step(generator, 2, model.cost(), 0.25, (0.3, 0.9), slice(0, 2))
         step = Step(drawn, drawn, torch.zeros(2), torch.zeros(2), (0.0, 1.0), 1.0)
@@ -189,8 +189,11 @@ def test_training_draws_every_size_and_learns_at_each(monkeypatch: pytest.Monkey
         objective(images, torch.eye(classes)[:2], step).loss.backward()
         assert model.backbone.pos_embed.grad.abs().sum() > 0
     assert set(seen) == set(model.image_sizes())
-    sizes = model.image_sizes()
-    assert tuple(drawn_size(sizes, rate) for rate in (0.0, 0.2, 0.4, 0.6, 0.999)) == sizes
+    macs = model.macs_of_sizes()
+    rates = np.linspace(0, 1, 20_000, endpoint=False)
+    drawn = [drawn_size(macs, float(rate)) for rate in rates]
+    spent = [drawn.count(size) * macs[size] for size in model.image_sizes()]
+    assert max(spent) < 1.01 * min(spent), "all sizes get the same compute"
 
 
 def test_a_recipe_of_it_ends_with_budgets(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from miaformer.config import AdaptConfig
 from miaformer.controller import DIFFICULTY_BOUND, LOGIT_BOUND, Controller, price_features
 from miaformer.decisions import Booleans
+from miaformer.engine.changes import Seen
 
 Array = NDArray[Any]
 SQRT_HALF = 0.5**0.5
@@ -139,12 +140,9 @@ def _numpy(tensor: Tensor) -> Array:
 
 
 class Controllers(nn.ModuleList):
-    """The controllers of all blocks, which remember how they were folded last.
+    """The controllers of all blocks, which remember how they were folded last while their weights stay."""
 
-    Forgotten where they may have changed: when they are trained, moved, loaded, or edited in place.
-    """
-
-    _known: tuple[Any, list[Folded]] | None = None
+    _known: tuple[list[float], Seen, list[Folded]] | None = None
 
     @classmethod
     def of(cls, config: AdaptConfig, depth: int, embed_dim: int, num_heads: int) -> Self:
@@ -171,32 +169,26 @@ class Controllers(nn.ModuleList):
         )
 
     def folded(self, log_price: Tensor) -> list[Folded]:
-        key = ([p._version for p in self._versioned()], log_price.tolist())
-        if self._known is None or self._known[0] != key:
-            self._known = (key, Folded.of(cast(list[Controller], list(self)), log_price))
-        return self._known[1]
+        prices, parameters = log_price.tolist(), self._now()
+        known = self._known  # once: another thread may fold at other prices meanwhile
+        if known is None or known[0] != prices or not known[1].still(parameters):
+            known = (prices, Seen(parameters), Folded.of(cast(list[Controller], list(self)), log_price))
+            self._known = known
+        return known[2]
 
-    def _versioned(self) -> list[nn.Parameter]:
-        """The parameters that count their changes: those not made in inference mode, which hardly change."""
-        if "_in_order" not in self.__dict__:
-            self.__dict__["_in_order"] = [p for p in self.parameters() if not p.is_inference()]
-        return cast(list[nn.Parameter], self.__dict__["_in_order"])
+    def _now(self) -> list[Tensor]:
+        """The parameters, whoever has put them there; `parameters()` takes ten times as long."""
+        found: list[Tensor] = []
+        left: list[nn.Module] = [self]
+        while left:
+            module = left.pop()
+            found += [p for p in module._parameters.values() if p is not None]
+            left += [m for m in module._modules.values() if m is not None]
+        return found
 
     def train(self, mode: bool = True) -> Self:
-        self._forget()
+        self._known = None
         return super().train(mode)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args, **kwargs)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_known", "_in_order")}
-
-    def _forget(self) -> None:
-        self._known = None
-        self.__dict__.pop("_in_order", None)
+        return {k: v for k, v in self.__dict__.items() if k != "_known"}

@@ -133,7 +133,7 @@ class MIAFormer(
     def least_macs(self, image_size: tuple[int, int] | None = None) -> int:
         """MACs that every image takes, whatever is decided: no cap can be lower."""
         if self.adapt_config.chooses_resolution:
-            return min(self._macs_of_sizes().values())
+            return min(self.macs_of_sizes().values())
         return self.cost(image_size).fixed + self._context_macs()
 
     def check_cap(self, cap: Budget, image_size: tuple[int, int] | None = None) -> None:
@@ -238,9 +238,10 @@ class MIAFormer(
                 f"{height} x {width} and makes them smaller itself"
             )
         asked = look.sizes * len(images) if len(look.sizes) == 1 else look.sizes
-        return asked if cap_macs is None else within_cap(asked, cap_macs, self._macs_of_sizes())
+        return asked if cap_macs is None else within_cap(asked, cap_macs, self.macs_of_sizes())
 
-    def _macs_of_sizes(self) -> dict[Size, int]:
+    def macs_of_sizes(self) -> dict[Size, int]:
+        """What executing everything takes in each of `image_sizes`."""
         return {size: self.cost(size).everything for size in self.image_sizes()}
 
     def _cap_too_low(self) -> ValueError:
@@ -276,7 +277,7 @@ class MIAFormer(
         left = cap_macs - spent
         more = left > spent
         if looks.second.sizes:  # a larger size wants all of its MACs
-            macs = self._macs_of_sizes()
+            macs = self.macs_of_sizes()
             sizes = self._sizes_of(looks.second, images, left)
             more = np.array([0 if size is None else macs[size] for size in sizes]) > spent
         again = again[torch.from_numpy(more[again.numpy()])]

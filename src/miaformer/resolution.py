@@ -31,9 +31,13 @@ def image_sizes(full: Size, patch: Size, least: float) -> tuple[Size, ...]:
     return tuple(dict.fromkeys([full, *sizes[1:]]))
 
 
-def drawn_size(sizes: Sequence[Size], rate: float) -> Size:
-    """The size that a training step draws. rate: uniform in 0 to 1, 1 excluded; all sizes are equally likely."""
-    return sizes[int(rate * len(sizes))]
+def drawn_size(macs: dict[Size, int], rate: float) -> Size:
+    """The size that a training step draws, so that all get the same compute: small ones, which have most to learn, come
+    most often. macs: of each size; rate: uniform in 0 to 1, 1 excluded.
+    """
+    often = np.cumsum([1 / one for one in macs.values()])
+    place = int(np.searchsorted(often, rate * often[-1], side="right"))
+    return list(macs)[min(place, len(macs) - 1)]
 
 
 def resized(images: Tensor, size: Size) -> Tensor:

@@ -27,7 +27,7 @@ from miaformer.comparison.method import (
     image_shape,
     one_stage,
 )
-from miaformer.comparison.resolution import RESOLUTION, RESOLUTION_FREE, RESOLUTION_LOOKS
+from miaformer.comparison.resolution import RESOLUTION, RESOLUTION_FREE, RESOLUTION_LOOKS, Looked
 from miaformer.comparison.smaller import DENSE, NARROW, SHALLOW
 from miaformer.evaluation import cls_attention_policy, contenders
 from miaformer.evaluation.contenders import Contender
@@ -52,9 +52,8 @@ def _learned(model: MIAFormer, question: Question) -> list[Entry]:
         seed=question.seed,
     )
     file = OnnxFile(partial(_write_learned, model), batch=1)  # one for all budgets
-    return [
-        Entry(one.name, one.budget, by_policy(model, one.policy), engines=_in_onnx(model, one, file)) for one in found
-    ]
+    by = Looked(model).by if model.adapt_config.chooses_resolution else partial(by_policy, model)
+    return [Entry(one.name, one.budget, by(one.policy), engines=_in_onnx(model, one, file)) for one in found]
 
 
 def _write_learned(model: MIAFormer, path: Path) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from miaformer.comparison.engines import of_module
-from miaformer.comparison.method import Classify, Entry, Method, Question, by_policy, one_stage
+from miaformer.comparison.method import Classify, Entry, Method, Question, one_stage
 from miaformer.evaluation.calibration import calibrate
 from miaformer.model import MIAFormer, adapt
-from miaformer.policy import Full
-from miaformer.resolution import resized
+from miaformer.policy import AnyPolicy, Full, Look, TwoLooks
+from miaformer.resolution import Size, resized
 from miaformer.training.recipes import Recipe
 
 ADAPT: dict[str, Any] = {"grains": ("resolution",)}
@@ -53,6 +53,41 @@ def _at(model: MIAFormer, question: Question) -> Classify:
     return classify
 
 
+class Looked:
+    """What looks of all policies and budgets give, each size run once for a batch: images do not depend on what their
+    batch mates are given, so that they are the same.
+    """
+
+    def __init__(self, model: MIAFormer) -> None:
+        self.model = model
+        self._images: Tensor | None = None
+        self._logits: dict[Size, Tensor] = {}
+
+    def by(self, policy: AnyPolicy) -> Classify:
+        """Logits and MACs fractions, as `by_policy`. policy: of one size, or of two, for all images."""
+        whole, macs = self.model.cost().backbone, self.model.macs_of_sizes()
+
+        def classify(images: Tensor) -> tuple[Tensor, Tensor]:
+            first, second = (policy.first, policy.second) if isinstance(policy, TwoLooks) else (policy, None)
+            assert isinstance(first, Look)
+            logits = self._at(first.sizes[0], images)
+            spent = torch.full((len(images),), macs[first.sizes[0]] / whole)
+            if isinstance(policy, TwoLooks) and second is not None:
+                again = policy.open_images(logits).cpu()
+                logits = logits.index_copy(0, again.to(logits.device), self._at(second.sizes[0], images)[again])
+                spent[again] += macs[second.sizes[0]] / whole
+            return logits, spent
+
+        return classify
+
+    def _at(self, size: Size, images: Tensor) -> Tensor:
+        if images is not self._images:
+            self._images, self._logits = images, {}
+        if size not in self._logits:
+            self._logits[size] = self.model.run(images, policy=Look(Full(), (size,))).logits
+        return self._logits[size]
+
+
 def _without_training(model: MIAFormer, question: Question) -> list[Entry]:
     return _at_every_size(any_size(model), question, "resolution-free")
 
@@ -65,10 +100,10 @@ def any_size(model: MIAFormer) -> MIAFormer:
 @torch.no_grad()
 def _two_looks(model: MIAFormer, question: Question) -> list[Entry]:
     calibrate(model, question.calibration())
-    found = []
+    looked, found = Looked(model), []
     for budget in question.budgets:
         if model.calibration is not None and budget >= model.calibration.range[0]:
-            found.append(Entry("resolution-looks", budget, by_policy(model, model.at_budget(budget))))
+            found.append(Entry("resolution-looks", budget, looked.by(model.at_budget(budget))))
     return found
 
 

@@ -18,6 +18,7 @@ from timm.layers import GELU, GELUTanh
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
+from miaformer.engine.changes import versions
 from miaformer.engine.processor import is_intel
 
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
@@ -139,13 +140,13 @@ class Packed(OneDnn):
 
     def _copy_of(self, *originals: Tensor, make: Callable[[], Layer]) -> _Copy:
         """What is known of these tensors, or a copy of the layer that `make` makes of them now."""
-        key = (originals[0].shape, *(tensor.data_ptr() for tensor in originals))
-        versions = tuple([-1 if tensor.is_inference() else tensor._version for tensor in originals])
+        key = (originals[0].shape, *(tensor.data_ptr() for tensor in originals))  # a cut is a new tensor in each call
+        now = versions(originals)
         known = self._copies.get(key)
-        if known is None or known.versions != versions:
+        if known is None or known.versions != now:
             weight, bias = make()
             packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-            known = _Copy(packed, bias, versions, weight.numel(), tuple(tensor.detach() for tensor in originals))
+            known = _Copy(packed, bias, now, weight.numel(), tuple(tensor.detach() for tensor in originals))
             self._copies[key] = known
         return known
 
@@ -162,7 +163,7 @@ class Packed(OneDnn):
 class _Copy:
     weight: Tensor  # opaque: in oneDNN's layout
     bias: Tensor | None  # of layers joined
-    versions: tuple[int, ...]  # of the originals, when they were copied
+    versions: list[int]  # of the originals, when they were copied
     size: int  # elements
     originals: tuple[Tensor, ...]  # kept: while they live, nothing else can be where they are
 

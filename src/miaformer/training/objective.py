@@ -127,7 +127,7 @@ class Objective(nn.Module):
             logits, early = self._backbone(images, step)
             fraction = 1.0
         elif self.stage.kind == "resolution":
-            size = drawn_size(self.model.image_sizes(), drawn)
+            size = drawn_size(self.model.macs_of_sizes(), drawn)
             logits = self.model.backbone(resized(images, size))
             fraction = self.model.cost(size).backbone / cost.backbone
         else:
