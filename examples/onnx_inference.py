@@ -51,14 +51,18 @@ def looked(session: Any, image: np.ndarray, budget: float, cap: float) -> tuple[
         return run(session, image, budget, cap)
     row = min(rows, key=lambda row: abs(row["budget"] - budget))
     scores, spent = run(session, image, row["first"], cap)
-    if scores.max() >= row["confidence"] or cap - spent <= spent:
+    left = cap - spent
+    sizes = json.loads(session.get_modelmeta().custom_metadata_map.get("sizes", "[]")) or [left]
+    if scores.max() >= row["confidence"] or not any(spent + 1e-6 < one <= left + 1e-6 for one in sizes):
         return scores, spent
-    scores, more = run(session, image, row["second"], cap - spent)
+    scores, more = run(session, image, row["second"], left)
     return scores, spent + more
 
 
 def run(session: Any, image: np.ndarray, budget: float, cap: float) -> tuple[np.ndarray, float]:
-    """One look."""
+    """One look. The file answers whatever it is given, so what is no picture is refused here."""
+    if not np.isfinite(image).all():
+        raise ValueError("the image holds NaN or infinite values")
     feed: dict[str, Any] = {"images": image, "budget": np.float32(budget), "cap": np.float32(cap)}
     feed = {one.name: np.asarray(feed[one.name]) for one in session.get_inputs()}
     logits, macs = session.run(["logits", "macs_fraction"], feed)

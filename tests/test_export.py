@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import load_script
 from torch import nn
 from vits import STRUCTURES, lively, pictures, relative, vit
 
@@ -248,6 +249,16 @@ def test_what_a_file_cannot_keep_to_is_refused(budget: float, cap: float, said: 
     session = open_session(plain_file, 1)
     with pytest.raises(ValueError, match=said):
         run_session(session, np.zeros((1, 3, 16, 16), np.float32), budget, cap)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_images_that_are_none_are_refused(wrong: float, plain_file: Path) -> None:
+    image = np.zeros((1, 3, 16, 16), np.float32)
+    image[0, 1, 2, 3] = wrong
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        run_session(open_session(plain_file, 1), image)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        load_script("examples/onnx_inference.py").run(open_session(plain_file, 1), image, 0.5, 4.0)
 
 
 @pytest.mark.parametrize("sizes", [(5, 3, 16), (2, 3, 16), (3, 5, 16), (3, 3, 9)])

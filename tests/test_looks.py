@@ -152,7 +152,7 @@ def test_a_table_of_before_is_read() -> None:
 
 
 @pytest.mark.parametrize("config", [{"depth_choice": "nested"}, SIZES], ids=["prices", "sizes"])
-@pytest.mark.parametrize("cap", [4.0, 0.9])
+@pytest.mark.parametrize("cap", [4.0, 0.9, 0.7])
 def test_an_exported_file_looks_as_often(cap: float, config: dict[str, object], tmp_path: Path) -> None:
     from miaformer.export import export_onnx, open_session, run_session
 

@@ -86,7 +86,8 @@ def _export_sizes(model: MIAFormer, path: str | Path, price: float | None, trace
         values["tokens"] = graph.op("Expand", kept, graph.ints(1, cost.depth, cost.num_patches))
         for name, shape in _trace_shapes(cost).items():
             outputs[name] = (values[name], TensorProto.BOOL, [1, cost.depth, *shape])
-    _save(graph, model, path, _SCALARS, outputs, {"price": ""})
+    fractions = [macs / cost.backbone for macs in model.macs_of_sizes().values()]
+    _save(graph, model, path, _SCALARS, outputs, {"price": "", "sizes": json.dumps(fractions)})
 
 
 _SCALARS: dict[str, tuple[int, list[Any]]] = {name: (TensorProto.FLOAT, []) for name in ("budget", "cap")}
@@ -158,8 +159,8 @@ def run_session(
     A file of a model that looks twice says in its metadata, as `looks`, at which budgets: then it is run again where
     the first answer is not confident, and the MACs of both runs are added up.
 
-    Raises ValueError for a budget that is no positive number, and for a cap below what the model takes at least: the
-    file itself, which raises nothing, skips everything then.
+    Raises ValueError for images with NaN or infinite values, for a budget that is no positive number, and for a cap
+    below what the model takes at least: the file itself, which raises nothing, gives an answer all the same.
     """
     meta = session.get_modelmeta().custom_metadata_map
     least = int(meta.get("least_macs", 0)) / int(meta["backbone_macs"])
@@ -167,6 +168,8 @@ def run_session(
         raise ValueError(f"budget={budget!r} must be a fraction of the backbone's MACs, more than 0")
     if not least <= cap < float("inf"):
         raise ValueError(f"cap={cap!r} must be a fraction of the backbone's MACs, {least:.4f} at least")
+    if not np.isfinite(images).all():
+        raise ValueError("images hold NaN or infinite values")
     inputs = {one.name for one in session.get_inputs()}
     names = [one.name for one in session.get_outputs()]
 
@@ -181,9 +184,12 @@ def run_session(
     first = look(row.first, cap)
     spent = float(first["macs_fraction"][0])
     scores = np.exp(first["logits"] - first["logits"].max())
-    if scores.max() / scores.sum() >= row.confidence or cap - spent <= spent:
+    left = cap - spent
+    sizes = json.loads(meta.get("sizes", "[]"))  # fractions of what each takes
+    more = any(spent + 1e-6 < one <= left + 1e-6 for one in sizes or [left])
+    if scores.max() / scores.sum() >= row.confidence or not more:
         return first
-    second = look(row.second, cap - spent)
+    second = look(row.second, left)
     return {**second, "macs_fraction": second["macs_fraction"] + first["macs_fraction"]}
 
 

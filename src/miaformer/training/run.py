@@ -73,7 +73,10 @@ def train(
     if isinstance(recipe, str):
         recipe = get_recipe(recipe)
     if any(stage.kind == "resolution" for stage in recipe.stages) and not model.adapt_config.chooses_resolution:
-        raise ValueError("stage resolution is for models adapted with grains=('resolution',)")
+        raise ValueError(
+            f"recipe {recipe.name!r} has a stage resolution: adapt the model with grains=('resolution',), or take one "
+            "for controllers, 'imagenet' say"
+        )
     out = Path(out)
     if isinstance(data, ImageData):
         if calibration_data is None:
