@@ -211,8 +211,8 @@ def comparison(report: Report, name: str) -> str:
 
 METHODS = {
     "learned": "**ours**",
-    "static": "static: our mean decisions for every image",
-    "random": "random decisions, kept as often as ours",
+    "static": "static: the same for every image",
+    "random": "random: as much as ours, by chance",
     "dense": "dense, trained on for as long",
     "narrow": "narrow ViTs, from scratch",
     "shallow": "shallow ViTs: the first blocks, trained on",

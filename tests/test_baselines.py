@@ -75,6 +75,8 @@ def test_two_looks_at_images_of_two_sizes_spend_their_budget(trained: MIAFormer)
     assert [entry.budget for entry in entries] == list(budgets)
     for entry in entries:
         logits, spent = entry.classify(entry.read(images))
+        assert entry.sharing is not None
+        assert torch.allclose(entry.sharing(images)[0], logits, atol=1e-4)
         assert logits.shape == (IMAGES, 4)
         assert ((spent[:, None] - possible).abs().amin(dim=1) < 1e-4).all()
         assert float(spent.mean()) <= (entry.budget or 0) + 1 / IMAGES

@@ -44,7 +44,7 @@ def on_test_images(
     for batch in batches:
         images, labels = batch.images.to(device), batch.labels.to(device)
         for place, entry in enumerate(entries):
-            logits, spent = entry.classify(entry.read(images))
+            logits, spent = (entry.sharing or entry.classify)(entry.read(images))
             correct[place].append((logits.argmax(dim=1) == labels).cpu().numpy())
             fraction[place].append(spent.float().cpu().numpy())
         done += len(images)

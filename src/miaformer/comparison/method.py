@@ -31,7 +31,8 @@ class Entry:
     """A method at a budget, ready to classify. budget: None where the method knows none.
 
     read: makes what `classify` takes of the backbone's images; not timed, for pictures can be read that way. engine:
-    what `classify` runs on. engines: others that give the same logits, to be timed beside it.
+    what `classify` runs on. engines: others that give the same logits, to be timed beside it. sharing: gives the same
+    too, for measuring: what entries of one model have in common is computed once for a batch.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Entry:
     read: Callable[[Tensor], Tensor] = lambda images: images
     engine: str = "eager"
     engines: Mapping[str, Prepare] = field(default_factory=dict)
+    sharing: Classify | None = None
 
     def run(self, images: Tensor) -> Tensor:
         """Logits alone."""

@@ -33,7 +33,8 @@ from miaformer.evaluation import cls_attention_policy, contenders
 from miaformer.evaluation.contenders import Contender
 from miaformer.evaluation.controls import top_tokens_policy
 from miaformer.model import MIAFormer
-from miaformer.policy import Policy, Static
+from miaformer.policy import Look, Policy, Static
+from miaformer.resolution import Size, resized
 from miaformer.rivals.exits import EarlyExit, exit_table
 from miaformer.rivals.merging import merged_logits, merged_macs, merges_for
 from miaformer.rivals.policies import token_scorers
@@ -52,8 +53,17 @@ def _learned(model: MIAFormer, question: Question) -> list[Entry]:
         seed=question.seed,
     )
     file = OnnxFile(partial(_write_learned, model), batch=1)  # one for all budgets
-    by = Looked(model).by if model.adapt_config.chooses_resolution else partial(by_policy, model)
-    return [Entry(one.name, one.budget, by(one.policy), engines=_in_onnx(model, one, file)) for one in found]
+    shared = Looked(model).by if model.adapt_config.chooses_resolution else lambda policy: None
+    return [
+        Entry(
+            one.name,
+            one.budget,
+            by_policy(model, one.policy),
+            engines=_in_onnx(model, one, file),
+            sharing=shared(one.policy),
+        )
+        for one in found
+    ]
 
 
 def _write_learned(model: MIAFormer, path: Path) -> None:
@@ -68,7 +78,23 @@ def _in_onnx(model: MIAFormer, one: Contender, learned: OnnxFile) -> dict[str, P
         return {"onnx": partial(learned.prepare, budget=one.budget)}
     if isinstance(one.policy, Static):
         return {"onnx": OnnxFile(partial(_write_static, model, one.policy), batch=1).prepare}
+    if isinstance(one.policy, Look):
+        (size,) = one.policy.sizes
+        module = _Smaller(model.to_timm(size), size)
+        return {"onnx": of_module(module, image_shape(model))["onnx"]}
     return {}
+
+
+class _Smaller(nn.Module):
+    """A static model that makes its images smaller first."""
+
+    def __init__(self, backbone: nn.Module, size: Size) -> None:
+        super().__init__()
+        self.backbone, self.size = backbone, size
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.backbone(resized(images, self.size))
+        return logits
 
 
 def _write_static(model: MIAFormer, policy: Static, path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from miaformer.comparison.engines import of_module
-from miaformer.comparison.method import Classify, Entry, Method, Question, one_stage
+from miaformer.comparison.method import Classify, Entry, Method, Question, by_policy, one_stage
 from miaformer.evaluation.calibration import calibrate
 from miaformer.model import MIAFormer, adapt
 from miaformer.policy import AnyPolicy, Full, Look, TwoLooks
@@ -103,7 +103,8 @@ def _two_looks(model: MIAFormer, question: Question) -> list[Entry]:
     looked, found = Looked(model), []
     for budget in question.budgets:
         if model.calibration is not None and budget >= model.calibration.range[0]:
-            found.append(Entry("resolution-looks", budget, looked.by(model.at_budget(budget))))
+            policy = model.at_budget(budget)
+            found.append(Entry("resolution-looks", budget, by_policy(model, policy), sharing=looked.by(policy)))
     return found
 
 
