@@ -19,6 +19,8 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -451,14 +453,53 @@ def test_what_is_no_adaptive_model_or_no_model_is_named(tmp_path: Path) -> None:
         new_backbone(replace(RECIPE, model="nosuch"), 4, 0)
 
 
-def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
-    """Each would be learned over again; `miaformer eval` would count right answers as wrong."""
-    data = Quadrants("train")
+@settings(deadline=None, max_examples=30)
+@given(st.permutations("abcd"))
+def test_classes_are_matched_by_name(order: list[str]) -> None:
+    """In the data's order each would be learned over again, and `eval` count right answers as wrong."""
+    data, model = Quadrants("train"), tiny_model()
+    model.label_names = order
+    found = model.in_own_order(data)
+    assert found.classes == order
+    assert [order[label] for label in found.labels] == [data.classes[label] for label in data.labels]
+    assert [found[place][1] for place in range(8)] == found.labels[:8].tolist()
+    for batch in open_batches(model, data, 16).epoch(0):
+        assert [order[label] for label in batch.labels] == [data.classes[data.labels[i]] for i in batch.index]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a", "b", "c", "junk"], "the model alone has 'junk', the data alone has 'd'"),
+        (["A", "b", "c", "d"], "the model alone has 'A', the data alone has 'a'"),
+        (["a", "b", "c", "c"], "the data alone has 'd'"),
+        (["e", "f", "g", "h"], "the model alone has 'e', 'f', 'g', 'h', the data alone"),
+    ],
+)
+def test_other_classes_are_refused_where_they_are_counted_right_or_wrong(names: list[str], said: str) -> None:
     model = tiny_model()
-    model.label_names = ["b", "a", "c", "d"]
-    with pytest.raises(ValueError, match="another order: number 0 is 'a', the model's is 'b'"):
-        train(model, data, RECIPE, tmp_path, calibration_data=data, show_progress=False, device="cpu")
-    with pytest.raises(ValueError, match="another order"):
-        open_batches(model, data, 4)
-    model.label_names = ["e", "f", "g", "h"]  # other words for them, for all we know
-    open_batches(model, data, 4)
+    model.label_names = names
+    with pytest.raises(ValueError, match=said):
+        open_batches(model, Quadrants("train"), 4)
+
+
+def test_who_names_no_classes_is_told_in_which_order_they_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model()
+    assert model.label_names is None
+    open_batches(model, Quadrants("train"), 4)
+    assert "does not name its classes: taken in the order of quadrants/train: a, b, c, ..." in capsys.readouterr().err
+
+
+def test_a_model_of_the_same_classes_in_another_order_learns_them_in_its_own(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.label_names = ["d", "a", "c", "b"]
+    trained = train(
+        model,
+        Quadrants("train"),
+        RECIPE.only("backbone"),
+        tmp_path / "run",
+        calibration_data=Quadrants("calibration"),
+        show_progress=False,
+        device="cpu",
+    )
+    assert trained.label_names == ["d", "a", "c", "b"]

@@ -11,6 +11,8 @@ from torch import nn
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
+    from miaformer.data import ImageData
+
 
 def read_class_names(file: str | Path) -> list[str]:
     """Names of classes in a text file, one a line, in the order of labels. Raises ValueError where it is not UTF-8."""
@@ -50,17 +52,20 @@ class ClassifyingModel(nn.Module):
             raise ValueError(f"{len(names)} label names for a classifier of {self.num_classes} classes")
         self.backbone.pretrained_cfg = {**self.pretrained_cfg, "label_names": list(names)}  # type: ignore[assignment]
 
-    def check_label_order(self, names: Sequence[str], whose: str) -> None:
-        """Raises ValueError where `names`, of labels 0, 1, ... of some data, are the model's in another order: each
-        answer would be taken for another class.
+    def in_own_order(self, data: ImageData) -> ImageData:
+        """The data, labelled as the model's classifier is: by name, where the model's classes have names.
+
+        Raises ValueError where they are others, naming the difference, or others in number.
         """
+        from miaformer.data.source import Relabelled
+
         own = self.label_names
-        if own is not None and list(names) != own and sorted(names) == sorted(own):
-            first = next(place for place, (one, other) in enumerate(zip(own, names, strict=True)) if one != other)
+        if len(data.classes) != self.num_classes or (own is not None and set(own) != set(data.classes)):
             raise ValueError(
-                f"{whose} has the model's classes in another order: number {first} is {names[first]!r}, the model's is "
-                f"{own[first]!r}; set model.label_names, or order the classifier's rows by name"
+                f"the model has {self.num_classes} classes, {data.name} has {len(data.classes)}"
+                + ("" if own is None else f": {_difference(own, data.classes)}")
             )
+        return data if own is None or own == data.classes else Relabelled(data, own)
 
     def answers_other_classes(self, names: Sequence[str]) -> bool:
         """Whether the classifier is for other classes than these: another number of them, or others by name."""
@@ -90,3 +95,14 @@ class ClassifyingModel(nn.Module):
         known = {name: value for name, value in self.pretrained_cfg.items() if name != "label_names"}
         self.backbone.pretrained_cfg = {**known, "num_classes": num_classes}  # type: ignore[assignment]
         self._describes_itself()
+
+
+def _difference(own: Sequence[str], others: Sequence[str]) -> str:
+    """Which classes the model alone has, and which the data alone."""
+    sides = (("the model alone", own, others), ("the data alone", others, own))
+    found = []
+    for whose, here, there in sides:
+        alone = [name for name in here if name not in set(there)]
+        if alone:
+            found.append(f"{whose} has {', '.join(map(repr, alone[:5]))}{' ...' if len(alone) > 5 else ''}")
+    return ", ".join(found)

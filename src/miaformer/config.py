@@ -8,7 +8,8 @@ from typing import Literal, get_args
 from miaformer.budget import check_fraction
 from miaformer.decisions import DepthChoice, HeadChoice, MlpWidth, Rules, TokenScope
 
-Grain = Literal["depth", "heads", "tokens", "resolution"]
+ControlledGrain = Literal["depth", "heads", "tokens"]  # what controllers decide
+Grain = Literal[ControlledGrain, "resolution"]
 TokenChoice = Literal["content", "even"]
 
 

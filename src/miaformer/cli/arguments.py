@@ -131,15 +131,20 @@ def open_model(
 def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
     """The images in their order, as the model's backbone expects them.
 
-    Raises ValueError where model and data have different classes, or these in another order.
+    Classes are matched by name; a model that has no names is taken to answer in the data's order, which a line says.
+
+    Raises ValueError where model and data have different classes.
     """
     from miaformer.data import Batches, build_transform
 
     if not model.num_classes:
         raise ValueError(f"the model has no classifier for the classes of {data.name}: train it on them first")
-    if model.num_classes != len(data.classes):
-        raise ValueError(f"the model has {model.num_classes} classes, {data.name} has {len(data.classes)}")
-    model.check_label_order(data.classes, data.name)
+    data = model.in_own_order(data)
+    if model.label_names is None:
+        shown = ", ".join(data.classes[:3]) + (", ..." if len(data.classes) > 3 else "")
+        sys.stderr.write(
+            f"miaformer: the model does not name its classes: taken in the order of {data.name}: {shown}\n"
+        )
     transform = build_transform(model.data_config())
     return Batches(data, transform, batch_size, seed=0, shuffle=False, drop_last=False)
 

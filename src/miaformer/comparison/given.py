@@ -31,9 +31,10 @@ def copy_backbone(given: Path, to: Path, data: ImageData) -> None:
     Raises ValueError where it was trained for other classes than those of the data.
     """
     model = MIAFormer.from_pretrained(given)
-    if model.num_classes != len(data.classes):
-        raise ValueError(f"{given} tells {model.num_classes} classes apart, {data.name} has {len(data.classes)}")
-    model.check_label_order(data.classes, data.name)
+    try:
+        model.in_own_order(data)
+    except ValueError as error:
+        raise ValueError(f"{given}: {error}") from error
     to.mkdir(parents=True, exist_ok=True)
     if (durations := given.parent / DURATIONS).exists():
         shutil.copy(durations, to.parent)

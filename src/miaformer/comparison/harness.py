@@ -238,8 +238,8 @@ class Comparison:
 
     def batches(self, split: Split) -> Iterable[LabelledBatch]:
         """Of a split, in order; of the test split no more than are measured."""
-        data = open_data(self.data, split)
-        transform = build_transform(self._data_config)
+        data = self._shared.in_own_order(open_data(self.data, split))
+        transform = build_transform(self._shared.data_config())
         batches = Batches(data, transform, 250, seed=0, shuffle=False, drop_last=False).epoch(0)
         left = len(data) if self.test_images is None or split != "test" else self.test_images
         for batch in batches:
@@ -249,8 +249,8 @@ class Comparison:
                 return
 
     @cached_property
-    def _data_config(self) -> dict[str, Any]:
-        return MIAFormer.from_pretrained(self.backbone).data_config()
+    def _shared(self) -> MIAFormer:
+        return MIAFormer.from_pretrained(self.backbone)
 
 
 def runs(methods: Sequence[str], seeds: Sequence[int], seeds_of_rivals: Sequence[int] = (0,)) -> list[Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -57,3 +58,14 @@ class Subset(ImageData):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.whole[int(self.indices[index])]
+
+
+class Relabelled(ImageData):
+    """The same images, labelled by their place among `classes`, the same ones in another order."""
+
+    def __init__(self, whole: ImageData, classes: Sequence[str]) -> None:
+        self.whole, self.name, self.classes, self.pixels = whole, whole.name, list(classes), whole.pixels
+        self.labels = np.array([self.classes.index(name) for name in whole.classes], dtype=np.int64)[whole.labels]
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.whole[index][0], int(self.labels[index])

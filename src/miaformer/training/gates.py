@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miaformer.config import AdaptConfig, Grain
+from miaformer.config import AdaptConfig, ControlledGrain
 from miaformer.controller import Controller, Logits
 from miaformer.cost import Cost
 from miaformer.decisions import Decisions, Gates, HostGates, chained, straight_through
@@ -88,7 +88,8 @@ def elastic_decisions(draws: Draws, cost: Cost, stage: Stage, config: AdaptConfi
     images (of all where `depth_choice` is nested), all that follow one: so weights learn to say early what they know,
     and an image that is easy can leave.
     """
-    least = [keep if grain in config.grains else 1.0 for grain, keep in zip(get_args(Grain), stage.keep, strict=True)]
+    controlled = zip(get_args(ControlledGrain), stage.keep, strict=True)
+    least = [keep if grain in config.grains else 1.0 for grain, keep in controlled]
     lowest = torch.tensor(least, device=draws.rates.device)
     rates = lowest + (1 - lowest) * draws.rates[:, :3]
     block = torch.arange(cost.depth, device=rates.device)

@@ -85,7 +85,8 @@ def train(
     else:
         train_data = open_data(data, "train")
         held_out = calibration_data or open_data(data, "calibration")
-    model.check_label_order(train_data.classes, train_data.name)
+    if not model.answers_other_classes(train_data.classes):
+        train_data, held_out = model.in_own_order(train_data), model.in_own_order(held_out)
     started = time.monotonic()
     # Where there is no accelerator several processes find each other only if told that they are on processors.
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
