@@ -64,6 +64,12 @@ def _unsupported(block: Any) -> str | None:
         return "gated attention"
     if type(block.mlp).__name__ not in MLPS or isinstance(getattr(block.mlp, "fc1", None), nn.Conv2d):
         return f"MLP {type(block.mlp).__name__}"
+    for part in (block, block.attn, block.mlp):
+        if "forward" in part.__dict__:
+            return f"a {type(part).__name__} with a forward() of its own"
+    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc2):
+        if not all(hasattr(layer, name) for name in ("in_features", "out_features", "bias")):
+            return f"a layer {type(layer).__name__} that does not tell its size"
     for norm in (block.attn.norm, block.mlp.norm):
         if not isinstance(norm, nn.Identity | nn.LayerNorm | RmsNorm):
             return f"norm {type(norm).__name__} over a width that shrinks"

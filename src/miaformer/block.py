@@ -3,11 +3,15 @@
 Both read the parameters of timm's own `Block`, in timm's layout, so the static model remains runnable beside them.
 Widths: of H head groups, group j holds head j, its share of MLP units and (`mlp_width="coupled"`) its share of
 channels. Norms inside attention or MLP take their statistics over what is kept.
+
+What is exactly a `nn.Linear` is read, for products that are cut and fused. Anything else in its place (LoRA, a
+quantised layer, one that is pruned or parametrised) is called, which gives all of its outputs: where a block keeps some
+of its heads alone it is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -78,6 +82,50 @@ def _units(kept: Sequence[int], width: int, num_heads: int, device: torch.device
     return torch.isin(of_group, torch.tensor(list(kept))).nonzero().flatten().to(device)
 
 
+def is_plain(layer: Any) -> bool:
+    """Whether a layer is its weight and its bias, and may be read instead of called."""
+    return (
+        type(layer) is nn.Linear
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and "forward" not in layer.__dict__
+    ) or type(layer) is LinearView
+
+
+def check_own_forward(block: Any) -> None:
+    """Raises ValueError for a block whose parts have had their `forward` replaced: theirs is not what is executed."""
+    for part in (block, block.attn, block.mlp):
+        if "forward" in part.__dict__:
+            raise ValueError(
+                f"the backbone's {type(part).__name__} has been given a forward() of its own, which would be left out: "
+                "blocks are executed by their parts"
+            )
+
+
+def check_plain(blocks: Iterable[Any], done: str) -> None:
+    """Raises ValueError, naming it, for a layer that is not plain and of which something cannot be done."""
+    for index, block in enumerate(blocks):
+        attn, mlp = {"qkv": block.attn.qkv, "proj": block.attn.proj}, {"fc2": block.mlp.fc2}
+        layers = {**attn, **mlp, **{f"fc1[{i}]": layer for i, layer in enumerate(input_layers(block.mlp))}}
+        for name, layer in layers.items():
+            if not is_plain(layer):
+                raise ValueError(
+                    f"{name} of block {index} is a {type(layer).__name__}, or has hooks: not exactly a "
+                    f"torch.nn.Linear. It cannot be {done}"
+                )
+
+
+def _called(layer: Any, x: Tensor, width: Width) -> Tensor:
+    """What a layer that is not plain gives, which cannot be cut."""
+    if width.heads is not _ALL:
+        raise ValueError(
+            f"a layer of the backbone is a {type(layer).__name__}, or has hooks: not exactly a torch.nn.Linear. It is "
+            "called as a whole, and cannot be for some of its heads alone: leave 'heads' out of the grains"
+        )
+    out: Tensor = layer(x)
+    return out
+
+
 def packed_block(
     block: Any,
     x: Tensor,
@@ -93,6 +141,7 @@ def packed_block(
     those alone come back; products: what computes the matrix products.
     """
     attn, prefix = block.attn, None
+    check_own_forward(block)
     if read_prefix is None:
         q, k, v = _query_key_value(block, products, x, width)
         q_lengths = lengths
@@ -109,8 +158,11 @@ def _after_attention(block: Any, products: Products, out: Tensor, x: Tensor, wid
     """out: (T, kept channels), what attention gives; x: (T, C), the residual -> (T, C)."""
     proj = block.attn.proj
     out = _norm_part(block.attn.norm, out, width.heads)
-    weight = proj.weight if width.heads is _ALL else proj.weight[:, width.heads]
-    x = _added(products, out, weight, proj.bias, block.ls1, x)
+    if is_plain(proj):
+        weight = proj.weight if width.heads is _ALL else proj.weight[:, width.heads]
+        x = _added(products, out, weight, proj.bias, block.ls1, x)
+    else:
+        x = x + block.ls1(_called(proj, out, width))
     return _packed_mlp(block, products, x, width)
 
 
@@ -125,9 +177,10 @@ def _added(
 def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
     """Each (rows, kept heads, head_dim)."""
     attn, y = block.attn, block.norm1(rows)
-    if width.heads is _ALL:
-        packed = products.linear(y, attn.qkv.weight, attn.qkv.bias).view(len(y), 3, attn.num_heads, attn.head_dim)
-        q, k, v = packed.unbind(1)
+    plain = is_plain(attn.qkv)
+    if width.heads is _ALL or not plain:
+        packed = products.linear(y, attn.qkv.weight, attn.qkv.bias) if plain else _called(attn.qkv, y, width)
+        q, k, v = packed.view(len(y), 3, attn.num_heads, attn.head_dim).unbind(1)
         return q, k, v
     q, k, v = (
         part.unflatten(1, (width.num_heads, attn.head_dim))
@@ -140,6 +193,9 @@ def _prefix_query_key_value(
     block: Any, products: Products, rows: Tensor, prefix: Tensor, width: Width
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with queries of the rows `prefix` alone."""
+    if not is_plain(block.attn.qkv):
+        q, k, v = _query_key_value(block, products, rows, width)
+        return q[prefix], k, v
     attn, y = block.attn, block.norm1(rows)
     query, *others = _query_key_value_layers(attn, width)
     parts = products.linear(y[prefix], *query), *products.side_by_side(y, others)
@@ -166,12 +222,17 @@ def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tens
             return layer.weight, layer.bias
         return layer.weight[hidden][:, dim], _part(layer.bias, hidden)
 
-    value, gate, activate_value = mlp_inputs(mlp)
-    if gate is None:
-        y = products.activated(y, *part(value), mlp.act)
+    if all(is_plain(layer) for layer in input_layers(mlp)):
+        value, gate, activate_value = mlp_inputs(mlp)
+        if gate is None:
+            y = products.activated(y, *part(value), mlp.act)
+        else:
+            y = _gated(mlp.act, products.linear(y, *part(value)), products.linear(y, *part(gate)), activate_value)
     else:
-        y = _gated(mlp.act, products.linear(y, *part(value)), products.linear(y, *part(gate)), activate_value)
+        y = _hidden(mlp, y, lambda layer, x: _called(layer, x, width))
     y = _norm_part(mlp.norm, y, hidden)
+    if not is_plain(mlp.fc2):
+        return x + block.ls2(_called(mlp.fc2, y, width))
     weight = mlp.fc2.weight
     if dim is _ALL:
         return _added(products, y, weight if hidden is _ALL else weight[:, hidden], mlp.fc2.bias, block.ls2, x)
@@ -183,13 +244,19 @@ def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tens
     return x
 
 
-def _hidden(mlp: Any, y: Tensor) -> Tensor:
-    """Activated hidden units of a plain or gated MLP."""
-    value, gate, activate_value = mlp_inputs(mlp)
-    values = F.linear(y, value.weight, value.bias)
-    if gate is None:
-        return mlp.act(values)
-    return _gated(mlp.act, values, F.linear(y, gate.weight, gate.bias), activate_value)
+def input_layers(mlp: Any) -> list[Any]:
+    """The modules of an MLP that read its input."""
+    return [mlp.fc1_x, mlp.fc1_g] if hasattr(mlp, "fc1_g") else [mlp.fc1]
+
+
+def _hidden(mlp: Any, y: Tensor, call: Callable[[Any, Tensor], Tensor] = lambda layer, x: layer(x)) -> Tensor:
+    """Activated hidden units of a plain or gated MLP. call: how its layers are."""
+    if hasattr(mlp, "fc1_g"):
+        return _gated(mlp.act, call(mlp.fc1_x, y), call(mlp.fc1_g, y), False)
+    if not hasattr(mlp, "gate_last"):
+        return mlp.act(call(mlp.fc1, y))
+    first, second = call(mlp.fc1, y).chunk(2, dim=-1)
+    return _gated(mlp.act, first, second, not mlp.gate_last)
 
 
 def _gated(act: Any, values: Tensor, gates: Tensor, activate_value: bool) -> Tensor:
@@ -243,6 +310,7 @@ def masked_block(block: Any, x: Tensor, gates: Gates, num_prefix_tokens: int, ml
     x: (B, P+N, C) -> (B, P+N, C).
     """
     attn = block.attn
+    check_own_forward(block)
     heads = gates.heads.to(x.dtype)
     keys = torch.cat([gates.tokens.new_ones(len(x), num_prefix_tokens), gates.tokens], dim=1)
     rows = (keys.to(x.dtype) * gates.depth.to(x.dtype)[:, None])[:, :, None]

@@ -44,6 +44,11 @@ class AdaptConfig:
         return self.looks == 2 or self.chooses_resolution
 
     @property
+    def cuts_heads(self) -> bool:
+        """Whether weights are sliced to the first heads."""
+        return self.head_choice == "nested" and "heads" in self.grains
+
+    @property
     def rules(self) -> Rules:
         return Rules(self.depth_choice, self.head_choice, self.token_scope)
 

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from miaformer import backbone as static
+from miaformer.block import check_plain
 from miaformer.budget import check_fraction
 from miaformer.classes import ClassifyingModel
 from miaformer.config import AdaptConfig
@@ -55,7 +56,7 @@ class MIAFormer(
         self.adapt_config = config
         self._packed: Packed | None = None
         self._describes_itself()
-        if config.head_choice == "nested":
+        if config.cuts_heads:
             static.store_input_major(backbone)
         block = static.transformer_blocks(backbone)[0]
         self.controllers = Controllers.of(config, len(backbone.blocks), backbone.embed_dim, block.attn.num_heads)
@@ -424,8 +425,9 @@ def adapt(
     static.check_describes(static.describe(vit), vit)
     if calibration_images is not None:
         static.check_images(calibration_images, vit, "calibration_images")
-    nested = settings.head_choice == "nested"
-    orders = importance_orders(vit, calibration_images) if nested else identity_orders(vit)
+    if "heads" in settings.grains:
+        check_plain(static.transformer_blocks(vit), "left out of in part: leave 'heads' out of the grains")
+    orders = importance_orders(vit, calibration_images) if settings.cuts_heads else identity_orders(vit)
     if settings.mlp_width != "coupled":  # nothing chooses among channels
         orders["channels"] = identity_orders(vit)["channels"]
     static.apply_orders(vit, orders)

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from miaformer import backbone as static
+from miaformer.block import check_plain
 from miaformer.budget import Calibration
 from miaformer.config import AdaptConfig
 from miaformer.importance import identity_orders
@@ -124,6 +125,7 @@ class SavedModel(ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         model = cast("MIAFormer", self)
+        check_plain(model.backbone.blocks, "saved, for it would not come back: merge it into the weights first")
         write_model_files(
             save_directory,
             model._description,

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import miaformer
+from miaformer.backbone import transformer_blocks
+from miaformer.block import check_plain
 from miaformer.cost import Cost
 from miaformer.decisions import Decisions, HostGates
 from miaformer.export import sizes
@@ -207,6 +209,7 @@ def _check_exportable(model: MIAFormer) -> None:
             )
         if cost.embed_dim % cost.num_heads or cost.mlp_hidden % cost.num_heads:
             raise ValueError("subsets of heads whose groups of units differ in size cannot be exported")
+    check_plain(transformer_blocks(model.backbone), "exported: merge it into the weights first")
     if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
         raise ValueError(
             f"export takes a float32 model on the CPU, this one is {parameter.dtype} on {parameter.device}"
