@@ -14,15 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import miaformer
+from miaformer.cli.arguments import open_batches
 from miaformer.data import Augmentation, Batch, Batches, Digits, ImageData, build_transform, open_data
 from miaformer.data import digits as digits_module
 from miaformer.data import splits as splits_module
 from miaformer.data.digits import RENDERINGS_TRAIN, SIZE, SIZES_HELD_OUT
+from miaformer.data.source import check_classes
 from miaformer.data.splits import stratified_position
 from miaformer.images import ImageError
 
@@ -237,6 +241,40 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     write_folder(tmp_path, {"bus": 10, "train": 10})
     assert [len(open_data(tmp_path, split)) for split in SPLITS] == [16, 2, 2]
     assert open_data(tmp_path, "train").classes == ["bus", "train"]
+
+
+@pytest.mark.parametrize("above", ["unzipped", "a/b", "train_me/data"])
+@pytest.mark.parametrize("split", [True, False])
+def test_a_folder_that_holds_the_data_set_alone_is_looked_into(above: str, split: bool, tmp_path: Path) -> None:
+    below = tmp_path / "in" / above / "dataset"
+    for part in ("train", "val") if split else ("",):
+        for label in ("cat", "dog"):
+            (below / part / label).mkdir(parents=True)
+            for number in range(12):
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(below / part / label / f"{number}.png")
+    (tmp_path / "in" / "README.txt").write_text("of the archive")
+    found, wanted = (open_data(root, "train") for root in (tmp_path / "in", below))
+    assert found.classes == wanted.classes == ["cat", "dog"]
+    assert found.labels.tolist() == wanted.labels.tolist()
+
+
+def test_one_class_alone_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "photos" / "dataset"
+    folder.mkdir(parents=True)
+    for number in range(20):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    data = open_data(tmp_path / "photos", "train")
+    assert data.classes == ["dataset"]
+    with pytest.raises(ValueError, match="one class alone, 'dataset', where every answer is right"):
+        check_classes(data)
+    model = miaformer.adapt(
+        timm.create_model("vit_tiny_patch16_224", img_size=16, depth=1, num_classes=1), grains=("resolution",)
+    )
+    with pytest.raises(ValueError, match="one class alone"):
+        open_batches(model, data, 4)
+    with pytest.raises(ValueError, match="one class alone"):
+        miaformer.train(model, tmp_path / "photos", "finetune", tmp_path / "run", show_progress=False, device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_class_folder_mistakes_are_named(tmp_path: Path) -> None:

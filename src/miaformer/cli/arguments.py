@@ -136,7 +136,9 @@ def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
     Raises ValueError where model and data have different classes.
     """
     from miaformer.data import Batches, build_transform
+    from miaformer.data.source import check_classes
 
+    check_classes(data)
     if not model.num_classes:
         raise ValueError(f"the model has no classifier for the classes of {data.name}: train it on them first")
     data = model.in_own_order(data)

@@ -39,10 +39,12 @@ class ClassFolders:
     """A folder of class folders, or of split folders that hold class folders.
 
     Classes are the names of the class folders that hold pictures, sorted as
-    `torchvision.datasets.ImageFolder` does; with split folders, those of train where it exists.
+    `torchvision.datasets.ImageFolder` does; with split folders, those of train where it exists. Where `root` holds one
+    folder alone, and that holds folders again, it is that one: what an archive often unpacks to.
     """
 
     def __init__(self, root: Path) -> None:
+        root = _unpacked(root)
         self.name = str(root)
         self._folders: dict[str, Path] = {}
         for folder in _subfolders(root):
@@ -71,6 +73,20 @@ class ClassFolders:
                 + (f". If {lists[0].name} lists the pictures, give that file: {lists[0]}" if lists else "")
             )
         return FolderImages(self._folders[part], classes)
+
+
+def _unpacked(root: Path) -> Path:
+    while len(inside := _subfolders(root)) == 1 and canonical_part(inside[0].name) is None:
+        if not _subfolders(inside[0]) or _holds_pictures(root, inside[0]):
+            break
+        (root,) = inside
+    return root
+
+
+def _holds_pictures(*folders: Path) -> bool:
+    """Whether any lie in them, not in folders below."""
+    known = Image.registered_extensions()
+    return any(path.suffix.lower() in known for folder in folders for path in folder.iterdir() if path.is_file())
 
 
 def _subfolders(folder: Path) -> list[Path]:

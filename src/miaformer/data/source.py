@@ -40,6 +40,15 @@ class ImageData(Dataset[tuple[Image.Image, int]], ABC):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
 
 
+def check_classes(data: ImageData) -> None:
+    """Raises ValueError for data of one class, on which every model is right."""
+    if len(data.classes) < 2:
+        raise ValueError(
+            f"{data.name} has one class alone, {', '.join(map(repr, data.classes))}, where every answer is right: give "
+            "the folder that holds a folder for each class"
+        )
+
+
 def spread(images: ImageData, count: int) -> ImageData:
     """At most `count` of them, evenly spaced: of data sorted by class, as many of each."""
     if count >= len(images):

@@ -25,6 +25,7 @@ from miaformer.backbone import check_supported
 from miaformer.budget import MOST_PASSES
 from miaformer.checkpoint_files import identity
 from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform, open_data
+from miaformer.data.source import check_classes
 from miaformer.evaluation.calibration import calibrate
 from miaformer.evaluation.environment import describe_environment
 from miaformer.files import check_holds_no_run, holds_run, locked
@@ -85,6 +86,7 @@ def train(
     else:
         train_data = open_data(data, "train")
         held_out = calibration_data or open_data(data, "calibration")
+    check_classes(train_data)
     if not model.answers_other_classes(train_data.classes):
         train_data, held_out = model.in_own_order(train_data), model.in_own_order(held_out)
     started = time.monotonic()
