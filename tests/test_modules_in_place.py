@@ -123,7 +123,7 @@ def test_they_are_executed(
 def test_of_what_is_no_plain_layer_no_heads_are_cut(kind: str) -> None:
     backbone = vit(0).eval()
     put(transformer_blocks(backbone), kind, random.Random(0))
-    with pytest.raises(ValueError, match=r"cannot be left out of in part|has parameters that a timm ViT"):
+    with pytest.raises(ValueError, match=r"cannot be left out of in part|has parameters that a timm ViT|two places"):
         adapt(backbone)
     model = enliven(adapt(vit(0))).eval()
     images = pictures(model.backbone, 4)
@@ -179,3 +179,52 @@ def test_they_are_not_exported_or_saved(tmp_path: Any) -> None:
         export_onnx(model, tmp_path / "m.onnx", price=1.0)
     with pytest.raises(ValueError, match=r"of block 0 is a Wrapped, .* cannot be saved"):
         model.save_pretrained(tmp_path / "model")
+
+
+def _head_replaced(model: MIAFormer) -> None:
+    model.backbone.head = nn.Linear(model.embed_dim, 7)
+
+
+def _head_of_layers(model: MIAFormer) -> None:
+    model.backbone.head = nn.Sequential(nn.Linear(model.embed_dim, 9), nn.Linear(9, model.num_classes))
+
+
+def _no_bias(model: MIAFormer) -> None:
+    block = transformer_blocks(model.backbone)[1]
+    block.mlp.fc1 = nn.Linear(block.mlp.fc1.in_features, block.mlp.fc1.out_features, bias=False)
+
+
+@pytest.mark.parametrize("change", [_head_replaced, _head_of_layers, _no_bias])
+def test_what_could_not_be_loaded_is_not_saved(change: Callable[[MIAFormer], None], tmp_path: Any) -> None:
+    model = adapt(vit(0), grains=("tokens",))
+    model.save_pretrained(tmp_path / "model")
+    before = MIAFormer.from_pretrained(tmp_path / "model").state_dict()
+    change(model)
+    with pytest.raises(ValueError, match=r"which a timm ViT|has parameters that a timm ViT"):
+        model.save_pretrained(tmp_path / "model")
+    after = MIAFormer.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items()), "what was saved before is lost"
+
+
+def test_a_weight_in_two_places_is_refused() -> None:
+    for tie in (
+        lambda one, other: setattr(one.mlp.fc1, "weight", other.mlp.fc1.weight),
+        lambda one, other: setattr(one, "attn", other.attn),
+    ):
+        backbone = vit(0)
+        tie(*transformer_blocks(backbone)[:2])
+        with pytest.raises(ValueError, match=r"one weight in two places, blocks\.0\.\S+ and blocks\.1"):
+            adapt(backbone)
+
+
+@pytest.mark.parametrize("config", [{}, *NOT_HEADS])
+def test_another_input_size_is_taken_after_it_is_adapted_too(config: dict[str, Any]) -> None:
+    model = adapt(vit(0), **config).eval()
+    assert model.cost().num_patches == 16
+    model.backbone.set_input_size(img_size=24)
+    assert model.cost().num_patches == 36
+    images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = model.run(images, policy=Full())
+        assert relative(output.logits, model.backbone(images)) < 1e-4
+    assert output.trace.tokens.shape[2] == 36

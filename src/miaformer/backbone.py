@@ -45,6 +45,10 @@ def check_supported(backbone: nn.Module) -> VisionTransformer:
             raise ValueError(
                 f"Block {index} of the backbone has {problem}, which is not supported. Supported: {SUPPORTED}"
             )
+    if shared := _shared(backbone):
+        raise ValueError(
+            f"The backbone has one weight in two places, {' and '.join(shared)}: give each a copy of its own"
+        )
     if len({(block.attn.num_heads, block.attn.head_dim) for block in transformer_blocks(backbone)}) > 1:
         raise ValueError("All blocks must have the same number of heads and channels a head")
     if type(backbone.patch_embed) not in (PatchEmbed, ConvPatchEmbed):
@@ -53,6 +57,14 @@ def check_supported(backbone: nn.Module) -> VisionTransformer:
             "ConvPatchEmbed"
         )
     return cast(VisionTransformer, backbone)
+
+
+def _shared(backbone: nn.Module) -> list[str]:
+    """The names of a parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return next((found for found in names.values() if len(found) > 1), [])
 
 
 def _unsupported(block: Any) -> str | None:

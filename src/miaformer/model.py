@@ -74,6 +74,7 @@ class MIAFormer(
     def _describes_itself(self) -> None:
         self._meta = [static.check_describes(self._description, self.backbone)]  # a list: not a submodule
         self._costs: dict[tuple[int, int], Cost] = {}
+        self._described_size = static.image_size(self.backbone)
 
     @property
     def embed_dim(self) -> int:
@@ -121,6 +122,8 @@ class MIAFormer(
 
     def cost(self, image_size: tuple[int, int] | None = None) -> Cost:
         """What decisions cost for images of this size (H, W); the backbone's own size by default."""
+        if self._described_size != self.image_size():  # timm's set_input_size
+            self._describes_itself()
         size = image_size or self.image_size()
         if size not in self._costs:
             self._costs[size] = cost_of(self._meta[0].eval(), size, self.adapt_config.mlp_width)

@@ -126,6 +126,7 @@ class SavedModel(ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         model = cast("MIAFormer", self)
         check_plain(model.backbone.blocks, "saved, for it would not come back: merge it into the weights first")
+        static.check_describes(model._description, model.backbone)
         write_model_files(
             save_directory,
             model._description,
