@@ -63,6 +63,18 @@ def test_wrong_usage_is_said_in_a_line(capsys: pytest.CaptureFixture[str], argv:
     assert err.count("\n") == 1
 
 
+def test_home_is_found_where_no_shell_looked_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["predict", "cifar10-small", "~/nothing", "--out=~/here.csv"]) == 2
+    assert cli.main(["train", "--recipe", "digits", "--data=~/photos", "--out=~/run"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/photos" in said
+    assert not (tmp_path / "~").exists()
+
+
 def test_help_and_wrong_usage_wait_for_no_heavy_import() -> None:
     script = (
         "import sys; from miaformer.cli import main\n"

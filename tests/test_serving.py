@@ -532,6 +532,9 @@ def test_health_says_when_nothing_runs_any_more(predictor: Predictor) -> None:
         said = client.get("/health")
         assert said.status_code == 200
         assert said.json()["blocks"] == 3
+        for path in ("/health", "/metrics"):
+            asked = client.head(path)
+            assert (asked.status_code, asked.content) == (200, b""), path
         assert said.json()["serving_budget"] == said.json()["budget"]
         app.state.server.batcher._task.cancel()
         assert client.get("/health").status_code in (200, 503)  # the loop has yet to see it

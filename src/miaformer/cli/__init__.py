@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 import miaformer
@@ -116,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: unrecognized arguments: {' '.join(unknown)} (see miaformer {args.command} --help)")
         return 2
     args.argv = list(sys.argv[1:] if argv is None else argv)
+    for name, value in vars(args).items():
+        if isinstance(value, str) and name != "command":
+            setattr(args, name, _at_home(value))
     try:
         return int(args.run(args))
     except KeyboardInterrupt as stop:
@@ -126,6 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"error: {_describe(error)}")
         return 2
+
+
+def _at_home(value: str) -> str:
+    """Shells leave the ~ of `--out=~/runs` as it is."""
+    return str(Path(value).expanduser()) if value.startswith("~/") else value
 
 
 def _describe(error: Exception) -> str:

@@ -116,6 +116,9 @@ def create_app(
         """For Prometheus."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    for path, answer in (("/health", health), ("/metrics", metrics)):  # load balancers ask so
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+
     takes_pictures = partial(
         app.router.add_api_route, methods=["POST"], route_class_override=_Direct, openapi_extra=body_of_pictures()
     )
