@@ -59,11 +59,12 @@ def plot_classes(
     for row, label in enumerate(labels):
         one = seen[label]
         cell = figure.add_subplot(grid[row, 0])
-        cell.imshow(maps[label], cmap="Blues", vmin=low, vmax=high)
+        if high > low:  # else no tokens are chosen
+            cell.imshow(maps[label], cmap="Blues", vmin=low, vmax=high)
         name = f"{short(classes[label])}\n{one.macs_fraction / one.count:.3f}"
         cell.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=INK)
         _bare(cell)
-        if row == 0:
+        if row == 0 and high > low:
             cell.set_title("tokens kept", fontsize=8.5, color=INK, loc="left")
         for start, found, title in ((1, one.least, "cheapest"), (count + 2, one.most, "dearest")):
             for place, (fraction, image) in enumerate(found):
@@ -84,7 +85,9 @@ def plot_classes(
 def _gathered(model: MIAFormer, batches: Iterable[LabelledBatch], budget: float, count: int) -> dict[int, _OfClass]:
     """By label."""
     parameter = next(model.parameters())
-    decides = torch.tensor([bool(controller.rank) for controller in model._controllers()])
+    decides = torch.tensor(
+        [bool(controller.rank) for controller in model._controllers()] or [False] * model.cost().depth
+    )
     seen: dict[int, _OfClass] = {}
     for batch in batches:
         trace = model.run(batch.images.to(parameter), budget=budget).trace

@@ -82,6 +82,7 @@ def _spent(axes: Any, one: Explanation, top: float, dense_macs: int) -> None:
         (f"{sum(one.depth)} of {len(one.depth)} blocks", FAINT),
         (f"{100 * spent.heads_kept:.0f} % of their heads", FAINT),
         (f"{100 * spent.tokens_kept:.0f} % of their patches", FAINT),
+        *([(f"second look, {one.grid[0]} × {one.grid[1]} patches", FAINT)] if one.looks > 1 else []),
     )
     for place, (line, colour) in enumerate(lines):
         _text(axes, _LEFT, top + 0.5 + 0.19 * place, line, 8.5, colour)
@@ -125,7 +126,8 @@ class _Strip:
         rows, columns = self.shown.grid
         height, width = self._picture.shape[:2]
         kept = np.array(self.shown.tokens[block]).reshape(rows, columns)
-        weight = np.kron(kept, np.ones((height // rows, width // columns)))[:, :, None]
+        row, column = np.arange(height) * rows // height, np.arange(width) * columns // width
+        weight = kept[row][:, column, None].astype(float)
         weight = _DIMMED + (1 - _DIMMED) * weight
         dimmed: Array = self._picture * weight + (1 - weight)
         return dimmed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -41,7 +42,7 @@ class About:
 
 def picture_page(one: Explained, seen: Image.Image, about: About, index: bool) -> str:
     """seen: of `seen_picture`. index: whether there is one to go back to."""
-    rows, columns = one.shown[0].grid
+    rows, columns = max((shown.grid for shown in one.shown), key=math.prod)
     alt = f"{one.name}, as the model saw it"
     hero = tag(
         "div",
@@ -171,8 +172,13 @@ def _spent(shown: Explanation, about: About) -> Markup:
         tag("p", f"{sum(shown.depth)} of {len(shown.depth)} blocks", class_="quiet"),
         tag("p", f"{percent(spent.heads_kept, 0)} of their heads", class_="quiet"),
         tag("p", f"{percent(spent.tokens_kept, 0)} of their patches", class_="quiet"),
-        *([tag("p", "second look: the first answer was not confident", class_="quiet")] if shown.looks > 1 else []),
+        *([tag("p", _second_look(shown), class_="quiet")] if shown.looks > 1 else []),
     )
+
+
+def _second_look(shown: Explanation) -> str:
+    rows, columns = shown.grid
+    return f"second look, at {rows} × {columns} patches: the first answer was not confident"
 
 
 def strip(shown: Explanation, size: tuple[int, int]) -> Markup:
