@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -9,18 +10,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+from command_line import class_folders
 from tiny_training import Quadrants
 from torch import Tensor
 from vits import STRUCTURES, pictures, relative, vit
 
 import miaformer
-from miaformer import MIAFormer, adapt
+from miaformer import MIAFormer, adapt, cli
 from miaformer.budget import Calibration
+from miaformer.comparison.pictures import plot_classes
 from miaformer.cost import count_macs
 from miaformer.data import Batch
 from miaformer.evaluation import contenders
 from miaformer.evaluation.calibration import calibrate
-from miaformer.looks import STEP
+from miaformer.looks import STEP, Looks
 from miaformer.policy import Full, Look, Random, RandomLooks, TwoLooks
 from miaformer.resolution import drawn_size, image_sizes, resized
 from miaformer.training import Recipe, Stage, get_recipe, train
@@ -253,3 +256,21 @@ def test_an_explanation_shows_the_grid_of_the_look() -> None:
         rows, columns = one.grid
         assert all(len(kept) == rows * columns and all(kept) for kept in one.tokens)
     assert miaformer.AdaptConfig(grains=("resolution",)).looks_twice
+
+
+def test_it_is_drawn(tmp_path: Path) -> None:
+    """Looks at one picture differ in their grids."""
+    model = choosing(images=40, num_classes=3)
+    table = model.calibration
+    assert table is not None
+    always = Looks(0.5, table.fractions[-1], table.fractions[0], confidence=1.1)
+    model.calibration = replace(table, looks=(*(row for row in table.looks if abs(row.budget - 0.5) > 0.01), always))
+    model.save_pretrained(tmp_path / "model")
+    data = class_folders(tmp_path / "data", each=1)
+    out = tmp_path / "out"
+    budgets = ["0.3", "0.5", "1"]
+    assert cli.main(["explain", str(tmp_path / "model"), str(data), "--out", str(out), "--budget", *budgets]) == 0
+    assert len(list(out.rglob("*.png"))) == len(list(data.rglob("*.png")))
+    assert any("second look, at " in page.read_text(encoding="utf-8") for page in out.rglob("*.html"))
+    plot_classes(model, batches(model, 12), tmp_path / "classes.png", 0.5, list("abc"))
+    assert (tmp_path / "classes.png").stat().st_size > 2000
