@@ -274,3 +274,37 @@ def test_it_is_drawn(tmp_path: Path) -> None:
     assert any("second look, at " in page.read_text(encoding="utf-8") for page in out.rglob("*.html"))
     plot_classes(model, batches(model, 12), tmp_path / "classes.png", 0.5, list("abc"))
     assert (tmp_path / "classes.png").stat().st_size > 2000
+
+
+def test_a_static_file_is_of_one_size(tmp_path: Path) -> None:
+    from miaformer.export import export_static, open_session, run_session
+
+    model = choosing(images=40)
+    model.save_pretrained(tmp_path / "model")
+    size = model.image_sizes()[2]
+    export_static(model, tmp_path / "one.onnx", size)
+    given = ["--static", f"{model.cost(size).everything / model.cost().backbone + 0.01}", "--data", "digits"]
+    assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "same.onnx"), *given]) == 0
+    image = pictures(model.backbone, 1)
+    wanted = model.run(image, policy=Look(Full(), (size,)))
+    for name in ("one", "same"):
+        found = run_session(open_session(tmp_path / f"{name}.onnx", 1), image.numpy())
+        assert relative(torch.from_numpy(found["logits"]), wanted.logits) < 1e-4
+        assert float(found["macs_fraction"][0]) == pytest.approx(float(wanted.trace.macs_fraction), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("profile", "MODEL", "--out", "OUT"), "this model chooses among sizes"),
+        (("attack", "MODEL", "--data", "DATA", "--targets", "adaptive"), "attacks differentiate through controllers"),
+        (("export", "MODEL", "OUT", "--price", "1"), "has no prices"),
+    ],
+)
+def test_commands_for_controllers_say_that_there_are_none(
+    command: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choosing(images=20, num_classes=3).save_pretrained(tmp_path / "model")
+    places = {"MODEL": tmp_path / "model", "OUT": tmp_path / "out.onnx", "DATA": class_folders(tmp_path / "data")}
+    assert cli.main([str(places.get(part, part)) for part in command]) == 2
+    assert said in capsys.readouterr().err

@@ -213,7 +213,13 @@ def _targets(model: MIAFormer, args: argparse.Namespace, on_progress: Any) -> li
     from miaformer.evaluation import contenders
     from miaformer.policy import Look, TwoLooks
 
-    names = list(dict.fromkeys(args.targets or (TARGETS[:2] if model.calibration else TARGETS[:1])))
+    sized = model.adapt_config.chooses_resolution
+    names = list(dict.fromkeys(args.targets or (TARGETS[:2] if model.calibration and not sized else TARGETS[:1])))
+    if sized and set(names) - {"backbone", "cls-attention"}:
+        raise ValueError(
+            f"{args.model} chooses resolutions: attacks differentiate through controllers, and it has none; attack its "
+            "backbone (--targets backbone)"
+        )
     unknown = sorted(set(names) - set(TARGETS))
     if unknown:
         raise ValueError(f"unknown target {', '.join(unknown)}: use some of {', '.join(TARGETS)}")

@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _decisions(model: Any, data: str, budget: float) -> Any:
-    """The same decisions for every image: the learned policy's mean ones on the data's calibration split."""
+    """The same decisions for every image: the learned policy's mean ones on the data's calibration split; or the
+    largest size within the budget.
+    """
     import torch
 
     from miaformer.cli.arguments import open_batches
@@ -75,6 +77,9 @@ def _decisions(model: Any, data: str, budget: float) -> Any:
     from miaformer.decisions import Decisions
     from miaformer.evaluation.controls import Simulation, static_policy
 
+    if model.adapt_config.chooses_resolution:
+        table = model.check_budget(budget)
+        return model.image_sizes()[table.nearest(table.within(budget))]
     images = open_batches(model, open_data(data, "calibration"), 64)
     traces = []
     with torch.inference_mode():

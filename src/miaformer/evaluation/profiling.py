@@ -47,6 +47,11 @@ def measure_latency(
     for name, value in (("batch_size", batch_size), ("repeats", repeats)):
         if value < 1:
             raise ValueError(f"{name}={value!r} must be at least 1")
+    if model.adapt_config.chooses_resolution:
+        raise ValueError(
+            "a profile tells what kept heads and tokens take; this model chooses among sizes, which `miaformer bench` "
+            "times"
+        )
     training = model.training
     model.eval()
     try:

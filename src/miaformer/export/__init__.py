@@ -26,6 +26,7 @@ from miaformer.export.parts import exported
 from miaformer.files import whole_file
 from miaformer.looks import Looks, row_of
 from miaformer.model import MIAFormer
+from miaformer.resolution import Size
 
 __all__ = ["export_onnx", "export_static", "open_session", "run_session"]
 
@@ -100,12 +101,18 @@ def _trace_shapes(cost: Cost) -> dict[str, list[int]]:
     return {"depth": [], "heads": [cost.num_heads], "tokens": [cost.num_patches]}
 
 
-def export_static(model: MIAFormer, path: str | Path, decisions: Decisions) -> None:
-    """Write the model under one image's decisions (1, ...) to an ONNX file without control flow.
+def export_static(model: MIAFormer, path: str | Path, decisions: Decisions | Size) -> None:
+    """Write the model to an ONNX file without control flow: under one image's decisions (1, ...), or in one size (H, W).
 
-    Input: `images` (1, 3, H, W) float32. Outputs: `logits` (1, classes) and `macs_fraction` (1,).
+    Input: `images` (1, 3, H, W) float32, which the file makes smaller itself. Outputs: `logits` (1, classes) and
+    `macs_fraction` (1,).
     """
     _check_exportable(model)
+    if not isinstance(decisions, Decisions):
+        graph = Graph()
+        outputs = _outputs(graph, model, *sizes.write(graph, model, decisions)[:2])
+        _save(graph, model, path, {}, outputs, {"static": "true"})
+        return
     if len(decisions) != 1:
         raise ValueError(
             f"a static file holds the decisions of one policy for all images, got those of {len(decisions)}"

@@ -23,14 +23,18 @@ from miaformer.resolution import Size, resized
 LEAST_CAP_ERROR = 1e-6  # caps arrive as float32
 
 
-def write(graph: Graph, model: MIAFormer) -> tuple[str, str, str]:
+def write(graph: Graph, model: MIAFormer, size: Size | None = None) -> tuple[str, str, str]:
     """Rows (P, C) or (P + N, C) after the last block, MACs (1,) int64, and how many patch tokens there are (1,).
 
-    Reads the graph's inputs `images`, `budget` and `cap`.
+    Reads the graph's inputs `images`, `budget` and `cap`. size: always this one; the last two are not read then.
     """
-    limit = graph.op("Add", "budget", graph.constant(STEP / 2, np.float32))
-    limit = graph.op("Min", limit, graph.op("Add", "cap", graph.constant(LEAST_CAP_ERROR, np.float32)))
-    rows, macs, count = _chosen(graph, model, limit, model.image_sizes())
+    limit, sizes = "", model.image_sizes()
+    if size is None:
+        limit = graph.op("Add", "budget", graph.constant(STEP / 2, np.float32))
+        limit = graph.op("Min", limit, graph.op("Add", "cap", graph.constant(LEAST_CAP_ERROR, np.float32)))
+    else:
+        sizes = (size,)
+    rows, macs, count = _chosen(graph, model, limit, sizes)
     cost = model.cost()
     every_head = list(range(cost.num_heads))
     for index, block in enumerate(transformer_blocks(model.backbone)):
