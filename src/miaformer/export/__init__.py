@@ -102,7 +102,7 @@ def _trace_shapes(cost: Cost) -> dict[str, list[int]]:
 
 
 def export_static(model: MIAFormer, path: str | Path, decisions: Decisions | Size) -> None:
-    """Write the model to an ONNX file without control flow: under one image's decisions (1, ...), or in one size (H, W).
+    """Write the model without control flow to an ONNX file: under one image's decisions (1, ...), or in a size (H, W).
 
     Input: `images` (1, 3, H, W) float32, which the file makes smaller itself. Outputs: `logits` (1, classes) and
     `macs_fraction` (1,).
