@@ -17,7 +17,7 @@ from miaformer.data import Batches, build_transform, open_data
 def classifier(classes: int = 3) -> MIAFormer:
     """A small calibrated model for RGB pictures, whose decisions differ between images."""
     model = lively(settings={"num_classes": classes, "img_size": 16, "depth": 3}).float()
-    names = [f"kind {label}" for label in range(classes)]
+    names = [f"class{label}" for label in range(classes)]
     model.backbone.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "label_names": names}
     return model
 

@@ -29,7 +29,7 @@ def test_it_reads_what_the_model_says(predictor: Predictor) -> None:
         shares, labels = output.logits[i].softmax(dim=0).topk(3)
         assert [guess.label for guess in prediction.top_k] == labels.tolist()
         assert [guess.probability for guess in prediction.top_k] == pytest.approx(shares.tolist())
-        assert [guess.name for guess in prediction.top_k] == [f"kind {label}" for label in labels]
+        assert [guess.name for guess in prediction.top_k] == [f"class{label}" for label in labels]
         assert prediction.macs_fraction == output.trace.macs_fraction[i]
         executed = output.trace.depth[i]
         assert prediction.depth_kept == executed.double().mean()

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Curve = list[tuple[float, float]]  # MACs fraction, accuracy
 
-OURS, DENSE = "learned", "dense"
-NO_BASELINES = {OURS, DENSE, "static", *ABLATIONS}  # ours in some form; everything else could have won
+OURS, DENSE, BACKBONE = "learned", "dense", "backbone"
+NO_BASELINES = {OURS, DENSE, BACKBONE, "static", *ABLATIONS}  # ours in some form; everything else could have won
 
 
 def macs_at_equal_accuracy(points: Sequence[Point], below: float) -> dict[str, float]:
-    """The MACs fraction at which each method is `below` less accurate than the dense control, between its points.
+    """The MACs fraction at which each method is `below` less accurate than the dense control, or than
+    the backbone as it was where that is better, between its points.
 
     Of methods that do not fall so low it is that of their cheapest point; those that save nothing have none.
     """
@@ -85,9 +86,9 @@ def _resampled(points: Sequence[Point], weights: Array, below: float) -> dict[st
 def _at(curves: dict[str, Curve], below: float) -> dict[str, float]:
     if not curves.get(DENSE):
         return {}
-    end = curves[DENSE][0]
+    end = max(curves[DENSE][0], *curves.get(BACKBONE, []), key=lambda point: point[1])
     wanted = end[1] - below
-    found = {name: _crossing(own, end, wanted) for name, own in curves.items() if name != DENSE}
+    found = {name: _crossing(own, end, wanted) for name, own in curves.items() if name not in (DENSE, BACKBONE)}
     return {name: macs for name, macs in found.items() if macs is not None}
 
 

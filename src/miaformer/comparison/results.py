@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from miaformer.comparison.equal_accuracy import at_equal_accuracy, macs_at_equal_accuracy
+from miaformer.comparison.equal_accuracy import BACKBONE, DENSE, at_equal_accuracy, macs_at_equal_accuracy
 from miaformer.comparison.timing import Times, mean_times, read_times
 from miaformer.evaluation import spearman
 from miaformer.evaluation.intervals import interval, resampled
@@ -111,6 +111,7 @@ def summarise(points: Sequence[Point], difficulty: Difficulty, seed: int = 0) ->
     hardest = np.zeros(num_images, dtype=bool)
     hardest[np.argsort(-difficulty.loss, kind="stable")[: max(round(HARDEST * num_images), 1)]] = True
     weights = resampled(num_images, seed)
+    points = [*points, _backbone(points, difficulty)]
     rows = [_row(point, weights, hardest) for point in points]
     gaps = _differences(points, weights, hardest)
     return Table(
@@ -121,6 +122,13 @@ def summarise(points: Sequence[Point], difficulty: Difficulty, seed: int = 0) ->
         num_images,
         at_equal_accuracy(points, weights, ONE_POINT),
     )
+
+
+def _backbone(points: Sequence[Point], difficulty: Difficulty) -> Point:
+    """The shared backbone as it is: training it on may make it worse."""
+    right = (difficulty.margin > 0).astype(np.float64)
+    macs = next((p.macs_by_seed[:1] for p in points if p.name == DENSE), np.ones((1, len(right))))
+    return Point(BACKBONE, None, right, macs, [float(right.mean())], None)
 
 
 def _row(point: Point, weights: Array, hardest: Array) -> dict[str, Any]:
