@@ -325,7 +325,8 @@ def test_a_check_holds_predictions_and_what_was_measured(lively_model: MIAFormer
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = lively(settings={"num_classes": 3, "img_size": 16, "depth": 3}).float()
-    model.backbone.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    names = [f"class{label}" for label in range(3)]
+    model.backbone.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "label_names": names}
     path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
     return path

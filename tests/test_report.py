@@ -132,6 +132,8 @@ def test_evaluations_pictures_and_environment_are_shown(
     capsys: pytest.CaptureFixture[str], report: Report, trained: Path, tmp_path: Path
 ) -> None:
     data = class_folders(tmp_path / "data", classes=4, each=4)
+    for folder in data.glob("*/class*"):
+        folder.rename(folder.with_name("abcd"[int(folder.name[-1])]))  # as the model calls them
     written = tmp_path / "eval.json"
     asked = ("--data", data, "--budgets", 0.5, "--json", written)
     assert run(capsys, "eval", trained / "model", *asked)[0] == 0
@@ -171,7 +173,9 @@ def test_a_comparison_is_shown_with_what_is_missing(report: Report, comparison: 
         assert name in page.text
     measured = json.loads((directory / "learned" / "seed0" / "measured.json").read_text())
     assert measured["environment"]["date"] in page.text
-    assert len(page.all("line", class_="whisker")) == 2 * 4  # an interval a method, but dense, in two drawings
+    assert (
+        len(page.all("line", class_="whisker")) == 2 * 5
+    )  # an interval a method and the backbone, but dense, in two drawings
 
 
 def test_a_comparisons_directory_and_its_json_say_the_same(

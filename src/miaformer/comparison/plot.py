@@ -25,7 +25,9 @@ _LOOKS = {  # colour, marker
     "int8": ("#4b6e2f", "*"),
     "narrow": ("#22262b", "h"),
     "shallow": ("#9a8c5a", "H"),
+    "backbone": ("#22262b", "P"),
 }
+ROOM = 0.6  # below ours, as a share of what it ranges over: other methods may fall far out of the picture
 
 
 _OTHERS = [  # of methods without a look of their own
@@ -39,6 +41,16 @@ def _batches(timed: Sequence[Mapping[str, Any]]) -> str:
     """Of what size those are whose time is drawn: the largest. Older rows do not say."""
     sizes = [int(size) for row in timed for size in row.get("times", {})]
     return f"batches of {max(sizes)}," if sizes else "batches"
+
+
+def _lowest(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Where the axis of accuracy begins, in per cent: what falls far below ours would leave no room for the rest."""
+    ours = [100 * row["accuracy"] for row in rows if row["name"] == "learned"]
+    if not ours:
+        return None
+    all_rows = [100 * row["accuracy"] for row in rows]
+    low = min(ours) - ROOM * (max(all_rows) - min(ours))
+    return low if min(all_rows) < low else None
 
 
 def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
@@ -77,6 +89,8 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: 
         if place == 1:
             axes.set_ylabel("accuracy, %")
             axes.set_title(f"Accuracy per compute: {title}", loc="left", color=INK)
+    if shared is not None and (low := _lowest(rows)) is not None:
+        shared.set_ylim(bottom=low)
     figure.axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     save(figure, path)

@@ -131,8 +131,10 @@ def train(
         plain = build_transform(data_config, training=False)
         size = max(batches.batch_size, 256)  # nothing learns from them: the larger the faster
         held_out_batches = Batches(held_out, plain, size, seed=seed, shuffle=False, drop_last=False)
-        display.say(f"Calibrating on {len(held_out)} images of {held_out.name}, in at most {MOST_PASSES} passes ...")
-        display.start_stage("calibrate", MOST_PASSES, 0, len(held_out))
+        sized = model.adapt_config.chooses_resolution
+        passes, most = (len(model.image_sizes()), "") if sized else (MOST_PASSES, "at most ")
+        display.say(f"Calibrating on {len(held_out)} images of {held_out.name}, in {most}{passes} passes ...")
+        display.start_stage("calibrate", passes, 0, len(held_out))
         calibrate(
             model,
             held_out_batches.epoch(0),
