@@ -173,9 +173,7 @@ def test_a_comparison_is_shown_with_what_is_missing(report: Report, comparison: 
         assert name in page.text
     measured = json.loads((directory / "learned" / "seed0" / "measured.json").read_text())
     assert measured["environment"]["date"] in page.text
-    assert (
-        len(page.all("line", class_="whisker")) == 2 * 5
-    )  # an interval a method and the backbone, but dense, in two drawings
+    assert len(page.all("line", class_="whisker")) == 2 * 5  # an interval each but dense, in two drawings
 
 
 def test_a_comparisons_directory_and_its_json_say_the_same(
