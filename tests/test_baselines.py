@@ -263,6 +263,10 @@ def test_macs_at_one_point_below_dense_and_how_sure_they_are() -> None:
     table = summarise(points, Difficulty(rank.astype(float), -rank.astype(float)))
     assert table.one_point_below == found
     assert at_equal_accuracy(points[1:], resampled(1000), 0.01) == {}
+    worse = [a_point("dense", rank < 860, 1.0, None), *points[1:]]  # than the backbone that it was trained on from
+    assert at_equal_accuracy([*worse, a_point("backbone", rank < 900, 1.0, None)], resampled(1000), 0.01)["methods"][
+        "learned"
+    ]["macs_fraction"] == pytest.approx(0.5)
 
 
 def test_the_table_of_baselines_says_what_one_point_buys() -> None:

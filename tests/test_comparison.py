@@ -94,18 +94,16 @@ def test_a_given_backbone_is_everybodys(
     assert "Fetching the shared backbone" in said
     assert "Training" not in said
     rows = json.loads(report.read_text())["rows"]
-    assert (
-        len(rows)
-        == len({row["macs_fraction"] for row in rows})
-        == len(adapt(static, grains=("resolution",)).image_sizes())
-        > 1
-    )
+    as_it_was = next(row for row in rows if row["name"] == "backbone")
+    rows = [row for row in rows if row["name"] == "resolution-free"]
+    sizes = adapt(static, grains=("resolution",)).image_sizes()
+    assert len(rows) == len({row["macs_fraction"] for row in rows}) == len(sizes) > 1
     assert {row["budget"] for row in rows} == {None}
     full = max(rows, key=lambda row: row["macs_fraction"])
     comparison = Comparison(recipe, "digits", out, (0.25, 0.35, 0.5, 0.7), 64, tmp_path / "given")
     (batch,) = comparison.batches("test")
     right = (static.eval()(batch.images).argmax(dim=1) == batch.labels).double().mean()
-    assert full["accuracy"] == pytest.approx(float(right))
+    assert full["accuracy"] == as_it_was["accuracy"] == pytest.approx(float(right))
 
     timed: list[str] = []
     monkeypatch.setattr(Comparison, "time", lambda self, run, device: timed.append(run.method.name))
@@ -336,8 +334,8 @@ def test_a_static_model_stands_against_ours_at_no_more_macs() -> None:
     ours = [point("learned", correct, spent, spent) for spent in (0.35, 0.5, 0.7)]
     shallow = point("shallow", np.arange(1000) < 790, 0.6, None)
     table = summarise([*ours, shallow], hard(np.arange(1000.0)))
-    (gap,) = table.differences
-    assert (gap["over"], gap["our_budget"]) == ("shallow", 0.5)
+    gap = next(one for one in table.differences if one["over"] == "shallow")
+    assert gap["our_budget"] == 0.5
     assert gap["difference"] == pytest.approx(0.01)
 
 

@@ -86,7 +86,7 @@ def _resampled(points: Sequence[Point], weights: Array, below: float) -> dict[st
 def _at(curves: dict[str, Curve], below: float) -> dict[str, float]:
     if not curves.get(DENSE):
         return {}
-    end = max(curves[DENSE][0], *curves.get(BACKBONE, []), key=lambda point: point[1])
+    end = max([curves[DENSE][0], *curves.get(BACKBONE, [])], key=lambda point: point[1])
     wanted = end[1] - below
     found = {name: _crossing(own, end, wanted) for name, own in curves.items() if name not in (DENSE, BACKBONE)}
     return {name: macs for name, macs in found.items() if macs is not None}
