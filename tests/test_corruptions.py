@@ -81,7 +81,7 @@ def test_eval_tells_of_corruptions(
 ) -> None:
     for split in ("train", "val"):
         for label in range(3):
-            folder = tmp_path / "data" / split / str(label)
+            folder = tmp_path / "data" / split / f"class{label}"
             folder.mkdir(parents=True)
             for number in range(4):
                 Waves()[label][0].resize((40 + number, 36)).save(folder / f"{number}.png")

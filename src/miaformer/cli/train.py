@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--stages",
         nargs="+",
-        choices=("probe", "backbone", "elastic", "supervised", "reinforce"),
+        choices=("probe", "backbone", "elastic", "supervised", "reinforce", "resolution"),
         metavar="STAGE",
         help="only these of the recipe's stages: probe, backbone, elastic, supervised, reinforce",
     )
