@@ -13,13 +13,13 @@ from test_training import interrupt_at, metrics
 from tiny_training import RECIPE, SIZES, STEPS, Quadrants, run, tiny_model
 from torch import nn
 
-from miaformer import MIAFormer, adapt
+from miaformer import adapt
 from miaformer.cli import build_parser
 from miaformer.comparison import Comparison
 from miaformer.comparison.method import adaptation_epochs
 from miaformer.data import Batches, build_transform
 from miaformer.training import Interrupted, Stage, get_recipe
-from miaformer.training.optimizer import set_trainable, stage_optimizer
+from miaformer.training.optimizer import stage_optimizer
 from miaformer.training.probe import PENALTY, classifiers, fit
 
 PROBE = Stage("probe", epochs=1)
@@ -108,40 +108,19 @@ def test_learning_rates_decay_from_the_classifier_down() -> None:
     assert len(rates) == sum(1 for _ in backbone.parameters())
 
 
-def test_frozen_blocks_stay_as_they_are_in_their_stage_alone(tmp_path: Path) -> None:
-    model = tiny_model()
-    before = copy.deepcopy(model.state_dict())
-    frozen = replace(BACKBONE, frozen_blocks=2, layer_decay=0.9)
-
-    def changed(after: MIAFormer) -> set[str]:
-        return {name for name, value in after.state_dict().items() if not torch.equal(value, before[name])}
-
-    after = changed(run(tmp_path / "one", replace(RECIPE, stages=(frozen,)), model))
-    assert after
-    assert all(name.startswith(("backbone.blocks.2.", "backbone.norm.", "backbone.head.")) for name in after)
-    elastic = next(stage for stage in RECIPE.stages if stage.kind == "elastic")
-    after = changed(run(tmp_path / "two", replace(RECIPE, stages=(frozen, elastic)), tiny_model()))
-    assert "backbone.blocks.0.mlp.fc1.weight" in after
-    assert "backbone.cls_token" in after
-
-
-def test_what_its_owner_froze_stays_frozen() -> None:
+def test_what_its_owner_froze_stays_frozen(tmp_path: Path) -> None:
     model = tiny_model()
     model.backbone.blocks[1].requires_grad_(False)
-    learnable = [p for p in model.backbone.parameters() if p.requires_grad]
-    for stage in (replace(BACKBONE, frozen_blocks=1), BACKBONE):
-        set_trainable(model, stage, learnable)
-    learns = [any(p.requires_grad for p in block.parameters()) for block in model.backbone.blocks]
-    assert learns == [True, False, True]
+    before = copy.deepcopy(model.state_dict())
+    after = run(tmp_path / "run", replace(RECIPE, stages=(BACKBONE,)), model).state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert "backbone.blocks.0.mlp.fc1.weight" in changed
+    assert not [name for name in changed if name.startswith("backbone.blocks.1.")]
 
 
-def test_stages_that_would_learn_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="frozen_blocks=3 leaves none of 3 blocks"):
-        set_trainable(tiny_model(), replace(BACKBONE, frozen_blocks=3), [])
+def test_a_decay_that_would_let_nothing_learn_is_refused() -> None:
     with pytest.raises(ValueError, match="layer_decay=0"):
         Stage("backbone", epochs=1, lr=1e-3, layer_decay=0)
-    with pytest.raises(ValueError, match="frozen_blocks=-1"):
-        Stage("backbone", epochs=1, lr=1e-3, frozen_blocks=-1)
 
 
 def test_a_comparison_trains_its_shared_backbone_with_the_probe(tmp_path: Path) -> None:

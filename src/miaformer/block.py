@@ -89,7 +89,7 @@ def is_plain(layer: Any) -> bool:
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
         and "forward" not in layer.__dict__
-    ) or type(layer) is LinearView
+    )
 
 
 def check_own_forward(block: Any) -> None:

@@ -1,7 +1,8 @@
-"""The adaptive ViT: a timm ViT, a controller for each of its blocks, and one way through them.
+"""The adaptive ViT: a timm ViT, what decides for it (a controller for each block, or a first look), one way through.
 
-`MIAFormer` holds the backbone as timm made it (`model.backbone(images)` is the static model at any time), decides
-per image which blocks, heads and tokens to execute, executes only those, and says what it did.
+`MIAFormer` holds the backbone as timm made it (`model.backbone(images)` is the static model at any time), decides per
+image which blocks, heads and tokens to execute, or in which size to look at it, executes that alone, and says what it
+did.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class MIAFormer(
     license="apache-2.0",
     paper_url="https://arxiv.org/abs/2112.11542",
 ):
-    """A ViT that adapts its depth, heads and tokens to each image. Make one with `miaformer.adapt`."""
+    """A ViT that adapts resolution, or depth, heads and tokens, to each image. Make one with `miaformer.adapt`."""
 
     def __init__(self, backbone: VisionTransformer, config: AdaptConfig, orders: dict[str, Tensor]) -> None:
         super().__init__()

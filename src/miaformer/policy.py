@@ -347,15 +347,19 @@ class TwoLooks:
 
 @dataclass(frozen=True)
 class RandomLooks(TwoLooks):
-    """Its control: as many second looks, at images drawn by chance. confidence: (1,), the share of them.
+    """Its control: as many second looks, at images drawn by chance, from a seeded generator.
 
-    Drawn anew for each batch, the same ones for the same seed and batch size.
+    confidence: (1,), the share of them.
     """
 
     seed: int = 0
+    _generator: torch.Generator = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_generator", torch.Generator().manual_seed(self.seed))
 
     def open_images(self, logits: Tensor) -> Tensor:
-        drawn = torch.rand(len(logits), generator=torch.Generator().manual_seed(self.seed))
+        drawn = torch.rand(len(logits), generator=self._generator)
         return (drawn < self.confidence.cpu()).nonzero().flatten()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from miaformer.comparison.engines import of_module
-from miaformer.comparison.method import Classify, Entry, Method, Question, by_policy, one_stage
+from miaformer.comparison.method import Classify, Entry, Method, Question, as_backbone, by_policy, one_stage
 from miaformer.evaluation.calibration import calibrate
 from miaformer.model import MIAFormer, adapt
 from miaformer.policy import AnyPolicy, Full, Look, TwoLooks
@@ -32,25 +32,13 @@ def _trained(base: Recipe) -> Recipe:
 def _at_every_size(model: MIAFormer, question: Question, name: str) -> list[Entry]:
     """An entry a size, which knows no budget but its own MACs."""
     return [
-        Entry(
-            name,
-            None,
-            _at(model, question),
+        replace(
+            as_backbone(name, model, question),
             read=partial(resized, size=size),
             engines=of_module(model.to_timm(size), (model.backbone.in_chans, *size)),
         )
         for size in model.image_sizes()
     ]
-
-
-def _at(model: MIAFormer, question: Question) -> Classify:
-    """On our engine, so that its last block computes what is read alone, as everybody's does."""
-
-    def classify(images: Tensor) -> tuple[Tensor, Tensor]:
-        output = model.run(images, policy=Full())
-        return output.logits, output.trace.macs / question.backbone_macs
-
-    return classify
 
 
 class Looked:
@@ -68,14 +56,14 @@ class Looked:
         whole, macs = self.model.cost().backbone, self.model.macs_of_sizes()
 
         def classify(images: Tensor) -> tuple[Tensor, Tensor]:
-            first, second = (policy.first, policy.second) if isinstance(policy, TwoLooks) else (policy, None)
+            first = policy.first if isinstance(policy, TwoLooks) else policy
             assert isinstance(first, Look)
-            logits = self._at(first.sizes[0], images)
-            spent = torch.full((len(images),), macs[first.sizes[0]] / whole)
-            if isinstance(policy, TwoLooks) and second is not None:
-                again = policy.open_images(logits).cpu()
-                logits = logits.index_copy(0, again.to(logits.device), self._at(second.sizes[0], images)[again])
-                spent[again] += macs[second.sizes[0]] / whole
+            (size,) = first.sizes
+            logits, spent = self._at(size, images), torch.full((len(images),), macs[size] / whole)
+            if isinstance(policy, TwoLooks):
+                (size,), again = policy.second.sizes, policy.open_images(logits).cpu()
+                logits = logits.index_copy(0, again.to(logits.device), self._at(size, images)[again])
+                spent[again] += macs[size] / whole
             return logits, spent
 
         return classify
@@ -99,7 +87,8 @@ def any_size(model: MIAFormer) -> MIAFormer:
 
 @torch.no_grad()
 def _two_looks(model: MIAFormer, question: Question) -> list[Entry]:
-    calibrate(model, question.calibration())
+    if model.calibration is None:
+        calibrate(model, question.calibration())
     looked, found = Looked(model), []
     for budget in question.budgets:
         if model.calibration is not None and budget >= model.calibration.range[0]:

@@ -71,7 +71,8 @@ class Graph:
         graph = onnx.compose.add_prefix(model, prefix).graph
         renamed = {one.name: value for one, value in zip(graph.input, inputs, strict=True)}
         for initializer in graph.initializer:
-            key = initializer.data_type, tuple(initializer.dims), initializer.raw_data
+            held = initializer.raw_data or initializer.SerializeToString()  # numbers of other fields, and the name
+            key = initializer.data_type, tuple(initializer.dims), held
             renamed[initializer.name] = self.root._included.setdefault(key, initializer.name)
             if renamed[initializer.name] == initializer.name:
                 self.root.initializers[initializer.name] = initializer

@@ -20,7 +20,7 @@ from miaformer.looks import STEP
 from miaformer.model import MIAFormer
 from miaformer.resolution import Size, resized
 
-LEAST_CAP_ERROR = 1e-6  # caps arrive as float32
+CAP_ROUNDING = 1e-6  # caps arrive as float32
 
 
 def write(graph: Graph, model: MIAFormer, size: Size | None = None) -> tuple[str, str, str]:
@@ -31,7 +31,7 @@ def write(graph: Graph, model: MIAFormer, size: Size | None = None) -> tuple[str
     limit, sizes = "", model.image_sizes()
     if size is None:
         limit = graph.op("Add", "budget", graph.constant(STEP / 2, np.float32))
-        limit = graph.op("Min", limit, graph.op("Add", "cap", graph.constant(LEAST_CAP_ERROR, np.float32)))
+        limit = graph.op("Min", limit, graph.op("Add", "cap", graph.constant(CAP_ROUNDING, np.float32)))
     else:
         sizes = (size,)
     rows, macs, count = _chosen(graph, model, limit, sizes)

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from torch import nn
 
-from miaformer.backbone import transformer_blocks
 from miaformer.model import MIAFormer
 from miaformer.training.muon import MuonAdamW
 from miaformer.training.recipes import Recipe, Stage
-
-
-def set_trainable(model: MIAFormer, stage: Stage, learnable: Iterable[nn.Parameter]) -> None:
-    """Leave gradients to what learns in this stage: of the backbone's `learnable` parameters, those not frozen by it.
-
-    Raises ValueError where the stage would freeze every block.
-    """
-    for parameter in learnable:
-        parameter.requires_grad_(True)
-    model.controllers.requires_grad_(stage.trains_controllers)
-    if not stage.frozen_blocks:
-        return
-    blocks = transformer_blocks(model.backbone)
-    if stage.frozen_blocks >= len(blocks):
-        raise ValueError(f"{stage.kind} stage: frozen_blocks={stage.frozen_blocks} leaves none of {len(blocks)} blocks")
-    backbone = model.backbone
-    for part in (backbone.patch_embed, backbone.norm_pre, *blocks[: stage.frozen_blocks]):
-        part.requires_grad_(False)
-    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
-        token: nn.Parameter | None = getattr(backbone, name, None)
-        if token is not None:
-            token.requires_grad_(False)
 
 
 def stage_optimizer(model: MIAFormer, stage: Stage, recipe: Recipe) -> torch.optim.Optimizer:

@@ -38,7 +38,6 @@ class Stage:
     lr: float = 0.0
     controller_lr: float = 0.0
     layer_decay: float = 1.0  # of the learning rate, from one block to the one before it (timm's)
-    frozen_blocks: int = 0  # the first so many blocks, and the embedding, do not learn
     warmup: float = 0.05  # share of the stage
     anneal: float = 1.0  # share of a cosine that learning rates follow: 1 ends at 0, 0.5 at half, for a stage to go on
     full_share: float = 0.25  # images of a batch that execute everything, so that the full model stays what it was
@@ -55,8 +54,6 @@ class Stage:
             raise ValueError(f"{self.kind} stage: epochs, lr and controller_lr must not be negative")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"{self.kind} stage: layer_decay={self.layer_decay} must lie in 0 to 1, 0 excluded")
-        if self.frozen_blocks < 0:
-            raise ValueError(f"{self.kind} stage: frozen_blocks={self.frozen_blocks} must not be negative")
         if not 0 < self.anneal <= 1:
             raise ValueError(f"{self.kind} stage: anneal={self.anneal} must lie in 0 to 1, 0 excluded")
         if not 0 <= self.exit_share <= 1:

@@ -31,7 +31,7 @@ from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_che
 from miaformer.training.gates import Draws, Leaving, Relaxed
 from miaformer.training.interrupts import Interrupted, StopRequest
 from miaformer.training.objective import Objective, Outcome, Step
-from miaformer.training.optimizer import set_trainable, stage_optimizer
+from miaformer.training.optimizer import stage_optimizer
 from miaformer.training.probe import MAX_FEATURES, classifiers, fit, recorded_inputs
 from miaformer.training.progress import DURATIONS, Display, Duration, Means, MetricsFile
 from miaformer.training.recipes import Recipe, Stage
@@ -67,7 +67,6 @@ class Trainer:
         self.accelerator, self.display = accelerator, display
         self.tariff = Tariff(recipe.budgets)
         self.teacher = teacher
-        self._learnable = [p for p in model.backbone.parameters() if p.requires_grad]
         self.spans = spans(recipe, batches.steps_per_epoch)
         world, rank = accelerator.num_processes, accelerator.process_index
         self.batch_size = batches.batch_size
@@ -149,7 +148,7 @@ class Trainer:
 
     def _run_stage(self, span: Span, step: int, checkpoint: Path | None, metrics: MetricsFile | None) -> None:
         stage, model = span.stage, self.model
-        set_trainable(model, stage, self._learnable)
+        model.controllers.requires_grad_(stage.trains_controllers)
         if stage.kind != "backbone" and self.teacher is None and self.recipe.distill_weight:
             self.teacher = copy.deepcopy(model.backbone).requires_grad_(False).eval()
         optimizer = stage_optimizer(model, stage, self.recipe)
