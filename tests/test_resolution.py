@@ -114,6 +114,18 @@ def test_budgets_are_met_on_the_calibration_images() -> None:
             assert spent == pytest.approx(budget, abs=STEP)
 
 
+def test_without_a_pair_the_largest_size_within_the_budget_is_taken() -> None:
+    model = choosing(images=20)
+    table = model.calibration
+    assert table is not None
+    model.calibration = replace(table, looks=())
+    images = pictures(model.backbone, 2)
+    for budget in np.linspace(table.range[0], 1, 9):
+        spent = model.run(images, budget=float(budget)).trace.macs_fraction
+        wanted = max(fraction for fraction in table.fractions if fraction <= budget + STEP / 2)
+        assert spent.tolist() == pytest.approx([wanted, wanted])
+
+
 def test_what_it_cannot_do_is_said() -> None:
     model = choosing()
     images = pictures(model.backbone, 2)
