@@ -263,7 +263,7 @@ FINETUNE = Recipe(  # chosen on a pretrained ViT-S and photographs (docs/log.md)
     stages=(
         Stage("probe", epochs=1),
         Stage("backbone", epochs=5, lr=2e-4, layer_decay=0.75, patch_drop=(0.2, 0.75), early_weight=0.4),
-        Stage("resolution", epochs=1.6, lr=2e-4, layer_decay=0.75),
+        Stage("resolution", epochs=2.4, lr=2e-4, layer_decay=0.75),
     ),
     distill_weight=0.0,  # the teacher would take as long as learning does
     augmentation={"hflip": 0.5, "scale": (0.35, 1.0)},
