@@ -407,8 +407,8 @@ def test_parquet_pictures_may_lie_beside_the_file(tmp_path: Path) -> None:
     [
         ([0, -1], None, r"row 1: label is -1"),
         ([0, 2], ["a", "b"], r"row 1: label is 2, not a whole number from 0 to 1"),
-        (["cat", "dog"], None, r"row 0: label is 'cat'"),
-        ([0, None], None, "not a whole number"),
+        ([0.5, 1.0], None, r"row 0: label is 0.5"),
+        ([0, None], None, r"row 1: label is null, not a whole number"),
         ([], None, "no rows"),
     ],
 )

@@ -118,12 +118,12 @@ def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
 
 def picture_suffixes() -> set[str]:
     """Lower-case file suffixes, with the dot, of the formats `open_image` reads."""
-    formats = set(_formats())
+    formats = set(readable_formats())
     return {suffix.lower() for suffix, name in Image.registered_extensions().items() if name in formats}
 
 
 @cache
-def _formats() -> list[str]:
+def readable_formats() -> list[str]:
     """Formats in the order to try: the usual ones first, which halves the time to open a small JPEG."""
     Image.init()
     readable = [name for name in Image.OPEN if name not in _NOT_PICTURES]
@@ -143,7 +143,7 @@ def _read(path: Path, name: str) -> bytes:
 
 def _decode(encoded: bytes, name: str, max_pixels: int) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(encoded), formats=_formats()) as image:
+        with Image.open(io.BytesIO(encoded), formats=readable_formats()) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise TooManyPixelsError(f"{name}: {width} x {height} pixels are more than the limit of {max_pixels:,}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import miaformer
+from miaformer.cli.arguments import named_columns
 
 # Modules of this package, in the order that help lists them.
 COMMANDS = (
@@ -121,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(value, str) and name != "command":
             setattr(args, name, _at_home(value))
     try:
+        if hasattr(args, "label_column"):
+            named_columns(args)
         return int(args.run(args))
     except KeyboardInterrupt as stop:
         _say(str(stop) or "interrupted")

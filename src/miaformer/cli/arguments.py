@@ -46,6 +46,32 @@ def own_model(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("weights", "pretrained", "image_size", "classes")}
 
 
+def add_data(parser: argparse.ArgumentParser, about: str, required: bool = False) -> None:
+    """--data, and what names the columns of tables in it: `named_columns` makes one of the three."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", required=required, metavar="DATA", help=about)
+    add_image_column(group)
+    group.add_argument("--label-column", metavar="C", help="of a CSV, TSV, parquet or hub table (default: found)")
+
+
+def add_image_column(parser: Any) -> None:
+    parser.add_argument(
+        "--image-column", metavar="C", help="the column of a table that holds pictures (default: found)"
+    )
+
+
+def named_columns(args: argparse.Namespace) -> None:
+    """Let `args.data` name the columns that were named beside it. Raises ValueError where there is no data."""
+    from miaformer.data.columns import with_columns
+
+    image, label = args.image_column, args.label_column
+    if image is None and label is None:
+        return
+    if args.data is None:
+        raise ValueError(f"--{'label' if image is None else 'image'}-column: of which data? Give --data")
+    args.data = with_columns(args.data, image, label)
+
+
 def seed_number(text: str) -> int:
     """What --seed may be, as an argparse type."""
     if not text.isascii() or not text.isdigit() or int(text) >= 2**63:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from miaformer.cli.arguments import (
     add_command,
     add_compute,
+    add_data,
     add_model,
     open_batches,
     open_device,
@@ -80,9 +81,7 @@ JSON:
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "attack", "accuracy and compute under attack", DESCRIPTION, EPILOG)
     add_model(parser, "directory, hub id, name of a bundled model, or timm:NAME")
-    parser.add_argument(
-        "--data", required=True, metavar="DATA", help="digits, a folder, a CSV file, or a name timm knows"
-    )
+    add_data(parser, "digits, a folder, a CSV file, or a name timm knows", required=True)
     parser.add_argument("--attacks", nargs="+", default=list(DEFAULT_ATTACKS), metavar="A",
                         help=f"of those above (default: {' '.join(DEFAULT_ATTACKS)})")  # fmt: skip
     parser.add_argument("--eps", nargs="+", default=["4/255"], metavar="E", help="radii (default: 4/255)")

@@ -6,7 +6,16 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import DTYPES, add_command, add_model, open_device, open_model, own_model, seed_number
+from miaformer.cli.arguments import (
+    DTYPES,
+    add_command,
+    add_data,
+    add_model,
+    open_device,
+    open_model,
+    own_model,
+    seed_number,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "bench", "time sparse against dense execution", DESCRIPTION, EPILOG)
     several: dict[str, Any] = {"nargs": "+"}
     add_model(parser)
-    parser.add_argument("--data", metavar="DATA", help="pictures: digits, any folder of pictures, or a name timm knows")
+    add_data(parser, "pictures: digits, any folder of pictures, or a name timm knows")
     parser.add_argument("--batch-sizes", **several, type=int, default=[1, 8, 32], metavar="N", help="(default: 1 8 32)")
     parser.add_argument(
         "--budgets",

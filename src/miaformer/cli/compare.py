@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, open_device, seed_number
+from miaformer.cli.arguments import add_command, add_data, open_device, seed_number
 from miaformer.cli.processes import (
     STOPPED,
     add_processes,
@@ -70,7 +70,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--recipe", required=True, metavar="R", help="with stages of adaptation, and mostly of the backbone"
     )
-    parser.add_argument("--data", metavar="D", help="a folder, a CSV file, or a name timm knows; default: the recipe's")
+    add_data(parser, "a folder, a CSV file, or a name timm knows; default: the recipe's")
     parser.add_argument(
         "--backbone", metavar="MODELDIR", help="a model whose fine-tuned backbone all share (default: the recipe's)"
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from miaformer.cli.arguments import (
     add_command,
     add_compute,
+    add_data,
     add_model,
     open_batches,
     open_device,
@@ -64,9 +65,7 @@ JSON:
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "eval", "accuracy per compute, against controls", DESCRIPTION, EPILOG)
     add_model(parser)
-    parser.add_argument(
-        "--data", required=True, metavar="DATA", help="digits, a folder, a CSV file, or a name timm knows"
-    )
+    add_data(parser, "digits, a folder, a CSV file, or a name timm knows", required=True)
     parser.add_argument(
         "--split",
         default="test",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import add_command, add_model, open_device, open_model, own_model
+from miaformer.cli.arguments import add_command, add_data, add_model, open_device, open_model, own_model
 
 DESCRIPTION = """\
 Write MODEL to OUT.onnx, weights within. In ONNX Runtime the file skips at run time: blocks by If, tokens by gathering
@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--trace", action="store_true", help="also output which blocks, heads and tokens were executed")
     parser.add_argument("--price", type=float, metavar="P", help="decide at this price, whatever budget is asked for")
     parser.add_argument("--static", type=float, metavar="B", help="one policy for all images, at this budget")
-    parser.add_argument("--data", metavar="DATA", help="with --static: images to find the policy on")
+    add_data(parser, "with --static: images to find the policy on")
     parser.set_defaults(run=run)
 
 

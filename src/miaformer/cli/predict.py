@@ -9,7 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_compute, add_model, open_device, open_model, own_model
+from miaformer.cli.arguments import (
+    add_command,
+    add_compute,
+    add_image_column,
+    add_model,
+    open_device,
+    open_model,
+    own_model,
+)
 from miaformer.cli.budget_ms import MsBudget, add_budget_ms, open_budgets_ms
 from miaformer.prediction.rows import COLUMNS, OF_TIME
 from miaformer.prediction.sources import Inputs, find_inputs
@@ -27,8 +35,9 @@ Classify pictures, a few or millions. One row a picture goes to FILE.
 PATH is any of these, as many as you like, mixed:
   a picture, or a folder with everything below it (hidden files are left out)
   a pattern in quotes, 'photos/**/*.jpg', where the shell would find too many names
-  a tar archive (.tar, .tar.gz, .tgz): its members that are pictures by their suffix, as ARCHIVE/MEMBER
-  a parquet file as `datasets` writes it, a column of {bytes, path} or of bytes: as FILE/ROW
+  a tar or zip archive (.tar, .tar.gz, .tar.bz2, .tar.xz, .zip): members that are pictures by their suffix, as
+      ARCHIVE/MEMBER
+  a parquet file with a column of encoded pictures, {bytes, path} or paths: as FILE/ROW
 Archives and parquet files are read as streams: memory does not grow with them. Their order is that of FILE's rows.
 
 A picture that cannot be read stops nothing: the others are classified, it gets a row with an `error`, and at the end
@@ -72,7 +81,10 @@ kill costs is the batch under way, with a .parquet half a second and 1 % of the 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "predict", "classify pictures", DESCRIPTION, EPILOG)
     add_model(parser)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns, tar and parquet files")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="pictures, folders, patterns, archives and parquet files"
+    )
+    add_image_column(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="what to write: a .csv, .jsonl or .parquet file")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
     parser.add_argument("--budget", type=float, metavar="B", help="mean MACs, a fraction of the dense model's")
@@ -107,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and is_finished(args.out):
         out.print(f"{args.out} is whole: nothing to resume. Without --resume it is made anew.", markup=False)
         return 0
-    inputs = find_inputs(args.paths)
+    inputs = find_inputs(args.paths, args.image_column)
     _check_apart(inputs, args.out)
     device = open_device(args.device, args.threads)
     model = open_model(args.model, device, args.dtype, **own_model(args))

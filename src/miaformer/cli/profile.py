@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from miaformer.cli.arguments import (
     add_command,
     add_compute,
+    add_data,
     add_model,
     open_batches,
     open_device,
@@ -53,9 +54,7 @@ def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "profile", "this machine's ms, and budgets in them", DESCRIPTION, EPILOG)
     add_model(parser)
     parser.add_argument("--out", default="latency.json", metavar="FILE", help="what to write (default: latency.json)")
-    parser.add_argument(
-        "--data", metavar="DATA", help="digits, a folder, a CSV file, or a name timm knows: calibrate, and check"
-    )
+    add_data(parser, "digits, a folder, a CSV file, or a name timm knows: calibrate, and check")
     parser.add_argument(
         "--images", type=int, default=256, metavar="N", help="calibrate on at most N images (default: 256)"
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, open_batches, open_device
+from miaformer.cli.arguments import add_command, add_data, open_batches, open_device
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +38,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("source", metavar="RUN", help="directory, or .json file")
     parser.add_argument("--out", required=True, metavar="FILE.html", help="the page")
     parser.add_argument("--eval", nargs="+", default=[], metavar="FILE", help="what `miaformer eval --json` wrote")
-    parser.add_argument(
-        "--data", metavar="D", help=f"show the cheapest and the dearest of {MOST_IMAGES:,} of its test images"
-    )
+    add_data(parser, f"show the cheapest and the dearest of {MOST_IMAGES:,} of its test images")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
     parser.set_defaults(run=run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import add_command, radius, seed_number
+from miaformer.cli.arguments import add_command, add_data, radius, seed_number
 from miaformer.cli.processes import STOPPED, check_processes, is_one_of_several, run_in_processes, say_stopped
 from miaformer.files import check_holds_no_run
 
@@ -42,9 +42,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--recipe", required=True, metavar="R", help="digits, cifar10-small, cifar10, finetune, imagenet"
     )
-    parser.add_argument(
-        "--data", metavar="D", help="digits, a folder, a CSV file, or a name timm knows; default: the recipe's"
-    )
+    add_data(parser, "digits, a folder, a CSV file, or a name timm knows; default: the recipe's")
     start = parser.add_argument_group("what to start from, instead of the recipe's backbone")
     start.add_argument("--model", metavar="NAME", help="a ViT of timm")
     start.add_argument("--weights", metavar="FILE", help="its checkpoint: .safetensors, .pth, .pt, .bin or .ckpt")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from miaformer.data.columns import Columns
 from miaformer.data.source import ImageData
 from miaformer.data.splits import UNSPLIT, canonical_part
 from miaformer.images import open_image
@@ -65,10 +66,10 @@ class LabelFile:
     Everything wrong in the file, missing pictures included, is a ValueError that names the file and the line.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, columns: Columns | None = None) -> None:
         self.name = str(file)
         self._file = file
-        self._entries = _read(file)
+        self._entries = _read(file, columns or Columns())
 
     @property
     def parts(self) -> set[str]:
@@ -91,11 +92,11 @@ def _number(label: str) -> tuple[int, str]:
     return int(label), label
 
 
-def _read(file: Path) -> list[Entry]:
+def _read(file: Path, named: Columns) -> list[Entry]:
     rows = _rows(file)
     if not rows:
         raise ValueError(f"{file}: the file is empty; expected a path and a label in each line")
-    columns = _header(rows[0][1], file)
+    columns = _header(rows[0][1], file, named)
     if columns is None:
         width, path, label, part = 2, 0, 1, None
         shape = "without a header, a line is a path and a label"
@@ -128,9 +129,16 @@ def _part(value: str, where: str) -> str:
     return part
 
 
-def _header(row: list[str], file: Path) -> tuple[int, int, int | None] | None:
+def _header(row: list[str], file: Path, named: Columns) -> tuple[int, int, int | None] | None:
     """The places of path, label and split, if the first row is a header; None where it is a picture already."""
-    path, label, part = (_place(row, names) for names in (_PATH, _LABEL, _PART))
+    for name in (named.image, named.label):
+        if name is not None and name not in row:
+            raise ValueError(f"{file}, line 1: no column {name!r} among {', '.join(row)}")
+    path, label = (
+        _place(row, names) if name is None else row.index(name)
+        for names, name in ((_PATH, named.image), (_LABEL, named.label))
+    )
+    part = _place(row, _PART)
     if path is not None and label is not None:
         return path, label, part
     if (path is None and label is None) or (file.parent / row[0]).is_file():  # a class may be called "target"

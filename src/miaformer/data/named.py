@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from miaformer.data.columns import Columns
 from miaformer.data.extras import require
 from miaformer.data.source import ImageData
 from miaformer.images import ImageError, open_image
@@ -83,13 +84,16 @@ class NamedData:
     Parts are train and test; a hub data set's validation part is its test part where it has no other.
     """
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, columns: Columns | None = None) -> None:
         self.name = spec
+        self._columns = columns or Columns()
         self._dataset_name, _, root = spec.partition(":")
         self._root = root or None
         self._prefix = next(prefix for prefix in NAME_PREFIXES if spec.startswith(prefix))
         if self._prefix == "hfds/":
             require("datasets", "datasets")
+        elif self._columns:
+            raise ValueError(f"{spec}: columns can be named of data sets of the hub, hfds/..., not of torchvision's")
         if self._prefix == "torch/" and self._root is None:
             raise ValueError(f"{spec}: say where its files are: '{spec}:ROOT'")
 
@@ -100,12 +104,18 @@ class NamedData:
     def read(self, part: str) -> ImageData:
         errors: list[str] = []
         for timm_split in _PARTS[self._prefix][part]:
-            for columns in _COLUMNS[self._prefix]:
+            for columns in self._asked():
                 try:
                     return self._create(timm_split, columns)
                 except Exception as error:  # each library behind timm has its own
                     errors.append(f"{type(error).__name__}: {error}")
         raise ValueError(f"{self.name}: timm could not open its {part} part: {errors[0]}")
+
+    def _asked(self) -> list[dict[str, Any]]:
+        """The columns to try, in order: those named, else the usual ones."""
+        named = {"input_key": self._columns.image, "target_key": self._columns.label}
+        asked = [{**usual, **{key: name for key, name in named.items() if name}} for usual in _COLUMNS[self._prefix]]
+        return [one for place, one in enumerate(asked) if one not in asked[:place]]
 
     def _create(self, timm_split: str, columns: dict[str, Any]) -> ImageData:
         from timm.data import create_dataset

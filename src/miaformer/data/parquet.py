@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from miaformer.data.extras import require
+from miaformer.data.columns import Columns
+from miaformer.data.parquet_columns import NoColumnError, image_column, label_column, open_parquet, stored_picture
 from miaformer.data.source import ImageData
 from miaformer.data.splits import UNSPLIT, canonical_part
 from miaformer.images import ImageError, open_image
 
 MAX_RESIDENT_BYTES = 4 << 30  # encoded images are held in memory, shared by forked workers
 
-_IMAGE_COLUMNS = ("image", "img")
-_LABEL_COLUMNS = ("label", "labels", "fine_label")
-
 
 class ParquetImages(ImageData):
-    """The rows of some parquet files; their encoded images are held in memory and decoded when asked for."""
+    """The rows of some parquet files; their encoded images are held in memory and decoded when asked for.
 
-    def __init__(self, name: str, files: list[Path], root: Path) -> None:
+    `naming`: the files whose labels, where they are text, are the classes.
+    """
+
+    def __init__(self, name: str, files: list[Path], root: Path, columns: Columns, naming: list[Path]) -> None:
         self.name = name
         self._root = root
         size = sum(file.stat().st_size for file in files)
@@ -34,54 +34,73 @@ class ParquetImages(ImageData):
                 f"{MAX_RESIDENT_BYTES / 2**30:.0f} GiB that are held in memory; open it as "
                 f"'hfds/{root.resolve()}', which maps its files into memory"
             )
-        self.classes, self.labels = [], np.empty(0, dtype=np.int64)
-        self._image_column, label_column, names = _columns(files[0])
-        self._tables: list[Any] = [_read_columns(file, [self._image_column, label_column]) for file in files]
+        first = next((file for file in files if open_parquet(file).metadata.num_rows), files[0])
+        opened = open_parquet(first)
+        self._image_column = image_column(opened, str(first), (first.parent, root), columns.image)
+        label, names = label_column(opened, str(first), columns.label)
+        self._tables: list[Any] = [_read_columns(file, [self._image_column, label]) for file in files]
         self._files = files
         self._first_row = np.cumsum([0] + [table.num_rows for table in self._tables])
-        self.labels = self._checked_labels(label_column, names)
-        self.classes = names or [str(label) for label in range(int(self.labels.max()) + 1)]
+        self.labels, self.classes = self._read_labels(label, names, naming)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name}: no row {index}, it has {len(self)}")
         label = int(self.labels[index])
         table, row = self._locate(index % len(self))
-        stored = stored_picture(self._tables[table].column(self._image_column)[row].as_py(), self._root)
-        where = f"{self._files[table]}, row {row}"
+        file = self._files[table]
+        stored = stored_picture(self._tables[table].column(self._image_column)[row].as_py(), (file.parent, self._root))
+        where = f"{file}, row {row}"
         if stored is None:
-            raise ImageError(f"{where}: it has no image: neither bytes nor a path")
+            raise ImageError(f"{where}: it has no image: column {self._image_column!r} holds neither bytes nor a path")
         return open_image(stored, name=where if isinstance(stored, bytes) else f"{where} ({stored})"), label
 
     def _locate(self, index: int) -> tuple[int, int]:
         table = int(np.searchsorted(self._first_row, index, side="right")) - 1
         return table, index - int(self._first_row[table])
 
-    def _checked_labels(self, column: str, names: list[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        labels = np.concatenate([table.column(column).to_numpy() for table in self._tables])
-        integral = np.issubdtype(labels.dtype, np.integer)
-        if not len(labels):
+    def _read_labels(
+        self, column: str, names: list[str], naming: list[Path]
+    ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[str]]:
+        """Labels, checked, and the classes they number."""
+        found = [label for table in self._tables for label in table.column(column).to_pylist()]
+        if not found:
             raise ValueError(f"{self.name}: its parquet files have no rows")
-        bad = np.flatnonzero((labels < 0) | (labels >= (len(names) or np.inf))) if integral else np.arange(1)
-        if len(bad):
-            table, row = self._locate(int(bad[0]))
-            found = labels.tolist()[bad[0]]
-            expected = f"a whole number from 0 to {len(names) - 1}" if names else "a whole number from 0"
-            raise ValueError(f"{self._files[table]}, row {row}: {column} is {found!r}, not {expected}")
-        return labels.astype(np.int64)
+        expected = f"a whole number from 0 to {len(names) - 1}" if names else "a whole number from 0"
+        if isinstance(found[0], str) and not names:
+            same = naming is self._files
+            texts = (
+                found if same else [label for f in naming for label in _read_columns(f, [column]).column(0).to_pylist()]
+            )
+            classes = sorted({label for label in texts if isinstance(label, str) and label})
+            number = {label: place for place, label in enumerate(classes)}
+            found = [number.get(label, label) for label in found]
+            expected = "one of the classes to train on" if not same else "text"
+        else:
+            classes = names
+        most = len(classes) or np.inf
+        for place, label in enumerate(found):
+            if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < most:
+                table, row = self._locate(place)
+                shown = "null" if label is None else repr(label)
+                raise ValueError(f"{self._files[table]}, row {row}: {column} is {shown}, not {expected}")
+        labels = np.asarray(found, dtype=np.int64)
+        return labels, classes or [str(label) for label in range(int(labels.max()) + 1)]
 
 
 class ParquetFolder:
     """A folder with parquet files in it, in `data/`, or in folders named for a split; or one such file.
 
     `train.parquet`, `train-00000-of-00003.parquet`, `data/test-00000-of-00001.parquet`, `train/0000.parquet`.
-    The image column holds {bytes, path} or bytes, the label column (`label`, `labels` or `fine_label`) whole
-    numbers. Class names come from the `datasets` metadata, else they are the numbers.
+    The image column holds {bytes, path}, bytes, or paths from the file's folder on; the label column whole numbers,
+    named by the `datasets` metadata or by themselves, or text: then classes are those of train, sorted. Which columns
+    these are is found by looking (`parquet_columns`) where `columns` does not name them.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, columns: Columns | None = None) -> None:
         self.name = str(root)
         self._root = root if root.is_dir() else root.parent
+        self._columns = columns or Columns()
         self._files: dict[str, list[Path]] = {}
         for file in parquet_files(root):
             words = [
@@ -99,7 +118,8 @@ class ParquetFolder:
 
     def read(self, part: str) -> ParquetImages:
         name = self.name if part == UNSPLIT else f"{self.name} ({part})"
-        return ParquetImages(name, self._files[part], self._root)
+        files = self._files[part]
+        return ParquetImages(name, files, self._root, self._columns, self._files.get("train", files))
 
 
 def parquet_files(root: Path) -> list[Path]:
@@ -110,62 +130,15 @@ def parquet_files(root: Path) -> list[Path]:
     return sorted(file for folder in folders for file in folder.glob("*.parquet") if not file.name.startswith("."))
 
 
-def image_column(schema: Any) -> str | None:
-    """The column of a parquet file's Arrow schema that holds pictures, as {bytes, path} or bytes; None: there is none.
-
-    The `datasets` metadata says; else its name does, else its type.
-    """
-    types = require("pyarrow").types
-    images = _declared(schema, "Image")
-    images += [name for name in _IMAGE_COLUMNS if name in schema.names]
-    images += [field.name for field in schema if types.is_struct(field.type) or types.is_binary(field.type)]
-    return images[0] if images else None
-
-
-def stored_picture(value: Any, root: Path) -> bytes | Path | None:
-    """A picture as a row of a parquet file holds it: encoded, or in a file named from `root` on; None: neither."""
-    path = None
-    if isinstance(value, dict):
-        value, path = value.get("bytes"), value.get("path")
-    if isinstance(value, bytes):
-        return value
-    return root / path if isinstance(path, str) else None
-
-
-def open_parquet(file: Path, **options: Any) -> Any:
-    """A `pyarrow.parquet.ParquetFile`; options are its own. Raises ValueError, naming it, where it cannot be read."""
+def holds_pictures(file: Path, root: Path) -> bool:
+    """Whether a parquet file has a column of pictures, or several, or cannot be read to tell."""
     try:
-        return require("pyarrow.parquet").ParquetFile(file, **options)
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise ValueError(f"{file}: not a readable parquet file: {error}") from error
-
-
-def _features(schema: Any) -> dict[str, Any]:
-    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features: dict[str, Any] = described.get("info", {}).get("features", {})
-    return features
-
-
-def _declared(schema: Any, kind: str) -> list[str]:
-    """The columns that the `datasets` metadata declares to be of a kind: `Image`, `ClassLabel`."""
-    features = _features(schema)
-    of_kind = {name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == kind}
-    return [name for name in schema.names if name in of_kind]
-
-
-def _columns(file: Path) -> tuple[str, str, list[str]]:
-    """The image column, the label column and the class names ([] if it does not say) of a parquet file."""
-    schema = open_parquet(file).schema_arrow
-    image = image_column(schema)
-    labels = [name for name in _LABEL_COLUMNS if name in schema.names] + _declared(schema, "ClassLabel")
-    if image is None or not labels:
-        what = "image" if image is None else "label"
-        raise ValueError(
-            f"{file}: no {what} column among {', '.join(schema.names)}; expected an image column of "
-            f"{{bytes, path}} or bytes, and a label column called {', '.join(_LABEL_COLUMNS)}"
-        )
-    names = _features(schema).get(labels[0], {}).get("names") or []
-    return image, labels[0], [str(name) for name in names]
+        image_column(open_parquet(file), str(file), (file.parent, root))
+    except NoColumnError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def _read_columns(file: Path, columns: list[str]) -> Any:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from miaformer.data.columns import Columns, split_columns
 from miaformer.data.digits import Digits
 from miaformer.data.folders import ClassFolders
 from miaformer.data.label_files import SUFFIXES, LabelFile
 from miaformer.data.named import NAME_PREFIXES, STREAM_PREFIXES, NamedData
-from miaformer.data.parquet import ParquetFolder, parquet_files
+from miaformer.data.parquet import ParquetFolder, holds_pictures, parquet_files
 from miaformer.data.source import ImageData, Split, check_split
 from miaformer.data.splits import Source, choose_split
 
 ACCEPTED = (
     "'digits' (embedded), a folder of class folders (ROOT/cat/1.png, or ROOT/train/cat/1.png and "
     "ROOT/val/cat/2.png), a CSV or TSV file of paths and labels, a folder of parquet files as `datasets` writes "
-    "them, or a name that "
-    "timm.data.create_dataset takes: 'torch/cifar10:ROOT', 'hfds/OWNER/NAME'"
+    "them, or a name that timm.data.create_dataset takes: 'torch/cifar10:ROOT', 'hfds/OWNER/NAME'"
 )
 
 
@@ -26,7 +26,7 @@ def open_data(spec: str | Path, split: Split) -> ImageData:
     Args:
         spec: "digits"; a folder of class folders; a CSV or TSV file of paths and labels; a folder of parquet files
             (or one such file); or a name that `timm.data.create_dataset` takes, with its root after a colon:
-            "torch/cifar10:/data".
+            "torch/cifar10:/data". After a table (CSV, TSV, parquet, hub) `?image=COLUMN&label=COLUMN` names columns.
         split: "train", "calibration" or "test". How these are made where the data has other splits, or none, is
             said at `splits.choose_split`: they are always disjoint and always the same.
 
@@ -35,27 +35,40 @@ def open_data(spec: str | Path, split: Split) -> ImageData:
         ImportError: the data needs an extra that is not installed.
     """
     check_split(split)
-    if spec == "digits":
+    bare, columns = split_columns(str(spec))
+    if bare == "digits" and not columns:
         return Digits(split)
-    return choose_split(_source(spec), split)
+    return choose_split(_source(bare, columns), split)
 
 
-def _source(spec: str | Path) -> Source:
-    if isinstance(spec, str):
-        if spec.startswith(STREAM_PREFIXES):
-            raise ValueError(
-                f"{spec}: a stream, which cannot be shuffled and resumed exactly; use 'hfds/...' or save it "
-                f"as class folders"
-            )
-        if spec.startswith(NAME_PREFIXES):
-            return NamedData(spec)
+def _source(spec: str, columns: Columns) -> Source:
+    if spec.startswith(STREAM_PREFIXES):
+        raise ValueError(
+            f"{spec}: a stream, which cannot be shuffled and resumed exactly; use 'hfds/...', or save it as class "
+            "folders"
+        )
+    if spec.startswith(NAME_PREFIXES):
+        return NamedData(spec, columns)
     root = Path(spec)
     if not root.exists():
-        raise ValueError(f"unknown data {str(spec)!r}: no such folder or file; data is {ACCEPTED}")
-    if parquet_files(root):
-        return ParquetFolder(root)
+        raise ValueError(f"unknown data {spec!r}: no such folder or file; data is {ACCEPTED}")
+    if parquet_files(root) and not _are_about_pictures(root):
+        return ParquetFolder(root, columns)
+    if root.suffix.lower() in SUFFIXES and root.is_file():
+        return LabelFile(root, columns)
+    if columns:
+        raise ValueError(f"{root}: columns are named of a CSV, TSV or parquet file, which this is not")
     if root.is_dir():
         return ClassFolders(root)
-    if root.suffix.lower() in SUFFIXES:
-        return LabelFile(root)
     raise ValueError(f"{root}: a file of this kind is not a data set; data is {ACCEPTED}")
+
+
+def _are_about_pictures(root: Path) -> bool:
+    """Whether the parquet files of a folder hold none themselves, and class folders beside them do."""
+    if not root.is_dir() or any(holds_pictures(file, root) for file in parquet_files(root)):
+        return False
+    folders = ClassFolders(root)
+    try:
+        return all(len(folders.read(part).classes) > 1 for part in folders.parts)
+    except ValueError:
+        return False

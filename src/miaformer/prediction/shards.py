@@ -1,52 +1,91 @@
-"""Files that hold many pictures, read as streams: tar archives and parquet files."""
+"""Files that hold many pictures, read as streams: tar and zip archives, and parquet files."""
 
 from __future__ import annotations
 
+import lzma
 import os
+import stat
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from miaformer.prediction.entries import Entry, SourceError, Unreadable, changed_when
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
+ZIP_SUFFIX = ".zip"
 PARQUET_SUFFIX = ".parquet"
+ARCHIVE_SUFFIXES = (*TAR_SUFFIXES, ZIP_SUFFIX)
 
 _READ_ROWS = 64  # of a parquet file at a time
 _READ_BYTES = 1 << 20  # of a file at a time
+_NO_PICTURES = "no member of this archive is a picture by its suffix"
 
 
 class TarShard:
-    """The members of a tar archive that are pictures by their suffix, named ARCHIVE/MEMBER; hidden ones are skipped."""
+    """The members of a tar archive that are pictures by their suffix, named ARCHIVE/MEMBER; hidden ones are skipped.
+
+    Links to other members are these; in a compressed archive, where to look back is to begin again, they are
+    unreadable, as are links to elsewhere.
+    """
 
     count = None  # a tar archive has no index: to count is to read it
 
     def __init__(self, path: Path) -> None:
         self.path, self.name, self.identity = path, str(path), changed_when(path)
+        self._is_compressed = not self.name.lower().endswith(".tar")
 
     def entries(self, start: int = 0) -> Iterator[Entry]:
         from miaformer.images import picture_suffixes
 
         suffixes = picture_suffixes()
         pictures = 0
+        indexed: tarfile.TarFile | None = None  # the archive again, read through and with all its members, for links
         try:
             with tarfile.open(self.path, tarinfo=_Member) as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it keeps them all: a gigabyte for a million
-                    if not member.isreg() or not _is_picture(member.name, suffixes):
+                    if member.isdir() or not _is_picture(member.name, suffixes):
                         continue
                     pictures += 1
-                    if pictures > start:
+                    if pictures <= start:
+                        continue
+                    content: bytes | Unreadable
+                    if member.isreg():
                         file = tar.extractfile(member)
                         assert file is not None  # of regular members there is one
-                        yield Entry(f"{self.path}/{member.name.removeprefix('./')}", file.read())
-                if not self.name.lower().endswith(".tar"):
+                        content = file.read()
+                    elif not (member.islnk() or member.issym()):
+                        content = Unreadable("neither a file nor a link")
+                    elif self._is_compressed:
+                        content = Unreadable(
+                            f"a link to {member.linkname!r}, not read in a compressed archive: unpack it"
+                        )
+                    else:
+                        indexed = indexed or tarfile.open(self.path)  # noqa: SIM115  # closed below
+                        content = _linked(indexed, member)
+                    yield Entry(f"{self.path}/{member.name.removeprefix('./')}", content)
+                if self._is_compressed:
                     _read_on(tar)
-        except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+        except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
             raise SourceError(_tar_damage(error)) from error
+        finally:
+            if indexed is not None:
+                indexed.close()
         if not pictures:
-            raise SourceError("no member of this archive is a picture by its suffix")
+            raise SourceError(_NO_PICTURES)
+
+
+def _linked(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Unreadable:
+    """What a link in an archive stands for, in that archive."""
+    try:
+        file = tar.extractfile(member)
+    except (KeyError, RecursionError):
+        file = None
+    if file is None:
+        return Unreadable(f"a link to {member.linkname!r}, which is no file of this archive")
+    return file.read()
 
 
 class _Member(tarfile.TarInfo):
@@ -82,29 +121,84 @@ def _tar_damage(error: Exception) -> str:
     return f"damaged archive: {reason or type(error).__name__}"
 
 
+class ZipShard:
+    """The members of a zip archive that are pictures by their suffix, named ARCHIVE/MEMBER; hidden ones are skipped."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises SourceError where it cannot be opened."""
+        self.path, self.name, self.identity = path, str(path), changed_when(path)
+        with self._opened() as archive:
+            self.count: int | None = len(self._pictures(archive))
+
+    def entries(self, start: int = 0) -> Iterator[Entry]:
+        with self._opened() as archive:
+            pictures = self._pictures(archive)
+            for member in pictures[start:]:
+                yield Entry(f"{self.path}/{member.filename}", _unzipped(archive, member))
+        if not pictures:
+            raise SourceError(_NO_PICTURES)
+
+    def _pictures(self, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+        from miaformer.images import picture_suffixes
+
+        suffixes = picture_suffixes()
+        return [one for one in archive.infolist() if not one.is_dir() and _is_picture(one.filename, suffixes)]
+
+    def _opened(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(self.path)
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            raise SourceError(f"not a zip archive, or damaged: {error}") from error
+
+
+def _unzipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes | Unreadable:
+    if stat.S_ISLNK(member.external_attr >> 16):
+        return Unreadable("a symbolic link, not read in a zip archive: unpack it")
+    try:
+        return archive.read(member)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        return Unreadable(f"damaged in its archive: {error}")
+    except (RuntimeError, NotImplementedError) as error:  # encrypted, or compressed in a way that Python cannot undo
+        return Unreadable(str(error))
+
+
 class ParquetShard:
     """The rows of a parquet file that holds pictures, named FILE/ROW."""
 
-    def __init__(self, path: Path, root: Path) -> None:
-        """root: what paths in its rows begin from, where those hold no bytes.
+    def __init__(self, path: Path, root: Path, column: str | None = None) -> None:
+        """column: the one that holds pictures, or paths from the file's folder or from `root` on; None: it is found.
 
-        Raises SourceError where it cannot be opened, NoPicturesError where it has no column of pictures.
+        Raises SourceError where it cannot be opened, or several do, NoPicturesError where it has no such column.
         """
-        from miaformer.data.parquet import image_column
+        from miaformer.data.parquet_columns import NoColumnError, image_column
 
         self.path, self.name, self.identity = path, str(path), changed_when(path)
-        self._root = root
+        if column is not None:
+            self.identity += f" {column}"
+        self._roots = (path.parent, root)
         with self._opened() as file:
-            names = file.schema_arrow.names
-            self._column = image_column(file.schema_arrow)
+            try:
+                self._column = image_column(file, self.name, self._roots, column)
+            except NoColumnError as error:
+                raise NoPicturesError(error.reason) from None
+            except ValueError as error:
+                raise SourceError(str(error).removeprefix(f"{path}: ")) from error
             self.count: int | None = file.metadata.num_rows
-        if self._column is None:
-            raise NoPicturesError(f"no column of pictures ({{bytes, path}} or bytes) among {', '.join(names)}")
+
+    def lists_files_below(self, folder: Path) -> bool:
+        """Whether its first rows name pictures that lie in a folder, as a table about them does."""
+        from miaformer.data.parquet_columns import first_values, stored_picture
+
+        with self._opened() as file:
+            found = [stored_picture(value, self._roots) for value in first_values(file, self._column)]
+        inside = [isinstance(one, Path) and one.resolve().is_relative_to(folder.resolve()) for one in found]
+        return bool(inside) and all(inside)
 
     def entries(self, start: int = 0) -> Iterator[Entry]:
-        from miaformer.data.parquet import stored_picture
+        from miaformer.data.parquet_columns import stored_picture
 
         row = 0
+        lacking = Unreadable(f"column {self._column!r} holds neither bytes nor a path")
         try:
             with self._opened() as file:
                 for group in range(file.num_row_groups):
@@ -114,9 +208,8 @@ class ParquetShard:
                     for batch in file.iter_batches(_READ_ROWS, row_groups=[group], columns=[self._column]):
                         for value in batch.column(0).to_pylist():
                             if row >= start:
-                                stored = stored_picture(value, self._root)
-                                content = Unreadable("neither bytes nor a path") if stored is None else stored
-                                yield Entry(f"{self.path}/{row}", content)
+                                stored = stored_picture(value, self._roots)
+                                yield Entry(f"{self.path}/{row}", lacking if stored is None else stored)
                             row += 1
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
             raise SourceError(f"damaged parquet file: {' '.join(str(error).split())}") from error
@@ -124,7 +217,7 @@ class ParquetShard:
             raise SourceError("this parquet file has no rows")
 
     def _opened(self):  # type: ignore[no-untyped-def]  # a pyarrow.parquet.ParquetFile
-        from miaformer.data.parquet import open_parquet
+        from miaformer.data.parquet_columns import open_parquet
 
         try:
             # Buffered: a column of pictures is otherwise read a whole row group at a time.

@@ -1,4 +1,4 @@
-"""What pictures there are: files, folders, patterns, tar archives and parquet files, as one stream in a fixed order."""
+"""What pictures there are: files, folders, patterns, archives and parquet files, as one stream in a fixed order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from miaformer.prediction.entries import BEGINNING, Entry, Position, Source, SourceError, Unreadable
-from miaformer.prediction.shards import PARQUET_SUFFIX, TAR_SUFFIXES, NoPicturesError, ParquetShard, TarShard
+from miaformer.prediction.shards import (
+    ARCHIVE_SUFFIXES,
+    PARQUET_SUFFIX,
+    TAR_SUFFIXES,
+    ZIP_SUFFIX,
+    NoPicturesError,
+    ParquetShard,
+    TarShard,
+    ZipShard,
+)
 
 _UNFINISHED = ".partial"  # folders of this suffix hold rows of a run that goes on
 
@@ -83,18 +92,19 @@ class Inputs:
         return f"{files} ({digest.hexdigest()})"
 
 
-def find_inputs(paths: Sequence[str | Path]) -> Inputs:
+def find_inputs(paths: Sequence[str | Path], image_column: str | None = None) -> Inputs:
     """What some paths name, each file once: files, folders with everything below them, patterns as the shell has them.
 
-    Files are tar archives or parquet files by their suffix, else pictures. In folders, and where a pattern matches,
-    only files of known suffixes count, and parquet files only where they hold pictures. What is not there or cannot be
-    opened becomes an unreadable entry in its place. Raises SourceError where there is nothing at all.
+    Files are tar or zip archives or parquet files by their suffix, else pictures. In folders, and where a pattern
+    matches, only files of known suffixes count, and parquet files only where they hold pictures, or list some that do
+    not lie in the folder. image_column: of parquet files; None: it is found. What is not there or cannot be opened
+    becomes an unreadable entry in its place. Raises SourceError where there is nothing at all.
     """
     sources: dict[str, Source] = {}
     missing: dict[str, str] = {}
     for path in map(str, paths):
         try:
-            found = _sources(path)
+            found = _sources(path, image_column)
         except SourceError as error:
             missing[path] = str(error)
             found = [MissingSource(path, str(error))]
@@ -123,29 +133,34 @@ def find_pictures(paths: Sequence[str | Path]) -> tuple[list[Path], dict[str, st
     return pictures, others
 
 
-def _sources(path: str) -> list[Source]:
+def _sources(path: str, image_column: str | None) -> list[Source]:
     named = Path(path)
     if named.is_dir():
-        return _below(named)
+        return _below(named, image_column)
     if named.is_file():
-        return [_of_file(named, named.parent)]
+        return [_of_file(named, named.parent, image_column)]
     if glob.has_magic(path):
-        return _matching(path)
+        return _matching(path, image_column)
     raise SourceError("neither a file nor a folder" if named.exists() else "no such file or folder")
 
 
-def _below(folder: Path) -> list[Source]:
+def _below(folder: Path, image_column: str | None) -> list[Source]:
     from miaformer.images import files_below, picture_suffixes
 
     files = [path for path in files_below(folder, _known_suffix()) if not _is_unfinished(path.relative_to(folder))]
-    sources = _holding_pictures(files, folder)
+    sources = [
+        source
+        for source in _holding_pictures(files, folder, image_column)
+        if not (isinstance(source, ParquetShard) and source.lists_files_below(folder))  # they are sources themselves
+    ]
     if not sources:
         some = ", ".join(sorted(picture_suffixes())[:8])
-        raise SourceError(f"no pictures in this folder (known suffixes: {some}, ...; .tar, .tar.gz, .tgz, .parquet)")
+        shards = ", ".join((*ARCHIVE_SUFFIXES, PARQUET_SUFFIX))
+        raise SourceError(f"no pictures in this folder (known suffixes: {some}, ...; {shards})")
     return sources
 
 
-def _matching(pattern: str) -> list[Source]:
+def _matching(pattern: str, image_column: str | None) -> list[Source]:
     found: list[Source] = []
     known = _known_suffix()
     matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
@@ -154,36 +169,36 @@ def _matching(pattern: str) -> list[Source]:
             continue
         if match.is_dir():
             try:
-                found += _below(match)
+                found += _below(match, image_column)
             except SourceError:  # a folder without pictures: the pattern matches others
                 continue
         elif known(match.name):
-            found += _holding_pictures([match], match.parent)
+            found += _holding_pictures([match], match.parent, image_column)
     if not found:
         none = "none is a picture by its suffix" if matches else "no such file or folder"
         raise SourceError(f"{none} (as a pattern it matches {len(matches):,} names)")
     return found
 
 
-def _holding_pictures(files: Sequence[Path], root: Path) -> list[Source]:
+def _holding_pictures(files: Sequence[Path], root: Path, image_column: str | None) -> list[Source]:
     found: list[Source] = []
     for path in files:
         try:
-            found.append(_of_file(path, root))
+            found.append(_of_file(path, root, image_column))
         except NoPicturesError:
             continue
     return found
 
 
-def _of_file(path: Path, root: Path) -> Source:
+def _of_file(path: Path, root: Path, image_column: str | None) -> Source:
     """Raises NoPicturesError for a parquet file without a column of them."""
     name = path.name.lower()
     if name.endswith(TAR_SUFFIXES):
         return TarShard(path)
-    if not name.endswith(PARQUET_SUFFIX):
+    if not name.endswith((ZIP_SUFFIX, PARQUET_SUFFIX)):
         return PictureFile(path)
     try:
-        return ParquetShard(path, root)
+        return ZipShard(path) if name.endswith(ZIP_SUFFIX) else ParquetShard(path, root, image_column)
     except NoPicturesError:
         raise
     except SourceError as error:
@@ -194,7 +209,7 @@ def _known_suffix() -> Callable[[str], bool]:
     from miaformer.images import picture_suffixes
 
     pictures = picture_suffixes()
-    shards = (*TAR_SUFFIXES, PARQUET_SUFFIX)
+    shards = (*ARCHIVE_SUFFIXES, PARQUET_SUFFIX)
     return lambda name: os.path.splitext(name)[1].lower() in pictures or name.lower().endswith(shards)
 
 

@@ -1,0 +1,188 @@
+"""Which columns of a parquet file hold pictures and labels: found by what is declared, named, and in them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from miaformer.data.extras import require
+from miaformer.images import picture_suffixes, readable_formats
+
+_IMAGE_NAMES = ("image", "img")
+_LABEL_NAMES = ("label", "labels", "fine_label")
+_LOOKED_AT = 64  # rows of a file, the first ones
+
+
+class NoColumnError(ValueError):
+    """A parquet file that holds no pictures, or no labels: `reason` says it without the file's name."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(f"{file}: {reason}")
+        self.reason = reason
+
+
+def open_parquet(file: Path, **options: Any) -> Any:
+    """A `pyarrow.parquet.ParquetFile`; options are its own. Raises ValueError, naming it, where it cannot be read."""
+    try:
+        return require("pyarrow.parquet").ParquetFile(file, **options)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{file}: not a readable parquet file: {error}") from error
+
+
+def image_column(opened: Any, file: str, roots: Sequence[Path], named: str | None = None) -> str:
+    """The column of a parquet file that holds pictures: encoded, {bytes, path}, or paths from one of the roots on.
+
+    What is declared in the `datasets` metadata goes first, then what is called `image` or `img`, then the only one
+    whose first values are pictures. Raises NoColumnError where there is none, ValueError where there are several.
+    """
+    schema = opened.schema_arrow
+    able = [field.name for field in schema if _may_hold_pictures(field.type)]
+    if named is not None:
+        if named not in able:
+            what = f"holds {schema.field(named).type}" if named in schema.names else "is not there"
+            raise NoColumnError(
+                file,
+                f"column {named!r} {what}; pictures are bytes, {{bytes, path}} or paths, here in "
+                + (", ".join(able) or "no column"),
+            )
+        return named
+    declared = _declared(schema, "Image")
+    holding = [name for name in able if _holds_pictures(opened, name, roots)]
+    if not holding:  # no rows, or the first ones are damaged or null
+        holding = [name for name in able if name in declared or (name in _IMAGE_NAMES and not _is_text(schema, name))]
+    if not holding:
+        raise NoColumnError(
+            file,
+            f"no column of pictures among {', '.join(schema.names)}; expected encoded pictures as bytes or "
+            "{bytes, path}, or paths of pictures that are there",
+        )
+    return _only(holding, declared, _IMAGE_NAMES, file, "pictures", "--image-column")
+
+
+def label_column(opened: Any, file: str, named: str | None = None) -> tuple[str, list[str]]:
+    """The column of labels, and the names of classes that the `datasets` metadata gives ([]: none).
+
+    What is declared a `ClassLabel` goes first, then what is called `label`, `labels` or `fine_label`. Raises
+    NoColumnError where there is none, ValueError where there are several.
+    """
+    schema = opened.schema_arrow
+    declared = _declared(schema, "ClassLabel")
+    if named is None:
+        able = declared or [name for name in _LABEL_NAMES if name in schema.names]
+        if not able:
+            raise NoColumnError(
+                file,
+                f"no label column among {', '.join(schema.names)}; call it one of {', '.join(_LABEL_NAMES)}, "
+                "or name it (--label-column)",
+            )
+        named = _only(able, declared, _LABEL_NAMES, file, "labels", "--label-column")
+    elif named not in schema.names:
+        raise NoColumnError(file, f"no column {named!r} among {', '.join(schema.names)}")
+    feature = _features(schema).get(named)
+    names = (feature.get("names") or []) if isinstance(feature, dict) else []
+    return named, [str(name) for name in names]
+
+
+def stored_picture(value: Any, roots: Sequence[Path]) -> bytes | Path | None:
+    """A picture as a row of a parquet file holds it: encoded, or in a file named from one of the roots on; None:
+    neither.
+    """
+    path = value
+    if isinstance(value, dict):
+        value, path = value.get("bytes"), value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(path, str) or not path or "\0" in path:
+        return None
+    places = [root / path for root in roots]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def first_values(opened: Any, column: str) -> list[Any]:
+    """Those of the first rows that are not null."""
+    batches = islice(opened.iter_batches(_LOOKED_AT, columns=[column]), 1)
+    return [value for batch in batches for value in batch.column(0).to_pylist() if value is not None]
+
+
+def _only(able: list[str], declared: list[str], usual: Sequence[str], file: str, what: str, option: str) -> str:
+    preferred = [name for name in declared if name in able] or able
+    by_name = [name for name in usual if name in preferred]
+    if by_name:
+        return by_name[0]
+    if len(preferred) > 1:
+        raise ValueError(f"{file}: columns {' and '.join(preferred)} both hold {what}: name one ({option})")
+    return preferred[0]
+
+
+def _may_hold_pictures(kind: Any) -> bool:
+    types = require("pyarrow").types
+    if types.is_struct(kind):
+        return any(_may_hold_pictures(field.type) for field in kind if field.name in ("bytes", "path"))
+    if types.is_dictionary(kind):
+        return _may_hold_pictures(kind.value_type)
+    return _is_encoded(kind) or _is_string(kind)
+
+
+def _is_encoded(kind: Any) -> bool:
+    types = require("pyarrow").types
+    return bool(
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_binary_view(kind)
+        or types.is_fixed_size_binary(kind)
+    )
+
+
+def _is_string(kind: Any) -> bool:
+    types = require("pyarrow").types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _is_text(schema: Any, name: str) -> bool:
+    return _is_string(schema.field(name).type)
+
+
+def _holds_pictures(opened: Any, column: str, roots: Sequence[Path]) -> bool:
+    try:
+        values = first_values(opened, column)
+    except (OSError, ValueError):  # damaged: told of when its rows are read
+        return False
+    return any(_is_picture(stored_picture(value, roots)) for value in values)
+
+
+def _is_picture(stored: bytes | Path | None) -> bool:
+    """By its first bytes, or by its name where it is a file."""
+    if isinstance(stored, Path):
+        return os.path.splitext(stored.name)[1].lower() in picture_suffixes() and stored.is_file()
+    if not stored:
+        return False
+    try:
+        with Image.open(io.BytesIO(stored), formats=readable_formats()):
+            return True
+    except Exception:  # of what is no picture a decoder may raise nearly anything
+        return False
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """What the `datasets` metadata says of columns; {} where there is none, or none that is understood."""
+    try:
+        described: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except ValueError:
+        return {}
+    for key in ("info", "features"):
+        described = described.get(key) if isinstance(described, dict) else None
+    return described if isinstance(described, dict) else {}
+
+
+def _declared(schema: Any, kind: str) -> list[str]:
+    """The columns that the `datasets` metadata declares to be of a kind: `Image`, `ClassLabel`."""
+    features = _features(schema)
+    of_kind = {name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == kind}
+    return [name for name in schema.names if name in of_kind]
