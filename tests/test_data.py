@@ -763,3 +763,30 @@ def test_data_and_transforms_can_be_sent_to_a_process(tmp_path: Path, digits: di
     transform = build_transform(CONFIG)
     image = digits["test"][0][0]
     assert torch.equal(pickle.loads(pickle.dumps(transform))(image), transform(image))
+
+
+# links
+
+
+def test_a_link_to_the_folder_above_adds_nothing(tmp_path: Path) -> None:
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            (tmp_path / name / f"{number}.png").write_bytes(png(10 * label + number))
+    (tmp_path / "cat" / "up").symlink_to("..")
+    (tmp_path / "dog" / "far up").symlink_to(tmp_path.parent.resolve())
+    (tmp_path / "dog" / "here").symlink_to(".")
+    members = [data for split in SPLITS for data in [open_data(tmp_path, split)]]
+    assert sum(map(len, members)) == 20
+    for data in members:
+        assert [number_of(data[k][0]) // 10 for k in range(len(data))] == data.labels.tolist()
+
+
+def test_a_link_into_another_class_is_refused(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        for number in range(10):
+            (tmp_path / name / "deep" / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "dog" / "more").symlink_to(tmp_path / "cat" / "deep")
+    with pytest.raises(ValueError, match=r"dog/more: a link to pictures of class 'cat', in class 'dog'"):
+        open_data(tmp_path, "train")

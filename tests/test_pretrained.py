@@ -23,7 +23,7 @@ from torch import Tensor
 from vits import pictures, randomise, vit
 
 import miaformer
-from miaformer import load_backbone, pretrained
+from miaformer import hub, load_backbone
 from miaformer.checkpoint_files import read_checkpoint
 from miaformer.classes import read_class_names
 from miaformer.cli.arguments import open_model
@@ -342,7 +342,7 @@ def test_the_hub_is_not_asked_where_weights_are_given(tmp_path: Path, monkeypatc
     def asked(*_: object, **__: object) -> None:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(pretrained, "get_hf_file_metadata", asked)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", asked)
     monkeypatch.setattr("timm.models._hub.hf_hub_download", asked)
     model = made()
     path = saved(model.state_dict(), tmp_path / "mine.pth")
@@ -359,12 +359,15 @@ def test_a_hub_out_of_reach_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPa
         tried.append(url)
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(pretrained, "get_hf_file_metadata", unreachable)
-    monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: None)
     wanted = r"cannot be downloaded \(Name or service not known\).*huggingface\.co/timm/deit_tiny.*--weights FILE"
     with pytest.raises(ValueError, match=wanted):
         load_backbone("deit_tiny_patch16_224", pretrained=True)
     assert len(tried) == 2
+    with pytest.raises(ValueError, match=r"no model 'owner/name': .*Name or service not known"):
+        miaformer.load("owner/name")
+    assert len(tried) == 4
 
 
 # Names of classes ----------------------------------------------------------------------------------------------------
@@ -491,3 +494,24 @@ def test_train_says_how_a_checkpoint_file_is_given(
     status, _, err = run(capsys, *start, "--classes", own / "names.txt")
     assert status == 2
     assert "--classes names the classes of a classifier in --weights FILE" in err
+
+
+# Default dtypes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_default_dtype_rounds_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    backbone = made()
+    path = saved(backbone.state_dict(), tmp_path / "mine.pth")
+    miaformer.adapt(made()).save_pretrained(tmp_path / "model")
+    wanted = miaformer.load(tmp_path / "model")
+    torch.set_default_dtype(dtype)
+    try:
+        found, static = miaformer.load(tmp_path / "model"), load_backbone(NAME, path, **SIZES)
+        raw = miaformer.MIAFormer.from_pretrained(tmp_path / "model")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for model in (found, raw):
+        for (name, value), other in zip(model.state_dict().items(), wanted.state_dict().values(), strict=True):
+            assert torch.equal(value, other), name
+    assert_same_answers(static, backbone)

@@ -331,3 +331,35 @@ def grown() -> Any:
 def test_what_cannot_be_converted_is_named(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         miaformer.adapt(**make())
+
+
+def sides(height: int, width: int) -> dict[str, int]:
+    return {"height": height, "width": width}
+
+
+@pytest.mark.parametrize(
+    ("processor", "settings", "message"),
+    [
+        ("ViTImageProcessor", {"size": sides(16, 24)}, None),
+        ("DeiTImageProcessor", {"size": sides(24, 36), "crop_size": sides(16, 24)}, None),
+        ("DeiTImageProcessor", {"size": sides(24, 24), "crop_size": sides(16, 24)}, "as timm's transforms do not"),
+        ("DeiTImageProcessor", {"size": sides(24, 30), "crop_size": sides(16, 16)}, "as timm's transforms do not"),
+        ("BitImageProcessor", {"size": {"shortest_edge": 20}, "crop_size": sides(16, 24)}, "transforms do not"),
+        ("BitImageProcessor", {"do_resize": False, "crop_size": sides(16, 16)}, "'do_resize': False"),
+        ("BitImageProcessor", {"size": {"shortest_edge": 20}, "do_center_crop": False}, "no size that is known before"),
+    ],
+)  # fmt: skip
+def test_pictures_are_the_image_processors_own_or_it_is_refused(
+    processor: str, settings: dict[str, Any], message: str | None
+) -> None:
+    prepare = getattr(transformers, processor)(**settings)
+    model = hugging("ViTForImageClassification")
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            miaformer.adapt(model, image_processor=prepare)
+        return
+    transform = build_transform(miaformer.adapt(model, image_processor=prepare).data_config())
+    for width, height in ((61, 37), (20, 50), (24, 16), (9, 11)):
+        picture = photo(width, height)
+        wanted = prepare(picture, return_tensors="pt").pixel_values[0]
+        assert (transform(picture) - wanted).abs().max() < 0.03 * (wanted.max() - wanted.min())

@@ -126,3 +126,8 @@ def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(content, Mapping):
         for key, value in content.items():
             yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def at_least_float32() -> torch.dtype:
+    """What weights are read into: torch's default, unless that would round them."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)

@@ -97,14 +97,14 @@ def find_images(path: str | Path) -> list[Path]:
 def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
     """All files in a folder and below it whose name is wanted, sorted.
 
-    Hidden files and folders are skipped; links are followed, each folder once.
+    Hidden files and folders are skipped; links are followed, each folder once, but not to folders above.
 
     Raises ImageError where there is no such folder.
     """
     if not root.is_dir():
         raise ImageError(f"{root}: no such file or folder")
     found: list[Path] = []
-    seen: set[str] = set()
+    seen = {os.path.realpath(above) for above in Path(os.path.realpath(root)).parents}
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:

@@ -18,7 +18,9 @@ from torch import Tensor
 from miaformer import backbone as static
 from miaformer.block import check_plain
 from miaformer.budget import Calibration
+from miaformer.checkpoint_files import at_least_float32
 from miaformer.config import AdaptConfig
+from miaformer.hub import check_hub
 from miaformer.importance import identity_orders
 
 if TYPE_CHECKING:
@@ -147,6 +149,8 @@ class SavedModel(ModelHubMixin):
             read_json(directory / "config.json")  # before the mixin reads it, whose errors name no file
         elif directory.exists() or str(pretrained_model_name_or_path).startswith((".", "/", "~")):
             raise ValueError(f"{directory} is not a model directory: it should hold config.json and model.safetensors")
+        elif not kwargs.get("local_files_only"):
+            check_hub(str(directory), ["config.json"], kwargs.get("revision"), kwargs.get("cache_dir"))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -179,6 +183,7 @@ class SavedModel(ModelHubMixin):
     @classmethod
     def _of_files(cls, files: ModelFiles) -> Self:
         model: Any = cls(files.backbone, files.config, identity_orders(files.backbone))
+        model.to(at_least_float32())
         try:
             model.load_state_dict(files.state)
         except RuntimeError as error:

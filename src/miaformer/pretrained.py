@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
 from miaformer.backbone import check_known, check_supported
-from miaformer.checkpoint_files import FLOATS, read_checkpoint, some
+from miaformer.checkpoint_files import FLOATS, at_least_float32, read_checkpoint, some
+from miaformer.hub import check_hub
 
 HEADS = ("head.", "head_dist.")  # classifiers of timm's ViTs
 # What a ViT consists of. A name of these that the model lacks changes what the file's model says; any other belongs to
@@ -139,7 +138,7 @@ def _from_file(name: str, path: Path, settings: dict[str, Any]) -> Any:
     left_out = sorted(state.keys() - wanted)
     if left_out:
         _log.warning(f"{path} holds more than a ViT; left out: {some(left_out)}")
-    backbone.load_state_dict({key: state[key] for key in wanted})
+    backbone.to(at_least_float32()).load_state_dict({key: state[key] for key in wanted})
     return backbone
 
 
@@ -222,26 +221,15 @@ def _from_timm(name: str, pretrained: bool, settings: dict[str, Any]) -> Any:
 
 
 def _check_hub(name: str) -> None:
-    """Raise ValueError at once where weights are neither in the cache nor to be had.
-
-    timm's download tries for 45 seconds before it says so. This asks twice; whatever the hub answers, timm goes on.
-    """
+    """Raise ValueError at once where weights are neither in the cache nor to be had."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.hf_hub_id:
         return
     repo, _, revision = cfg.hf_hub_id.partition("@")
-    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else WEIGHTS_ON_HUB
-    if any(isinstance(try_to_load_from_cache(repo, file, revision=revision or None), str) for file in files):
-        return
-    for last in (False, True):
-        try:
-            get_hf_file_metadata(hf_hub_url(repo, files[0], revision=revision or None))
-            return
-        except HfHubHTTPError:
-            return
-        except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
-            if last:
-                raise ValueError(_unreachable(name, error)) from error
+    try:
+        check_hub(repo, [cfg.hf_hub_filename] if cfg.hf_hub_filename else WEIGHTS_ON_HUB, revision or None)
+    except ConnectionError as error:
+        raise ValueError(_unreachable(name, error)) from error
 
 
 def _unreachable(name: str, error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,17 @@ class FolderImages(ImageData):
         self.classes = classes
         self.paths: list[Path] = []
         labels: list[int] = []
+        of_class: dict[str, str] = {}  # where pictures lie, links resolved
         for folder in _subfolders(root):
             paths = _pictures(folder)
             if not paths:
                 continue
             if folder.name not in classes:
                 raise ValueError(f"{folder}: class {folder.name!r} is not among the {len(classes)} classes to train on")
+            for place in {path.parent for path in paths}:
+                other = of_class.setdefault(os.path.realpath(place), folder.name)
+                if other != folder.name:
+                    raise ValueError(f"{place}: a link to pictures of class {other!r}, in class {folder.name!r}")
             self.paths += paths
             labels += [classes.index(folder.name)] * len(paths)
         self.labels = np.asarray(labels, dtype=np.int64)
