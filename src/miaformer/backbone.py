@@ -45,6 +45,12 @@ def check_supported(backbone: nn.Module) -> VisionTransformer:
             raise ValueError(
                 f"Block {index} of the backbone has {problem}, which is not supported. Supported: {SUPPORTED}"
             )
+    for name, value in backbone.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"The backbone's {name} is no tensor but a {type(value).__name__}, as in quantised layers: adapt it "
+                "first, quantise then"
+            )
     if shared := _shared(backbone):
         raise ValueError(
             f"The backbone has one weight in two places, {' and '.join(shared)}: give each a copy of its own"
@@ -65,6 +71,18 @@ def _shared(backbone: nn.Module) -> list[str]:
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return next((found for found in names.values() if len(found) > 1), [])
+
+
+def learning(backbone: VisionTransformer) -> VisionTransformer:
+    """The same, with tensors that were made in inference mode, and can never learn, replaced by copies."""
+    for module in backbone.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    copy = tensor.clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+    return backbone
 
 
 def _unsupported(block: Any) -> str | None:

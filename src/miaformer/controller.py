@@ -52,6 +52,10 @@ class Logits:
     difficulty: Tensor  # (B,)
 
 
+class Layer(nn.Linear):
+    """Stays as it is where a model is quantised layer by layer, by type: controllers are small, and read exactly."""
+
+
 class Controller(nn.Module):
     """Logits of one block's gates.
 
@@ -74,17 +78,17 @@ class Controller(nn.Module):
         self.nested = nested
         self.dithers = dithers
         self.even = even
-        self.pooled = nn.Linear(2 * embed_dim, hidden)
-        self.price = nn.Linear(PRICE_FEATURES, hidden, bias=False)
-        self.gates = nn.Linear(hidden, 1 + num_heads)
+        self.pooled = Layer(2 * embed_dim, hidden)
+        self.price = Layer(PRICE_FEATURES, hidden, bias=False)
+        self.gates = Layer(hidden, 1 + num_heads)
         slopes = (1.0, HEAD_SLOPE if leaves else 1.0, 1.0)
         self.slope = nn.Parameter(torch.tensor([_inverse_softplus(value) for value in slopes]))  # depth, heads, tokens
-        self.difficulty = nn.Linear(hidden, 1)
+        self.difficulty = Layer(hidden, 1)
         gains = [_inverse_softplus(value) for value in (gain, DIFFICULTY_GAIN, DIFFICULTY_GAIN)]
         self.gain = nn.Parameter(torch.tensor(gains))  # depth, heads, tokens
         if rank:
-            self.query = nn.Linear(hidden, rank + 1)  # + 1: a bias that all tokens share
-            self.key = nn.Linear(embed_dim, rank, bias=False)
+            self.query = Layer(hidden, rank + 1)  # + 1: a bias that all tokens share
+            self.key = Layer(embed_dim, rank, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

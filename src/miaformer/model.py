@@ -202,6 +202,7 @@ class MIAFormer(
         budget without calibration, for a cap below what embedding, controllers and classifier take, and for sample
         where no controllers decide.
         """
+        _check_is_not_transformed()
         images = static.check_images(images, self.backbone)
         if execution not in ("sparse", "masked"):
             raise ValueError(f"execution={execution!r} must be 'sparse' or 'masked'")
@@ -399,6 +400,15 @@ class MIAFormer(
         return twin.train(self.training)
 
 
+def _check_is_not_transformed() -> None:
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        raise ValueError(
+            "decisions are made in Python, from values that torch.func's transforms (grad, vmap, ...) do not show: use "
+            "autograd, loss.backward() or torch.autograd.grad, or transform model.backbone, which decides nothing"
+        )
+
+
+@torch.inference_mode(False)  # a model that learns, wherever it was made
 def adapt(
     backbone: nn.Module, calibration_images: Tensor | None = None, image_processor: Any = None, **config: Any
 ) -> MIAFormer:
@@ -423,7 +433,7 @@ def adapt(
         backbone = to_timm(backbone, image_processor)
     elif image_processor is not None:
         raise TypeError("image_processor goes with a transformers model; timm's have their pretrained_cfg")
-    vit = static.check_supported(backbone)
+    vit = static.learning(static.check_supported(backbone))
     if settings.chooses_resolution:
         take_any_size(vit)
     static.check_describes(static.describe(vit), vit)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self, cast
 
+import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -154,6 +155,7 @@ class SavedModel(ModelHubMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
+    @torch.inference_mode(False)  # a model that learns, wherever it is loaded
     def _from_pretrained(
         cls,
         *,

@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -88,7 +89,9 @@ def train(
         held_out = calibration_data or open_data(data, "calibration")
     check_classes(train_data)
     if not model.answers_other_classes(train_data.classes):
+        recipe = _learnable(recipe, model)
         train_data, held_out = model.in_own_order(train_data), model.in_own_order(held_out)
+    check_trainable(model)
     started = time.monotonic()
     # Where there is no accelerator several processes find each other only if told that they are on processors.
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
@@ -149,6 +152,33 @@ def train(
     )
     accelerator.end_training()
     return model.eval()
+
+
+def _learnable(recipe: Recipe, model: MIAFormer) -> Recipe:
+    """Without the stages in which nothing learns: those of the backbone, where it is frozen."""
+    if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+        return recipe
+    stages = tuple(stage for stage in recipe.stages if stage.trains_controllers)
+    if not stages:
+        raise ValueError(
+            f"the backbone is frozen, and recipe {recipe.name!r} trains no controllers: nothing would learn. "
+            "Let some of it, model.backbone.requires_grad_(True)"
+        )
+    return replace(recipe, stages=stages)
+
+
+def check_trainable(model: MIAFormer) -> None:
+    """Raises ValueError for weights that optimisers cannot change, or would lose steps of by rounding."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"{name} was made in torch.inference_mode(), and cannot learn: make the model outside of it"
+            )
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"{name} is {parameter.dtype}: train in float32, model.float(), which keeps small steps; the recipe's "
+                "`precision` says what products are computed in"
+            )
 
 
 def _fit_classifier(model: MIAFormer, data: ImageData, seed: int, display: Display) -> None:
