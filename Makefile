@@ -15,7 +15,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_USER := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-ray test-zoo lint types format clean clean-all
+.PHONY: help setup demo docs test test-slow test-ray test-zoo lint types format clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ demo: setup ## train, calibrate and run a small model on digits; writes demo/
 
 test: lint types ## lint, check types, run the tests
 	$(PYTEST)
+
+test-slow: setup ## the tests marked slow: more cases of what the others show
+	$(PYTEST) -m slow
 
 test-ray: setup ## check prediction and serving on a Ray cluster of two workers on this machine
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m ray

@@ -357,3 +357,14 @@ def test_no_terminal_is_too_narrow_for_a_table(width: int) -> None:
     assert len([line for line in lines if "7" in line]) == 2
     assert max(map(len, lines)) <= max(width, len("another") + sum(1 + len(value) for value in values))
     assert terminal.width == width
+
+
+def test_a_terminal_that_cannot_show_a_letter_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: Path
+) -> None:
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding="ascii"))
+    Image.new("RGB", (20, 20)).save(tmp_path / "Käfer.png")
+    assert cli.main(["predict", str(calibrated), str(tmp_path), "--out", str(tmp_path / "käfer.csv")]) == 0
+    sys.stdout.flush()
+    assert rb"k\xe4fer.csv" in said.getvalue().replace(b"\n", b"")

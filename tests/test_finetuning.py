@@ -126,7 +126,7 @@ def test_a_decay_that_would_let_nothing_learn_is_refused() -> None:
 def test_a_comparison_trains_its_shared_backbone_with_the_probe(tmp_path: Path) -> None:
     comparison = Comparison(get_recipe("finetune"), "data", tmp_path, (0.5,))
     assert [stage.kind for stage in comparison._backbone_recipe.stages] == ["probe", "backbone"]
-    assert adaptation_epochs(comparison.recipe) == pytest.approx(1.6)
+    assert adaptation_epochs(comparison.recipe) == pytest.approx(2.4)
 
 
 def test_the_command_line_takes_every_stage_of_the_recipe() -> None:

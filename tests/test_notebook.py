@@ -43,6 +43,7 @@ def shown(cell: Notebook) -> list[tuple[str, ...]]:
     return [(one.output_type, one.get("name", ""), *sorted(one.get("data", {}))) for one in said]
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_gives_what_is_committed(
     tool: ModuleType, committed: Notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

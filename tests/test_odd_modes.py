@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +106,26 @@ def test_transforms_of_functions_are_refused_where_decisions_are_made(how: str) 
     model.train()  # where nothing is asked for, the backbone, and no decision
     gradients = torch.func.grad(loss)(parameters)
     assert gradients["backbone.head.weight"].abs().sum() > 0
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Files of more than 60 kB cannot be written, as where a disk is full."""
+    resource = pytest.importorskip("resource")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"checkpoint .*step_00000004 cannot be written"):
+        learn(tiny_model(), replace(RECIPE, checkpoint_every=4), tmp_path / "run")
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be written"):
+        tiny_model().save_pretrained(tmp_path / "model")
+    assert list((tmp_path / "model").iterdir()) == []

@@ -242,7 +242,15 @@ def test_a_recipe_of_it_ends_with_budgets(tmp_path: Path) -> None:
         train(adapt(vit(num_classes=4, **GRID)), "digits", recipe, tmp_path / "other", device="cpu")
 
 
-@pytest.mark.parametrize("structure", ["plain", "no_class_token_avg", "registers", "map_pool"])
+@pytest.mark.parametrize(
+    "structure",
+    [
+        "plain",
+        "registers",
+        pytest.param("no_class_token_avg", marks=pytest.mark.slow),
+        pytest.param("map_pool", marks=pytest.mark.slow),
+    ],
+)
 def test_an_exported_file_says_the_same_with_its_trace(structure: str, tmp_path: Path) -> None:
     from miaformer.export import export_onnx, open_session, run_session
 

@@ -232,6 +232,11 @@ WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "json": ({"json": {"image": "aGk="}}, 415, "application/json: send a picture's bytes"),
     "a form without files": ({"files": {"budget": (None, "0.4")}}, 400, "the form has no file"),
+    "a picture as text": (
+        {"files": {"picture": (None, picture(size=(60, 60)))}},
+        400,
+        "text of more than 1,024 bytes: send pictures as files, with a filename",
+    ),
     "a form without an end": (
         {"content": b"--x\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
         400,
@@ -608,3 +613,27 @@ def test_budgets_are_filled_in_from_the_model(predictor: Predictor) -> None:
 
 def number(metrics: str, name: str) -> float:
     return float(re.search(rf"^{re.escape(name)} (\S+)$", metrics, re.MULTILINE)[1])
+
+
+@pytest.mark.parametrize("allowed", [(), ("https://one.example", "https://two.example:8080"), ("*",)])
+def test_pages_of_other_sites_may_ask_where_they_are_allowed(predictor: Predictor, allowed: tuple[str, ...]) -> None:
+    ask = {"Origin": "https://two.example:8080", "Access-Control-Request-Method": "POST"}
+    with TestClient(create_app(predictor, settings(predictor, allow_origins=allowed))) as client:
+        before = client.options("/predict", headers=ask)
+        answer = client.post("/predict", content=picture(), headers={"Origin": ask["Origin"]})
+        stranger = client.post("/predict", content=picture(), headers={"Origin": "https://three.example"})
+    assert answer.status_code == stranger.status_code == 200  # a browser, not the server, keeps it from the page
+    named = "access-control-allow-origin"
+    if not allowed:
+        assert before.status_code == 405
+        assert named not in answer.headers
+        return
+    assert before.status_code == 200
+    assert before.headers[named] == answer.headers[named] == ("*" if allowed == ("*",) else ask["Origin"])
+    assert stranger.headers.get(named) == ("*" if allowed == ("*",) else None)
+
+
+@pytest.mark.parametrize("wrong", ["example.org", "https://example.org/page", ""])
+def test_an_origin_that_is_none_is_refused(wrong: str) -> None:
+    with pytest.raises(ValueError, match="is no origin"):
+        Settings(allow_origins=(wrong,))

@@ -58,8 +58,11 @@ def entry_points(model: MIAFormer, folder: Path) -> dict[str, Call]:
     return calls
 
 
-@pytest.mark.parametrize("config", [{}, {"looks": 2}, {"grains": ("resolution",)}], ids=["one", "two", "sizes"])
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    ("config", "native"),
+    [({}, True), ({}, False), ({"looks": 2}, True), ({"grains": ("resolution",)}, False)],
+    ids=["one", "one, without numba", "two", "sizes"],
+)
 def test_threads_get_what_they_asked_for(
     config: dict[str, object], native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

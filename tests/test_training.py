@@ -65,7 +65,10 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Display, "step", step_and_interrupt)
 
 
-@pytest.mark.parametrize("step", [2, STEPS, STEPS + 3, 2 * STEPS + 1, 3 * STEPS, TOTAL - 1])
+@pytest.mark.parametrize(
+    "step",
+    [STEPS, STEPS + 3, *(pytest.param(s, marks=pytest.mark.slow) for s in (2, 2 * STEPS + 1, 3 * STEPS, TOTAL - 1))],
+)
 def test_resumed_after_ctrl_c_equals_uninterrupted(
     step: int, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,7 +81,7 @@ def learning(backbone: VisionTransformer) -> VisionTransformer:
                 if tensor is not None and tensor.is_inference():
                     copy = tensor.clone()
                     is_parameter = isinstance(tensor, nn.Parameter)
-                    tensors[name] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+                    tensors[name] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy  # type: ignore[assignment]
     return backbone
 
 

@@ -49,7 +49,10 @@ def write_model_files(
     state: Mapping[str, Tensor],
     calibration: Calibration | None,
 ) -> None:
-    """Write a model into an empty directory; `description` is `backbone.describe`'s."""
+    """Write a model into an empty directory; `description` is `backbone.describe`'s.
+
+    Raises OSError, naming the file, where one cannot be written.
+    """
     settings = {
         "model_type": "miaformer",
         "format": FORMAT,
@@ -58,7 +61,10 @@ def write_model_files(
         "pretrained_cfg": json.loads(json.dumps(dict(pretrained_cfg), default=str)),
     }
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{directory / 'model.safetensors'} cannot be written: {error}") from error
     if calibration is not None:
         _write_json(directory / "calibration.json", calibration.to_json())
     _write_json(directory / "config.json", settings)

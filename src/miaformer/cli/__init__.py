@@ -6,6 +6,7 @@ Nothing heavy is imported before arguments are parsed, so that `--help` and mist
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -110,6 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (by default this process's own) and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal or a pipe cannot show stops nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args, unknown = build_parser().parse_known_args(argv)
     except SystemExit as end:  # of --help, --version and wrong usage

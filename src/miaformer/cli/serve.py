@@ -87,6 +87,9 @@ def add_parser(subparsers: Any) -> None:
         help="as many of these servers behind one address; two numbers: as load asks, between them (extra `ray`)",
     )
     several.add_argument("--ray-address", metavar="A", help="of a running cluster (default: one on this machine)")
+    parser.add_argument(
+        "--allow-origins", nargs="+", default=[], metavar="O", help="sites whose pages may ask: https://..., or '*'"
+    )
     parser.add_argument("--no-page", action="store_true", help="no page at /, and no /explain")
     parser.add_argument("--access-log", action="store_true", help="a line for each request")
     add_compute(parser, batch_size=None)
@@ -126,7 +129,7 @@ def _app(args: argparse.Namespace, predictor: Predictor, process: ModelProcess |
 
     limits = {name: getattr(args, name) for name, *_ in _LIMITS}
     spending = {"budget": args.budget, "min_budget": args.min_budget, "cap": args.cap, "static": args.static}
-    settings = Settings(**spending, page=not args.no_page, **limits)
+    settings = Settings(**spending, page=not args.no_page, allow_origins=tuple(args.allow_origins), **limits)
     return create_app(predictor, settings, args.model, process)
 
 

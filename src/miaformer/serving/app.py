@@ -15,6 +15,7 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import miaformer
@@ -104,6 +105,14 @@ def create_app(
         return await server.handle(request, server.explain(request))
 
     app.add_middleware(_Shortcut, path="/predict", answer=predict)
+    if settings.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
 
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:

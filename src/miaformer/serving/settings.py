@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ class Settings:
     answer_seconds: float = 30.0  # for it to be answered then
     decoders: int = 2  # threads
     static: bool = False  # execute everything, without controllers: the server to compare with
+    allow_origins: tuple[str, ...] = ()  # sites whose pages may ask: https://example.org, or * for any
     page: bool = True  # a page to play with at /, and what it asks for at /explain
 
     def __post_init__(self) -> None:
@@ -41,6 +43,9 @@ class Settings:
         for name in ("max_batch", "max_queue", "max_upload_bytes", "max_pixels", "max_pictures", "decoders"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
+        for origin in self.allow_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"allow_origins: {origin!r} is no origin: give https://example.org, or * for any")
         if self.max_held_bytes < self.max_upload_bytes:
             raise ValueError(
                 f"max_held_bytes={self.max_held_bytes} is less than one upload may have, {self.max_upload_bytes}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fastapi import HTTPException, Request
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException as BaseHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -25,6 +26,9 @@ class Upload:
 
     pictures: list[tuple[str, bytes]]
     fields: Mapping[str, str]
+
+
+_MOST_TEXT = 1024  # bytes of a field of a form that is no file
 
 
 class Uploads:
@@ -72,14 +76,23 @@ class Uploads:
 
     async def _read_form(self, request: Request) -> Upload:
         most = self._settings.max_pictures
-        async with request.form(max_files=most, max_fields=16, max_part_size=1024) as form:
-            pictures: list[tuple[str, bytes]] = []
-            fields: dict[str, str] = {}
-            for name, value in form.multi_items():
-                if isinstance(value, UploadFile):
-                    pictures.append((value.filename or name, await value.read()))
-                else:
-                    fields[name] = value
+        pictures: list[tuple[str, bytes]] = []
+        fields: dict[str, str] = {}
+        try:
+            async with request.form(max_files=most, max_fields=16, max_part_size=_MOST_TEXT) as form:
+                for name, value in form.multi_items():
+                    if isinstance(value, UploadFile):
+                        pictures.append((value.filename or name, await value.read()))
+                    else:
+                        fields[name] = value
+        except BaseHTTPException as error:
+            if not error.detail.startswith("Part exceeded"):
+                raise
+            raise HTTPException(
+                400,
+                f"a field of the form is text of more than {_MOST_TEXT:,} bytes: send pictures as files, with a "
+                "filename, as `curl -F picture=@photo.jpg` does",
+            ) from None
         if not pictures:
             raise HTTPException(400, "the form has no file: send each picture as a file, in a field of any name")
         return Upload(pictures, fields)

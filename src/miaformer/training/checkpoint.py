@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 NAME = re.compile(r"step_(\d{8})")
 
@@ -15,7 +16,7 @@ def save_checkpoint(accelerator: Accelerator, directory: Path, step: int, keep: 
     """Write the accelerator's state (weights, optimiser, schedule, registered objects) for `step`.
 
     It is written beside its final name and renamed at the end, so that an interruption leaves no half checkpoint under
-    a name that resuming looks for.
+    a name that resuming looks for. Raises OSError, naming it, where it cannot be written; earlier ones stay.
     """
     final = directory / f"step_{step:08d}"
     partial = directory / f"partial_{step:08d}"
@@ -23,7 +24,11 @@ def save_checkpoint(accelerator: Accelerator, directory: Path, step: int, keep: 
         shutil.rmtree(partial, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    try:
+        accelerator.save_state(str(partial))
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library's own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"checkpoint {final} cannot be written: {error}") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
