@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parameters_to_vector, parametrizations, prune, vector_to_parameters
 from vits import STRUCTURES, enliven, pictures, relative, vit
 
 from miaformer import MIAFormer, adapt
@@ -228,3 +230,23 @@ def test_another_input_size_is_taken_after_it_is_adapted_too(config: dict[str, A
         output = model.run(images, policy=Full())
         assert relative(output.logits, model.backbone(images)) < 1e-4
     assert output.trace.tokens.shape[2] == 36
+
+
+@pytest.mark.parametrize("config", [{}, {"mlp_width": "coupled"}, {"grains": ("tokens",)}])
+def test_weights_lie_in_memory_as_timms_do(config: dict[str, Any], tmp_path: Path) -> None:
+    model = adapt(vit(), **config)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    vector = parameters_to_vector(model.parameters())
+    vector_to_parameters(vector, model.parameters())
+    assert all(tensor.is_contiguous() for tensor in model.state_dict().values())
+    images = pictures(model.backbone, 4)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        found = model(images, price=1.0).square().mean()
+        found.backward()
+        return found
+
+    before = float(optimizer.step(loss))
+    assert float(loss()) < before

@@ -311,17 +311,6 @@ def apply_orders(backbone: VisionTransformer, orders: dict[str, Tensor]) -> None
         _order_channels(backbone, orders["channels"])
 
 
-def store_input_major(backbone: VisionTransformer) -> None:
-    """Turn the memory, not the shape, of the layers that nested heads cut by inputs: then every cut is without gaps.
-
-    Attention's projection and the MLP's second layer, (out, in), are stored input by input. Products with a cut that
-    has gaps are slower: MKL's by a tenth, oneDNN's by 200 times.
-    """
-    for block in transformer_blocks(backbone):
-        for layer in (block.attn.proj, block.mlp.fc2):
-            layer.weight.data = layer.weight.data.t().contiguous().t()
-
-
 def inverse_orders(orders: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: order.argsort(dim=-1) for name, order in orders.items()}
 

@@ -57,8 +57,6 @@ class MIAFormer(
         self.adapt_config = config
         self._packed: Packed | None = None
         self._describes_itself()
-        if config.cuts_heads:
-            static.store_input_major(backbone)
         block = static.transformer_blocks(backbone)[0]
         self.controllers = Controllers.of(config, len(backbone.blocks), backbone.embed_dim, block.attn.num_heads)
         self.order_channels: Tensor
