@@ -58,7 +58,7 @@ class Plain:
         return activated
 
     def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-        return residual + F.linear(x, weight, bias)
+        return _added(x, weight, bias, residual)
 
 
 class OneDnn(Plain):
@@ -174,9 +174,9 @@ def _joined(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Layer
 
 
 def _added(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    """PyTorch's own product plus bias and residual (T, out), in two passes over the result."""
-    out = torch.addmm(residual, x, weight.t())
-    return out if bias is None else out.add_(bias)
+    """PyTorch's own product plus bias and residual (T, out); `addmm` with the residual would copy that first."""
+    out = F.linear(x, weight, bias)
+    return out.add_(residual) if out.dtype == residual.dtype else out + residual  # autocast's products are narrower
 
 
 def gelu_kind(act: Any) -> str | None:
