@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miaformer.cost import group_sizes
-from miaformer.decisions import Gates, MlpWidth
+from miaformer.decisions import Gates, MlpWidth, from_host
 from miaformer.engine.attention import attend_masked, attend_packed
 from miaformer.engine.products import Products
 
@@ -292,7 +292,7 @@ def _part(bias: Tensor | None, index: Index) -> Tensor | None:
 
 def _prefix_rows(lengths: list[int], num_prefix_tokens: int, device: torch.device) -> Tensor:
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    return (starts[:, None] + torch.arange(num_prefix_tokens)).flatten().to(device)
+    return from_host((starts[:, None] + torch.arange(num_prefix_tokens)).flatten(), device)
 
 
 def _norm_part(norm: Any, x: Tensor, index: Index) -> Tensor:

@@ -108,8 +108,9 @@ class HostGates:
         if gates.depth.device.type == "cpu" == gates.tokens.device.type:
             depth, heads, tokens = gates.depth.numpy(), gates.heads.numpy(), gates.tokens.numpy()
         else:
-            parts = [gates.depth[:, None].cpu(), gates.heads.cpu(), gates.tokens.cpu()]
-            depth, heads, tokens = parts[0][:, 0].numpy(), parts[1].numpy(), parts[2].numpy()
+            together = torch.cat([gates.depth[:, None], gates.heads, gates.tokens], dim=1).cpu().numpy()
+            num_heads = gates.heads.shape[1]
+            depth, heads, tokens = together[:, 0], together[:, 1 : 1 + num_heads], together[:, 1 + num_heads :]
         scores = gates.token_scores
         return HostGates(depth, heads, tokens, None if scores is None else _numpy(scores))
 
@@ -139,6 +140,12 @@ class HostGates:
         if not depth.all():
             heads, tokens = heads & depth[:, None], tokens & depth[:, None]
         return HostGates(depth, heads, tokens, self.token_scores, True)
+
+
+def from_host(values: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """A plan made on the host, where the device reads it. CUDA takes it from pinned memory, and nobody waits for it."""
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _numpy(tensor: Tensor) -> NDArray[Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from miaformer import native
 from miaformer.controller import Controller
 from miaformer.cost import Cost
-from miaformer.decisions import Booleans, Decisions, Gates, HostGates
+from miaformer.decisions import Booleans, Decisions, Gates, HostGates, from_host
 from miaformer.engine.walk import Policy, State
 from miaformer.folded import Controllers, Folded
 from miaformer.resolution import Size
@@ -298,7 +298,7 @@ class Learned(AsksControllers):
         image, token = active.nonzero()
         if len(x) > 1:
             rows = _rows(x, active, prefix)
-            direction = direction[torch.from_numpy(image).to(x.device)]
+            direction = direction[from_host(image, x.device)]
         shared = logits[image, -1] + folded.thresholds(state.grid)[token]
         if self.sampling is not None:
             shared = shared + self.sampling.noise(*active.shape)[image, token]
@@ -369,16 +369,16 @@ AnyPolicy = Policy | Look | TwoLooks  # of one look, of one in other sizes, of t
 def _rows(x: Tensor, patches: Booleans, num_prefix_tokens: int) -> Tensor:
     """Rows (T, C) of the patch tokens (B, N) that are True. x: (B, P+N, C)."""
     image, token = patches.nonzero()
-    rows = torch.from_numpy(image * x.shape[1] + token + num_prefix_tokens)
-    return x.reshape(-1, x.shape[2]).index_select(0, rows.to(x.device))
+    rows = from_host(image * x.shape[1] + token + num_prefix_tokens, x.device)
+    return x.reshape(-1, x.shape[2]).index_select(0, rows)
 
 
 def _mean_of_active(x: Tensor, active: Booleans, num_prefix_tokens: int) -> Tensor:
     """Mean (B, C) of the active patch tokens (B, N), zero where there is none. x: (B, P+N, C)."""
     image, token = active.nonzero()
-    rows = torch.from_numpy(image * x.shape[1] + token + num_prefix_tokens).to(x.device)
+    rows = from_host(image * x.shape[1] + token + num_prefix_tokens, x.device)
     counts = active.sum(axis=1)
-    starts = torch.from_numpy(counts.cumsum() - counts).to(x.device)
+    starts = from_host(counts.cumsum() - counts, x.device)
     return F.embedding_bag(rows, x.reshape(-1, x.shape[2]), starts, mode="mean")
 
 

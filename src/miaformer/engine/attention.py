@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miaformer.decisions import from_host
+
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, dropout: float = 0.0) -> Tensor:
     """Attention among the kept keys.
@@ -62,7 +64,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_lengt
 
     q: (Tq, H, D); k, v: (Tk, H, D); lengths of the images, in rows -> (Tq, H, D).
     """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    if _has_varlen(q):
         return _attend_varlen(q, k, v, q_lengths, k_lengths)
     outputs = []
     q_start = k_start = 0
@@ -80,12 +82,16 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_lengt
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def _has_varlen(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+
+
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_lengths: list[int]) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     def offsets(lengths: list[int]) -> Tensor:
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return ends.to(q.device, non_blocking=True)
+        return from_host(ends, q.device)
 
     out = varlen_attn(q, k, v, offsets(q_lengths), offsets(k_lengths), max(q_lengths), max(k_lengths))
     assert isinstance(out, Tensor)

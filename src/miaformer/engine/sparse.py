@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from miaformer.block import Width, packed_block
 from miaformer.cost import Cost
-from miaformer.decisions import Gates, HostGates
+from miaformer.decisions import Gates, HostGates, from_host
 from miaformer.engine.products import Packed, products_for
 
 CHUNK_ROWS = 800  # on CPU, of one call: four images of DeiT, whose memory is then needed again and again
@@ -55,11 +55,11 @@ class Sparse:
             products = products_for(flat, comes_again, self.packed if width.cuts_views else None)
             if group.is_everything and read_prefix is None:
                 return packed_block(block, flat, width, lengths, None, products).view_as(x)
-            rows = torch.from_numpy(group.rows).to(x.device)
+            rows = from_host(group.rows, x.device)
             packed = flat if group.is_everything else flat.index_select(0, rows)
             out = packed_block(block, packed, width, lengths, read_prefix, products)
             if read_prefix is not None:
-                rows = torch.from_numpy(group.prefix_rows).to(x.device)
+                rows = from_host(group.prefix_rows, x.device)
             out = out.to(flat.dtype)
             if in_place:
                 flat.index_copy_(0, rows, out)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from miaformer.cost import Cost, Counts
-from miaformer.decisions import Booleans, Decisions, Gates, HostGates, Rules
+from miaformer.decisions import Booleans, Decisions, Gates, HostGates, Rules, from_host
 from miaformer.engine.cap import Purse
 
 
@@ -69,7 +69,7 @@ class Steps:
         def stacked(name: str) -> Tensor:
             parts = [getattr(g, name) for g in self.gates]
             if isinstance(parts[0], np.ndarray):
-                return torch.from_numpy(np.stack(parts, axis=1)).to(device)
+                return from_host(np.stack(parts, axis=1), device)
             return torch.stack([part > 0 for part in parts], dim=1)
 
         return Decisions(stacked("depth"), stacked("heads"), stacked("tokens"))
