@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from miaformer.model import MIAFormer
 
-ENGINES = ("eager", "packed", "compile", "onnx")
+ENGINES = ("eager", "packed", "compile", "graphs", "onnx")
 GRAINS = ("all", "depth", "heads", "tokens")
 
 DESCRIPTION = """\
