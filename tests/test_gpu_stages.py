@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +67,25 @@ def test_a_stage_runs_to_its_end_and_is_not_done_again(stage: str, files: Path, 
     assert said.count("\n") == 2, "everything is known"
 
 
-def test_a_stage_without_time_says_that_it_goes_on(tmp_path: Path) -> None:
-    status, said = call("correct", "--out", tmp_path, "--device", "cpu", "--tiny", "--minutes", "0")
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """The same in this process."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    main = import_module("benchmarks.gpu.__main__").main
+
+    def call(*arguments: object) -> tuple[int, str]:
+        return main([*map(str, arguments)]), capsys.readouterr().out
+
+    return call
+
+
+def test_a_stage_without_time_says_that_it_goes_on(here: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    status, said = here("correct", "--out", tmp_path, "--device", "cpu", "--tiny", "--minutes", "0")
     assert status == 3
     assert "depth, heads and tokens, float32 and what follows are left for the next call" in said
 
 
-def test_files_travel_in_parts(tmp_path: Path) -> None:
+def test_files_travel_in_parts(here: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     folder, file = tmp_path / "data" / "set", tmp_path / "weights.bin"
     (folder / "deep").mkdir(parents=True)
@@ -79,14 +93,14 @@ def test_files_travel_in_parts(tmp_path: Path) -> None:
     for name, size in contents.items():
         (folder / name).write_bytes(rng.bytes(size))
     file.write_bytes(rng.bytes(1_300_000))
-    status, said = call("pack", "--out", tmp_path / "parts", "--part-mb", 1, folder, file)
+    status, said = here("pack", "--out", tmp_path / "parts", "--part-mb", 1, folder, file)
     assert status == 0, said
     parts = sorted((tmp_path / "parts").iterdir())
     assert said.split() == [str(part) for part in parts]
     assert len(parts) > 3
     for part in parts:
         assert sum(path.stat().st_size for path in part.iterdir()) < 1_100_000
-        status, said = call("unpack", "--out", tmp_path / "there", part)
+        status, said = here("unpack", "--out", tmp_path / "there", part)
         assert status == 0, said
     for name in contents:
         assert (tmp_path / "there" / "set" / name).read_bytes() == (folder / name).read_bytes()
