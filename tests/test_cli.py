@@ -232,7 +232,7 @@ def test_eval_reports_what_the_library_reports(
     for point in wanted["points"]:
         assert f"{point['policy']} " in out
         assert f" {point['macs_fraction']:.3f} " in out
-    assert "controllers take at most" in out
+    assert "Controllers take at most" in out
     assert str(found_at) in out
     assert not list(found_at.parent.glob("*.partial"))
 

@@ -157,7 +157,8 @@ def open_model(
 def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
     """The images in their order, as the model's backbone expects them.
 
-    Classes are matched by name; a model that has no names is taken to answer in the data's order, which a line says.
+    Classes are matched by name; a model that has no names is taken to answer in the data's order, which a line says, and
+    has these names from then on.
 
     Raises ValueError where model and data have different classes.
     """
@@ -173,6 +174,7 @@ def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
         sys.stderr.write(
             f"miaformer: the model does not name its classes: taken in the order of {data.name}: {shown}\n"
         )
+        model.label_names = list(data.classes)
     transform = build_transform(model.data_config())
     return Batches(data, transform, batch_size, seed=0, shuffle=False, drop_last=False)
 

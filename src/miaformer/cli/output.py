@@ -148,11 +148,9 @@ def report_table(
 
 def report_notes(report: Mapping[str, Any]) -> list[str]:
     """What a table of numbers leaves unsaid, a line each."""
-    controllers = report["controllers"]
-    notes = [
-        f"{report['num_images']:,} images; dense: {report['dense']['macs'] / 1e6:,.1f} M MACs an image; controllers "
-        f"take at most {100 * controllers['macs_fraction']:.2f} % of that, and it is counted."
-    ]
+    notes = [f"{report['num_images']:,} images; dense: {report['dense']['macs'] / 1e6:,.1f} M MACs an image."]
+    if share := report["controllers"]["macs_fraction"]:
+        notes.append(f"Controllers take at most {100 * share:.2f} % of that, and it is counted.")
     for point in report["adaptivity"]["by_budget"]:
         notes.append(
             f"Does compute follow difficulty? At {point['budget']:g}: rank correlation of dense loss and MACs "
