@@ -215,7 +215,6 @@ METHODS = {
     "random": "random: as much as ours, by chance",
     "dense": "dense, trained on for as long",
     "backbone": "dense, as it was fine-tuned",
-    "narrow": "narrow ViTs, from scratch",
     "shallow": "shallow ViTs: the first blocks, trained on",
     "cls-attention": "EViT's criterion: tokens by class attention",
     "top-tokens": "DynamicViT: tokens by trained scorers",

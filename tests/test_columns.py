@@ -240,3 +240,76 @@ def test_commands_take_names_of_columns(tmp_path: Path, calibrated: Path, capsys
     status, _, said = run(capsys, "train", "--recipe", "finetune", "--label-column", "kind", "--out", tmp_path / "run")
     assert status == 2
     assert "Give --data" in said
+
+
+def test_text_that_is_no_path_is_no_picture(tmp_path: Path) -> None:
+    contents = [png(k) for k in range(20)]
+    columns = {"image": pa.array(contents, pa.binary()), "label": [0, 1] * 10, "caption": ["a long text " * 40] * 20}
+    columns["note"] = ["a\0b.png", "", "/", "..", "~/x.png", "x" * 300 + ".png"] + ["é"] * 14
+    pq.write_table(pa.table(columns), tmp_path / "all.parquet")
+    assert len(open_data(tmp_path, "train")) == 16
+    assert [entry.content for _, entry in find_inputs([tmp_path]).entries()] == contents
+    table = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"photo": ["x" * 300 + ".png", None, "a.png", "b.png"]}), table)
+    (tmp_path / "b.png").write_bytes(contents[0])
+    assert len(list(find_inputs([table]).entries())) == 4
+    file = tmp_path / "labels.csv"
+    file.write_text(f"{'x' * 300},cat\n")
+    with pytest.raises(ValueError, match="line 1: no picture"):
+        open_data(file, "train")
+
+
+def test_names_are_known_in_any_case(tmp_path: Path) -> None:
+    columns = {"Mask": [png(k) for k in range(20)], "Image": [png(50 + k) for k in range(20)], "Label": ["a", "b"] * 10}
+    pq.write_table(pa.table(columns), tmp_path / "all.parquet")
+    assert open_data(tmp_path, "train").classes == ["a", "b"]
+    assert next(entry.content for _, entry in find_inputs([tmp_path]).entries()) == png(50)
+    twice = pa.table([pa.array([png(1)]), pa.array([png(2)])], names=["image", "image"])
+    pq.write_table(twice, tmp_path / "all.parquet")
+    with pytest.raises(ValueError, match="two columns 'image'"):
+        open_data(tmp_path, "train")
+
+
+def test_each_files_labels_have_their_own_column(tmp_path: Path) -> None:
+    for name, column, labels in (("train", "label", [None, "dog", "cat"]), ("test", "labels", [None, "dog", "cat"])):
+        table = pa.table({"image": [png(k) for k in range(3)], column: labels})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match=r"test\.parquet, row 0: labels is null, not one of the classes to train on"):
+        open_data(tmp_path, "test")
+    pq.write_table(table.set_column(1, "labels", pa.array(["dog", "cat", "dog"])), tmp_path / "test.parquet")
+    data = open_data(tmp_path, "test")
+    assert (data.classes, data.labels.tolist()) == (["cat", "dog"], [1, 0, 1])
+
+
+def test_a_pattern_takes_each_picture_once_too(tmp_path: Path) -> None:
+    for k in range(3):
+        (tmp_path / f"{k}.png").write_bytes(png(k))
+    about = tmp_path / "about.parquet"
+    pq.write_table(pa.table({"file_name": [f"{k}.png" for k in range(3)], "label": [0, 1, 0]}), about)
+    assert len(list(find_inputs([f"{tmp_path}/*"]).entries())) == 3
+    assert len(list(find_inputs([f"{tmp_path}/*.parquet"]).entries())) == 3
+    assert len(list(find_inputs([about]).entries())) == 3
+    far = tmp_path.parent / f"{tmp_path.name}-far"
+    far.mkdir()
+    (far / "link").symlink_to(tmp_path)
+    (far / "4.png").write_bytes(png(4))
+    pq.write_table(pa.table({"file_name": ["4.png", "link/0.png"]}), far / "more.parquet")
+    assert len(list(find_inputs([far]).entries())) == 4
+    with pytest.raises(SourceError, match="no parquet file here has a column 'phto'"):
+        find_inputs([tmp_path], "phto")
+
+
+def test_class_folders_go_before_a_table_that_lists_their_pictures(tmp_path: Path) -> None:
+    for k in range(40):
+        path = tmp_path / ("cat", "dog")[k % 2] / f"{k}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png(k))
+    names = [f"cat/{k}.png" for k in range(0, 40, 2)]
+    for columns in ({"file_name": names, "width": [8] * 20}, {"file_name": names, "label": [0] * 20}):
+        pq.write_table(pa.table(columns), tmp_path / "metadata.parquet")
+        assert open_data(tmp_path, "train").classes == ["cat", "dog"]
+
+
+def test_digits_are_no_table() -> None:
+    with pytest.raises(ValueError, match="digits: it is no table"):
+        open_data("digits?label=a", "train")

@@ -58,8 +58,7 @@ def test_every_method_is_trained_for_the_same_epochs(recipe: Recipe) -> None:
         if method.recipe is None:
             continue
         epochs = sum(stage.epochs for stage in method.recipe(recipe).stages)
-        extra = recipe.stages[0].epochs if method.from_scratch else 0
-        assert epochs == pytest.approx(adapting + extra), method.name
+        assert epochs == pytest.approx(adapting), method.name
 
 
 def test_a_recipe_without_a_backbone_stage_takes_its_backbone_as_it_comes(
@@ -75,8 +74,6 @@ def test_a_recipe_without_a_backbone_stage_takes_its_backbone_as_it_comes(
     assert "Timing" not in capsys.readouterr().err
     assert not (measured / "timed.json").exists()
     assert (tmp_path / "backbone" / "model" / "model.safetensors").exists()
-    assert main([*ask, "--methods", "narrow-0.5"]) == 2
-    assert "recipe 'tiny' trains none" in capsys.readouterr().err
 
 
 def test_a_given_backbone_is_everybodys(
@@ -110,8 +107,6 @@ def test_a_given_backbone_is_everybodys(
     assert main([*ask, "dense", "--only-times"]) == 0
     assert timed == ["resolution-free"], "and nothing is trained that is not there"
     assert main([*ask, "--only-times", "--no-times"]) == 2
-    assert main([*ask, "narrow-0.5"]) == 2
-    assert "--backbone gives it as it is" in capsys.readouterr().err
 
 
 def test_what_is_measured_is_not_measured_again(comparison: Comparison) -> None:
@@ -231,9 +226,6 @@ def test_methods_meet_the_budgets_they_are_asked_for(comparison: Comparison) -> 
             assert point.macs_fraction.mean() < point.budget + 0.08
         elif point.budget is not None and point.name not in ("exits", "even-exits", *ABLATIONS):  # of 25 tokens
             assert abs(point.macs_fraction.mean() - point.budget) < 0.08, (point.name, point.budget)
-    narrow = sorted(float(p.macs_fraction[0]) for p in points if p.name == "narrow")
-    assert len(narrow) == 3
-    assert 0.15 < narrow[0] < narrow[2] < 0.7
 
 
 def test_times_are_kept_apart_and_go_with_what_was_measured(comparison: Comparison) -> None:

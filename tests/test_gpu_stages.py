@@ -102,6 +102,10 @@ def test_files_travel_in_parts(here: Callable[..., tuple[int, str]], tmp_path: P
         assert sum(path.stat().st_size for path in part.iterdir()) < 1_100_000
         status, said = here("unpack", "--out", tmp_path / "there", part)
         assert status == 0, said
+    for part in (parts[0], parts[1], parts[1], parts[0]):  # again, and out of order: no harm
+        assert here("unpack", "--out", tmp_path / "there", part)[0] == 0
+    with pytest.raises(ValueError, match="in their order"):
+        here("unpack", "--out", tmp_path / "elsewhere", parts[1])
     for name in contents:
         assert (tmp_path / "there" / "set" / name).read_bytes() == (folder / name).read_bytes()
     assert (tmp_path / "there" / "weights.bin").read_bytes() == file.read_bytes()

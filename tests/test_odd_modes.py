@@ -49,7 +49,7 @@ def test_of_a_frozen_backbone_controllers_alone_learn(tmp_path: Path) -> None:
     assert not {name for name in changed if name.startswith("backbone.")}
     assert (tmp_path / "run" / "model" / "calibration.json").exists()
     alone = Recipe(name="alone", data="", model="vit_tiny_patch16_224", stages=(Stage("backbone", epochs=1),))
-    with pytest.raises(ValueError, match=r"frozen, and recipe 'alone' trains no controllers: nothing would learn"):
+    with pytest.raises(ValueError, match=r"what recipe 'alone' trains is frozen: nothing would learn"):
         learn(model, alone, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -62,6 +62,35 @@ def test_of_a_backbone_frozen_in_part_the_rest_learns(tmp_path: Path) -> None:
     learn(model, RECIPE, tmp_path / "run")
     changed = {name for name, value in model.backbone.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"head.weight", "head.bias"}
+
+
+def test_what_is_frozen_stays_and_stays_frozen(tmp_path: Path) -> None:
+    probed = replace(RECIPE, stages=(Stage("probe", epochs=1), *RECIPE.stages))
+    for number, frozen in enumerate(("backbone.head", "controllers", "controllers.1")):
+        model = tiny_model()
+        part = model.get_submodule(frozen)
+        part.requires_grad_(False)
+        before = copy.deepcopy(model.state_dict())
+        learn(model, probed, tmp_path / str(number))
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed
+        assert not {name for name in changed if name.startswith(f"{frozen}.")}
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+        assert next(model.controllers[0].parameters()).requires_grad is (frozen != "controllers")
+    model = tiny_model().requires_grad_(False)
+    with pytest.raises(ValueError, match="is frozen: nothing would learn"):
+        learn(model, probed, tmp_path / "none")
+
+
+def test_what_could_not_be_saved_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    model = tiny_model(grains=("tokens",))
+    with pytest.warns(DeprecationWarning, match="quantization"):
+        quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    model.backbone.blocks[1].mlp.fc2 = nn.Sequential(model.backbone.blocks[1].mlp.fc2)
+    for made, said in ((model, "fc2 of block 1 .*container.Sequential"), (quantised, "qkv of block 0 .*quantized")):
+        with pytest.raises(ValueError, match=f"{said}.* cannot be saved.*merge adapters"):
+            learn(made, RECIPE, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

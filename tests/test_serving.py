@@ -633,7 +633,9 @@ def test_pages_of_other_sites_may_ask_where_they_are_allowed(predictor: Predicto
     assert stranger.headers.get(named) == ("*" if allowed == ("*",) else None)
 
 
-@pytest.mark.parametrize("wrong", ["example.org", "https://example.org/page", ""])
+@pytest.mark.parametrize(
+    "wrong", ["example.org", "https://example.org/page", "", "https://*.example.org", "https://Example.org"]
+)
 def test_an_origin_that_is_none_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match="is no origin"):
         Settings(allow_origins=(wrong,))

@@ -58,6 +58,9 @@ def _carried_out(record: Record, command: Command) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
             raise OutOfTimeError(f"{command.name} was stopped: the same call goes on with it") from None
+        finally:  # of a Ctrl-C here the child, in a session of its own, knows nothing
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     last = log.read_text(errors="replace").strip().splitlines()[-3:]
     if status:
         raise RuntimeError(f"{command.name} ended with status {status}: {' / '.join(last)} (all of it in {log})")

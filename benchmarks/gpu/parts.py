@@ -32,7 +32,7 @@ def pack(sources: list[Path], out: Path, part_bytes: int = PART_BYTES) -> list[P
         piece = hashlib.sha256(content).hexdigest()
         (folders[-1] / piece[:16]).write_bytes(content)
         with (folders[-1] / "index.jsonl").open("a") as index:
-            index.write(json.dumps({"name": name, "place": place, "sha256": piece}) + "\n")
+            index.write(json.dumps({"name": name, "offset": place * part_bytes, "sha256": piece}) + "\n")
     return folders
 
 
@@ -43,9 +43,12 @@ def unpack(folders: list[Path], out: Path) -> None:
             entry = json.loads(line)
             content = (folder / entry["sha256"][:16]).read_bytes()
             if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-                raise ValueError(f"{folder}: {entry['name']}, piece {entry['place']}, is damaged: carry it again")
+                raise ValueError(f"{folder}: {entry['name']} is damaged from byte {entry['offset']:,} on")
             path = out / entry["name"]
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("r+b" if path.exists() and entry["place"] else "wb") as file:
-                file.seek(0, 2)
+            path.touch()
+            with path.open("r+b") as file:
+                if file.seek(0, 2) < entry["offset"]:
+                    raise ValueError(f"{folder}: {entry['name']} lacks what comes before: unpack parts in their order")
+                file.seek(entry["offset"])
                 file.write(content)

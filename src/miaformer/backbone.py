@@ -263,7 +263,10 @@ def check_describes(description: dict[str, Any], backbone: nn.Module) -> VisionT
     compute the same; else the meta model.
     """
     copy = build_on_meta(description)
-    found, built = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (backbone, copy))
+    found, built = (
+        {k: tuple(v.shape) if isinstance(v, Tensor) else (type(v).__name__,) for k, v in m.state_dict().items()}
+        for m in (backbone, copy)
+    )
     if found != built:
         odd = sorted(k for k in found.keys() | built.keys() if found.get(k) != built.get(k))
         raise ValueError(

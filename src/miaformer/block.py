@@ -109,18 +109,21 @@ def check_plain(blocks: Iterable[Any], done: str) -> None:
         layers = {**attn, **mlp, **{f"fc1[{i}]": layer for i, layer in enumerate(input_layers(block.mlp))}}
         for name, layer in layers.items():
             if not is_plain(layer):
-                raise ValueError(
-                    f"{name} of block {index} is a {type(layer).__name__}, or has hooks: not exactly a "
-                    f"torch.nn.Linear. It cannot be {done}"
-                )
+                raise ValueError(f"{name} of block {index} is {_shown(layer)}. It cannot be {done}")
+
+
+def _shown(layer: Any) -> str:
+    kind = type(layer)
+    what = "has hooks, or a forward() of its own" if kind is nn.Linear else f"is {kind.__module__}.{kind.__qualname__}"
+    return f"no plain torch.nn.Linear: it {what}"
 
 
 def _called(layer: Any, x: Tensor, width: Width) -> Tensor:
     """What a layer that is not plain gives, which cannot be cut."""
     if width.heads is not _ALL:
         raise ValueError(
-            f"a layer of the backbone is a {type(layer).__name__}, or has hooks: not exactly a torch.nn.Linear. It is "
-            "called as a whole, and cannot be for some of its heads alone: leave 'heads' out of the grains"
+            f"a layer of the backbone is {_shown(layer)}. It is called as a whole, and cannot be for some of its heads "
+            "alone: leave 'heads' out of the grains"
         )
     out: Tensor = layer(x)
     return out

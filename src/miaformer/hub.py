@@ -26,4 +26,5 @@ def check_hub(
             return
         except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
             if last:
-                raise ConnectionError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise ConnectionError(f"{repo}: the hub cannot be reached: {reason}") from error

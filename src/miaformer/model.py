@@ -384,7 +384,10 @@ class MIAFormer(
         """The (fine-tuned) backbone as a timm model of its own, heads, units and channels in their first order.
 
         image_size: (H, W), to which position embeddings are resampled; default: the model's own.
+
+        Raises ValueError, naming it, for a layer that was put in the place of a linear one.
         """
+        check_plain(static.transformer_blocks(self.backbone), "given back as timm's: merge it into the weights first")
         parameter = next(self.backbone.parameters())
         description = self._description if image_size is None else {**self._description, "dynamic_img_size": False}
         twin = static.build(description).to(device=parameter.device, dtype=parameter.dtype)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
+NOT_SAVED = "saved, for it would not come back: merge adapters into the weights first, and quantise afterwards"
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -134,7 +136,7 @@ class SavedModel(ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         model = cast("MIAFormer", self)
-        check_plain(model.backbone.blocks, "saved, for it would not come back: merge it into the weights first")
+        check_plain(model.backbone.blocks, NOT_SAVED)
         static.check_describes(model._description, model.backbone)
         write_model_files(
             save_directory,

@@ -157,7 +157,7 @@ def open_model(
 def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
     """The images in their order, as the model's backbone expects them.
 
-    Classes are matched by name; a model that has no names is taken to answer in the data's order, which a line says, and
+    Classes are matched by name; a model without names is taken to answer in the data's order, which a line says, and
     has these names from then on.
 
     Raises ValueError where model and data have different classes.

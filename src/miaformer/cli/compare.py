@@ -34,8 +34,6 @@ can grow over days. Ctrl-C saves, the same command goes on.
 methods:
   learned        ours; `static` and `random` decisions at the same budgets are measured on its weights
   dense          the backbone, trained on for as long
-  narrow-0.35 narrow-0.5 narrow-0.7
-                 static ViTs of fewer channels, trained from scratch for as long as backbone and adaptation together
   shallow-0.35 shallow-0.5 shallow-0.7
                  static ViTs of fewer blocks, the first of the backbone's
   resolution resolution-free
@@ -51,8 +49,7 @@ methods:
   even-exits     the same, of an even share of the tokens: ours without controllers
   ablations      all of: only-depth only-heads only-tokens no-depth no-heads no-tokens all-grains no-elastic
                  no-reinforce only-reinforce no-distillation only-0.35 only-0.5 only-0.7 (trained for one budget)
-                 subset-heads coupled-mlp full-mlp any-depth later-tokens per-block-tokens no-dither
-                 content-tokens
+                 subset-heads coupled-mlp full-mlp later-tokens per-block-tokens content-tokens
 """
 
 EPILOG = """\
@@ -129,12 +126,6 @@ def run(args: argparse.Namespace) -> int:
     groups = {"ablations": list(ABLATIONS)}
     named = [name for given in args.methods or list(RIVALS) for name in groups.get(given, [given])]
     wanted = runs(named, args.seeds, args.rival_seeds)
-    if not comparison.trains_backbone:
-        scratch = [one.method.name for one in wanted if one.method.from_scratch]
-        if args.methods and scratch:
-            whose = f"recipe {recipe.name!r} trains none" if given is None else "--backbone gives it as it is"
-            raise ValueError(f"{scratch[0]} is trained as the backbone is, and {whose}")
-        wanted = [one for one in wanted if not one.method.from_scratch]
     if args.only_times:
         _time([one for one in wanted if comparison.is_measured(one)], comparison, device)
     elif not args.only_measured:

@@ -93,11 +93,9 @@ ABLATIONS: dict[str, Method] = {
         _ablation("subset-heads", "any subset, not the first k", grains=ALL_GRAINS, head_choice="subset"),
         _ablation("coupled-mlp", "the paper's MLP width", grains=ALL_GRAINS, mlp_width="coupled"),
         _ablation("full-mlp", "MLPs keep their width", grains=ALL_GRAINS, mlp_width="full"),
-        _ablation("any-depth", "any block is skipped, not the last ones", depth_choice="any"),
         _ablation("later-tokens", "tokens decided in all but the first blocks", **LATER_TOKENS),
         # Beside later-tokens.
         _ablation("per-block-tokens", "and they may come back", **LATER_TOKENS, token_scope="per_block"),
-        _ablation("no-dither", "tokens without thresholds of their own", token_choice="content", dither=False),
         _ablation("content-tokens", "what is in tokens tells them apart too", token_choice="content"),
     )
 }

@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from miaformer.backbone import check_supported
 from miaformer.comparison.given import copy_backbone, is_copied
 from miaformer.comparison.measuring import difficulty, on_test_images
 from miaformer.comparison.method import Entry, Method, Question
@@ -37,7 +36,7 @@ from miaformer.evaluation.calibration import LabelledBatch, OnProgress
 from miaformer.files import holds_run, whole_file
 from miaformer.model import MIAFormer, adapt
 from miaformer.seeds import seed_everything
-from miaformer.training import Recipe, is_trained, new_backbone, train, train_recipe
+from miaformer.training import Recipe, is_trained, train, train_recipe
 from miaformer.training.progress import core_seconds
 
 Array = NDArray[Any]
@@ -131,11 +130,7 @@ class Comparison:
 
     def _untrained(self, run: Run) -> MIAFormer:
         recipe = self.recipe if run.method.recipe is None else run.method.recipe(self.recipe)
-        if run.method.from_scratch:
-            static = check_supported(new_backbone(recipe, len(open_data(self.data, "train").classes), run.seed))
-        else:
-            static = self._static()
-        static = run.method.reshape(static)
+        static = run.method.reshape(self._static())
         seed_everything(run.seed, 0, 0)  # of what is put on it: controllers, or a rival's
         model = adapt(static, **recipe.adapt)
         run.method.prepare(model)

@@ -64,8 +64,8 @@ class Method:
 
     recipe: the stages that train it, of the comparison's recipe; None where the backbone is used as it is. entries:
     what is measured of the trained model. reshape: what is made of the backbone before anything else: a smaller one,
-    say. prepare: puts something in the place of our controllers before training. from_scratch: whether it starts from
-    new weights. trained_as: the method whose trained model it uses; None: one of its own.
+    say. prepare: puts something in the place of our controllers before training. trained_as: the method whose trained
+    model it uses; None: one of its own.
     """
 
     name: str
@@ -74,7 +74,6 @@ class Method:
     entries: Callable[[MIAFormer, Question], list[Entry]]
     reshape: Callable[[VisionTransformer], VisionTransformer] = lambda backbone: backbone
     prepare: Callable[[MIAFormer], None] = lambda model: None
-    from_scratch: bool = False
     trained_as: str | None = None
 
     def is_calibrated(self, base: Recipe) -> bool:

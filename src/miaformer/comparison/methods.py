@@ -1,9 +1,7 @@
 """What is compared: how each method is trained from the shared backbone, and how it is asked for a budget.
 
 All get the same epochs, teacher, data and augmentation; only the stages differ. Static baselines have modules of their
-own: `smaller` (`dense`, the backbone trained on; shallow models, its first blocks trained on; narrow ones, of fewer
-channels, trained from scratch for as long as backbone and adaptation together, with the backbone as their teacher),
-`resolution` and `int8`.
+own: `smaller` (`dense`, the backbone trained on; shallow models, its first blocks trained on), `resolution` and `int8`.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from miaformer.comparison.method import (
     one_stage,
 )
 from miaformer.comparison.resolution import RESOLUTION, RESOLUTION_FREE, RESOLUTION_LOOKS, Looked
-from miaformer.comparison.smaller import DENSE, NARROW, SHALLOW
+from miaformer.comparison.smaller import DENSE, SHALLOW
 from miaformer.evaluation import cls_attention_policy, contenders
 from miaformer.evaluation.contenders import Contender
 from miaformer.evaluation.controls import top_tokens_policy
@@ -215,7 +213,6 @@ RIVALS: dict[str, Method] = {
             _exits("even-exits", EVEN_SHARES),
         ),
         *SHALLOW,
-        *NARROW,
     )
 }
 

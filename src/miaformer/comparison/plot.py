@@ -23,7 +23,6 @@ _LOOKS = {  # colour, marker
     "resolution-free": ("#e48bb0", "d"),
     "resolution-looks": ("#880e4f", "D"),
     "int8": ("#4b6e2f", "*"),
-    "narrow": ("#22262b", "h"),
     "shallow": ("#9a8c5a", "H"),
     "backbone": ("#22262b", "P"),
 }

@@ -1,10 +1,8 @@
-"""Static controls: the backbone trained on, its first blocks trained on, and fewer channels trained from scratch."""
+"""Static controls: the backbone trained on, and its first blocks trained on."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -12,24 +10,6 @@ from torch import nn
 from miaformer.backbone import transformer_blocks
 from miaformer.comparison.method import FRACTIONS, Entry, Method, Question, as_backbone, one_stage
 from miaformer.model import MIAFormer
-from miaformer.training.recipes import Recipe
-
-
-def _narrow(fraction: float) -> Callable[[Recipe], Recipe]:
-    """A backbone of about this fraction of the MACs by fewer channels, heads of even size, trained from scratch.
-
-    Without what makes a backbone do with less, which a model that never does can do without.
-    """
-
-    def recipe(base: Recipe) -> Recipe:
-        args = base.model_args
-        heads = args["num_heads"]
-        dim = 2 * heads * round(math.sqrt(fraction) * args["embed_dim"] / (2 * heads))
-        plain = (replace(s, patch_drop=(0.0, 0.0), early_weight=0.0) for s in base.only("backbone").stages)
-        stages = *plain, *one_stage("backbone")(base).stages
-        return replace(base, model_args={**args, "embed_dim": dim}, stages=stages)
-
-    return recipe
 
 
 def first_blocks(fraction: float) -> Callable[[VisionTransformer], VisionTransformer]:
@@ -55,16 +35,6 @@ SHALLOW = [
         one_stage("backbone"),
         _static("shallow"),
         reshape=first_blocks(fraction),
-    )
-    for fraction in FRACTIONS
-]
-NARROW = [
-    Method(
-        f"narrow-{fraction:g}",
-        f"a ViT of about {fraction:g} of the MACs, from scratch",
-        _narrow(fraction),
-        _static("narrow"),
-        from_scratch=True,
     )
     for fraction in FRACTIONS
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl, quote
+from urllib.parse import quote, unquote
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def split_columns(spec: str) -> tuple[str, Columns]:
     bare, mark, query = spec.rpartition("?")
     if not mark or Path(spec).exists():
         return spec, Columns()
-    named = dict(parse_qsl(query))
-    if not named or not named.keys() <= {"image", "label"}:
-        raise ValueError(f"{spec}: what follows '?' names columns: ?image=COLUMN&label=COLUMN")
+    named = {kind: unquote(name) for kind, _, name in (part.partition("=") for part in query.split("&"))}
+    if not all(named.values()) or not named.keys() <= {"image", "label"}:
+        raise ValueError(f"{spec}: no such file; what follows '?' may name columns: ?image=COLUMN&label=COLUMN")
     return bare, Columns(**named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def _read(file: Path, named: Columns) -> list[Entry]:
         entry = Entry(file.parent / row[path], row[label], UNSPLIT if part is None else _part(row[part], where), line)
         if not row[label]:
             raise ValueError(f"{where}: no label for {row[path]!r}")
-        if not row[path] or not entry.path.is_file():
+        if not row[path] or not os.path.isfile(entry.path):
             hint = f"; a header would name its columns, such as {_PATH[0]},{_LABEL[0]}" if columns is None else ""
             raise ValueError(f"{where}: no picture {str(entry.path)!r}{hint}")
         if entry.path in entries:
@@ -141,7 +142,7 @@ def _header(row: list[str], file: Path, named: Columns) -> tuple[int, int, int |
     part = _place(row, _PART)
     if path is not None and label is not None:
         return path, label, part
-    if (path is None and label is None) or (file.parent / row[0]).is_file():  # a class may be called "target"
+    if (path is None and label is None) or os.path.isfile(file.parent / row[0]):  # a class may be called "target"
         return None
     missing, names = ("path", _PATH) if path is None else ("label", _LABEL)
     raise ValueError(f"{file}, line 1: no {missing} column among {', '.join(row)}; call it one of {', '.join(names)}")
@@ -189,4 +190,4 @@ def _fit(text: str, delimiter: str, folder: Path) -> tuple[bool, bool, bool]:
         rows += (row for row, _ in islice(_parsed(text, delimiter), _SNIFFED_ROWS) if any(row))
     first = rows[0] if rows else [""]
     is_header = _place(first, _PATH) is not None and _place(first, _LABEL) is not None
-    return is_header or (folder / first[0]).is_file(), len(first) > 1, len({len(row) for row in rows}) <= 1
+    return is_header or os.path.isfile(folder / first[0]), len(first) > 1, len({len(row) for row in rows}) <= 1

@@ -10,7 +10,14 @@ import numpy as np
 from PIL import Image
 
 from miaformer.data.columns import Columns
-from miaformer.data.parquet_columns import NoColumnError, image_column, label_column, open_parquet, stored_picture
+from miaformer.data.parquet_columns import (
+    NoColumnError,
+    holds_paths,
+    image_column,
+    label_column,
+    open_parquet,
+    stored_picture,
+)
 from miaformer.data.source import ImageData
 from miaformer.data.splits import UNSPLIT, canonical_part
 from miaformer.images import ImageError, open_image
@@ -26,7 +33,7 @@ class ParquetImages(ImageData):
 
     def __init__(self, name: str, files: list[Path], root: Path, columns: Columns, naming: list[Path]) -> None:
         self.name = name
-        self._root = root
+        self._root, self._named = root, columns
         size = sum(file.stat().st_size for file in files)
         if size > MAX_RESIDENT_BYTES:
             raise ValueError(
@@ -67,11 +74,9 @@ class ParquetImages(ImageData):
         if not found:
             raise ValueError(f"{self.name}: its parquet files have no rows")
         expected = f"a whole number from 0 to {len(names) - 1}" if names else "a whole number from 0"
-        if isinstance(found[0], str) and not names:
+        if isinstance(next((label for label in found if label is not None), None), str) and not names:
             same = naming is self._files
-            texts = (
-                found if same else [label for f in naming for label in _read_columns(f, [column]).column(0).to_pylist()]
-            )
+            texts = found if same else [label for file in naming for label in self._labels_of(file)]
             classes = sorted({label for label in texts if isinstance(label, str) and label})
             number = {label: place for place, label in enumerate(classes)}
             found = [number.get(label, label) for label in found]
@@ -86,6 +91,11 @@ class ParquetImages(ImageData):
                 raise ValueError(f"{self._files[table]}, row {row}: {column} is {shown}, not {expected}")
         labels = np.asarray(found, dtype=np.int64)
         return labels, classes or [str(label) for label in range(int(labels.max()) + 1)]
+
+    def _labels_of(self, file: Path) -> list[Any]:
+        column, _ = label_column(open_parquet(file), str(file), self._named.label)
+        labels: list[Any] = _read_columns(file, [column]).column(0).to_pylist()
+        return labels
 
 
 class ParquetFolder:
@@ -131,14 +141,16 @@ def parquet_files(root: Path) -> list[Path]:
 
 
 def holds_pictures(file: Path, root: Path) -> bool:
-    """Whether a parquet file has a column of pictures, or several, or cannot be read to tell."""
+    """Whether a parquet file has a column of encoded pictures, or several, or cannot be read to tell: not where it
+    lists files.
+    """
     try:
-        image_column(open_parquet(file), str(file), (file.parent, root))
+        opened = open_parquet(file)
+        return not holds_paths(opened, image_column(opened, str(file), (file.parent, root)))
     except NoColumnError:
         return False
     except ValueError:
         return True
-    return True
 
 
 def _read_columns(file: Path, columns: list[str]) -> Any:

@@ -42,7 +42,7 @@ def image_column(opened: Any, file: str, roots: Sequence[Path], named: str | Non
     What is declared in the `datasets` metadata goes first, then what is called `image` or `img`, then the only one
     whose first values are pictures. Raises NoColumnError where there is none, ValueError where there are several.
     """
-    schema = opened.schema_arrow
+    schema = _schema(opened, file)
     able = [field.name for field in schema if _may_hold_pictures(field.type)]
     if named is not None:
         if named not in able:
@@ -56,12 +56,13 @@ def image_column(opened: Any, file: str, roots: Sequence[Path], named: str | Non
     declared = _declared(schema, "Image")
     holding = [name for name in able if _holds_pictures(opened, name, roots)]
     if not holding:  # no rows, or the first ones are damaged or null
-        holding = [name for name in able if name in declared or (name in _IMAGE_NAMES and not _is_text(schema, name))]
+        usual = [name for name in able if name.casefold() in _IMAGE_NAMES and not _is_text(schema, name)]
+        holding = [name for name in able if name in declared or name in usual]
     if not holding:
         raise NoColumnError(
             file,
             f"no column of pictures among {', '.join(schema.names)}; expected encoded pictures as bytes or "
-            "{bytes, path}, or paths of pictures that are there",
+            "{bytes, path}, or paths of pictures that are there; --image-column names it",
         )
     return _only(holding, declared, _IMAGE_NAMES, file, "pictures", "--image-column")
 
@@ -72,10 +73,10 @@ def label_column(opened: Any, file: str, named: str | None = None) -> tuple[str,
     What is declared a `ClassLabel` goes first, then what is called `label`, `labels` or `fine_label`. Raises
     NoColumnError where there is none, ValueError where there are several.
     """
-    schema = opened.schema_arrow
+    schema = _schema(opened, file)
     declared = _declared(schema, "ClassLabel")
     if named is None:
-        able = declared or [name for name in _LABEL_NAMES if name in schema.names]
+        able = declared or [name for name in schema.names if name.casefold() in _LABEL_NAMES]
         if not able:
             raise NoColumnError(
                 file,
@@ -102,7 +103,13 @@ def stored_picture(value: Any, roots: Sequence[Path]) -> bytes | Path | None:
     if not isinstance(path, str) or not path or "\0" in path:
         return None
     places = [root / path for root in roots]
-    return next((place for place in places if place.is_file()), places[0])
+    return next((place for place in places if os.path.isfile(place)), places[0])  # False, too, for what is no path
+
+
+def holds_paths(opened: Any, column: str) -> bool:
+    """Whether the pictures of a column lie in files of their own."""
+    found = [stored_picture(value, [Path()]) for value in first_values(opened, column)]
+    return bool(found) and all(isinstance(one, Path) for one in found)
 
 
 def first_values(opened: Any, column: str) -> list[Any]:
@@ -111,9 +118,17 @@ def first_values(opened: Any, column: str) -> list[Any]:
     return [value for batch in batches for value in batch.column(0).to_pylist() if value is not None]
 
 
+def _schema(opened: Any, file: str) -> Any:
+    schema = opened.schema_arrow
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{file}: it has two columns {twice[0]!r}: rename one")
+    return schema
+
+
 def _only(able: list[str], declared: list[str], usual: Sequence[str], file: str, what: str, option: str) -> str:
     preferred = [name for name in declared if name in able] or able
-    by_name = [name for name in usual if name in preferred]
+    by_name = [name for one in usual for name in preferred if name.casefold() == one]
     if by_name:
         return by_name[0]
     if len(preferred) > 1:
@@ -160,7 +175,7 @@ def _holds_pictures(opened: Any, column: str, roots: Sequence[Path]) -> bool:
 def _is_picture(stored: bytes | Path | None) -> bool:
     """By its first bytes, or by its name where it is a file."""
     if isinstance(stored, Path):
-        return os.path.splitext(stored.name)[1].lower() in picture_suffixes() and stored.is_file()
+        return os.path.splitext(stored.name)[1].lower() in picture_suffixes() and os.path.isfile(stored)
     if not stored:
         return False
     try:

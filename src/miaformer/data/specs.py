@@ -36,7 +36,9 @@ def open_data(spec: str | Path, split: Split) -> ImageData:
     """
     check_split(split)
     bare, columns = split_columns(str(spec))
-    if bare == "digits" and not columns:
+    if bare == "digits":
+        if columns:
+            raise ValueError("digits: it is no table, and has no columns to name")
         return Digits(split)
     return choose_split(_source(bare, columns), split)
 
@@ -64,7 +66,7 @@ def _source(spec: str, columns: Columns) -> Source:
 
 
 def _are_about_pictures(root: Path) -> bool:
-    """Whether the parquet files of a folder hold none themselves, and class folders beside them do."""
+    """Whether the parquet files of a folder at most list pictures, and class folders beside them hold them."""
     if not root.is_dir() or any(holds_pictures(file, root) for file in parquet_files(root)):
         return False
     folders = ClassFolders(root)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from miaformer.model import MIAFormer
 
+_DECIDED_ON_THE_HOST = "what to compute is decided on the host, block by block: nothing compiled holds it"
+
 DenseCall = Callable[[Tensor], Tensor]  # images (B, 3, H, W) to logits (B, classes)
 SparseCall = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # images, budget to logits and macs_fraction (B,)
 
@@ -79,7 +81,7 @@ class Packed(Eager):
 
 
 class Compiled:
-    """torch.compile: the whole backbone for one batch shape; sparsely, what `MIAFormer.compile()` compiles."""
+    """torch.compile, dense: the whole backbone for one batch shape."""
 
     name = "compile"
 
@@ -92,19 +94,11 @@ class Compiled:
         return cast(DenseCall, compiled)
 
     def sparse(self, model: MIAFormer, images: Tensor) -> SparseCall:
-        # nn.Module has a compile() of its own, which would compile the whole adaptive forward pass: not that.
-        if "compile" not in MIAFormer.__dict__:
-            raise EngineUnavailableError("this version of miaformer has no compiled sparse execution")
-        with torch.inference_mode(False):  # a copy made in inference mode could not be changed after it
-            twin = copy.deepcopy(model)
-        run = Eager().sparse(twin, images)
-        _try("MIAFormer.compile()", twin.compile)
-        _try("MIAFormer.compile()", lambda: run(images, 1.0))
-        return run
+        raise EngineUnavailableError(_DECIDED_ON_THE_HOST)
 
 
 class CudaGraphs:
-    """torch.compile's CUDA graphs, dense: all kernels of a batch shape launched at once, what small batches wait for."""
+    """torch.compile's CUDA graphs, dense: all kernels of a batch launched at once."""
 
     name = "graphs"
 
@@ -121,7 +115,7 @@ class CudaGraphs:
         return run
 
     def sparse(self, model: MIAFormer, images: Tensor) -> SparseCall:
-        raise EngineUnavailableError("what to compute is decided on the host: no graph holds it")
+        raise EngineUnavailableError(_DECIDED_ON_THE_HOST)
 
 
 class OnnxRuntime:

@@ -20,6 +20,7 @@ ARCHIVE_SUFFIXES = (*TAR_SUFFIXES, ZIP_SUFFIX)
 
 _READ_ROWS = 64  # of a parquet file at a time
 _READ_BYTES = 1 << 20  # of a file at a time
+_MOST_LINKS = 40  # one to the next, as Linux follows them
 _NO_PICTURES = "no member of this archive is a picture by its suffix"
 
 
@@ -41,7 +42,7 @@ class TarShard:
 
         suffixes = picture_suffixes()
         pictures = 0
-        indexed: tarfile.TarFile | None = None  # the archive again, read through and with all its members, for links
+        links: _Links | None = None
         try:
             with tarfile.open(self.path, tarinfo=_Member) as tar:
                 while (member := tar.next()) is not None:
@@ -63,29 +64,38 @@ class TarShard:
                             f"a link to {member.linkname!r}, not read in a compressed archive: unpack it"
                         )
                     else:
-                        indexed = indexed or tarfile.open(self.path)  # noqa: SIM115  # closed below
-                        content = _linked(indexed, member)
+                        links = links or _Links(self.path)
+                        content = links.content(member)
                     yield Entry(f"{self.path}/{member.name.removeprefix('./')}", content)
                 if self._is_compressed:
                     _read_on(tar)
         except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
             raise SourceError(_tar_damage(error)) from error
         finally:
-            if indexed is not None:
-                indexed.close()
+            if links is not None:
+                links.tar.close()
         if not pictures:
             raise SourceError(_NO_PICTURES)
 
 
-def _linked(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Unreadable:
-    """What a link in an archive stands for, in that archive."""
-    try:
-        file = tar.extractfile(member)
-    except (KeyError, RecursionError):
-        file = None
-    if file is None:
-        return Unreadable(f"a link to {member.linkname!r}, which is no file of this archive")
-    return file.read()
+class _Links:
+    """An archive opened again and read through, with all its members by name, for what links in it stand for."""
+
+    def __init__(self, path: Path) -> None:
+        self.tar = tarfile.open(path)  # noqa: SIM115  # its user closes it
+        self._members = {os.path.normpath(member.name): member for member in self.tar.getmembers()}
+
+    def content(self, member: tarfile.TarInfo) -> bytes | Unreadable:
+        at: tarfile.TarInfo | None = member
+        for _ in range(_MOST_LINKS):
+            if at is None or at.isreg():
+                break
+            folder = os.path.dirname(at.name) if at.issym() else ""
+            at = self._members.get(os.path.normpath(os.path.join(folder, at.linkname)))
+        file = self.tar.extractfile(at) if at is not None and at.isreg() else None
+        if file is None:
+            return Unreadable(f"a link to {member.linkname!r}, which is no file of this archive")
+        return file.read()
 
 
 class _Member(tarfile.TarInfo):
@@ -185,14 +195,17 @@ class ParquetShard:
                 raise SourceError(str(error).removeprefix(f"{path}: ")) from error
             self.count: int | None = file.metadata.num_rows
 
-    def lists_files_below(self, folder: Path) -> bool:
-        """Whether its first rows name pictures that lie in a folder, as a table about them does."""
+    def listed(self) -> set[str]:
+        """Absolute paths of the pictures that its first rows name; empty where they hold pictures themselves."""
         from miaformer.data.parquet_columns import first_values, stored_picture
 
-        with self._opened() as file:
-            found = [stored_picture(value, self._roots) for value in first_values(file, self._column)]
-        inside = [isinstance(one, Path) and one.resolve().is_relative_to(folder.resolve()) for one in found]
-        return bool(inside) and all(inside)
+        try:
+            with self._opened() as file:
+                found = [stored_picture(value, self._roots) for value in first_values(file, self._column)]
+        except (OSError, ValueError):  # damaged: told of when its rows are read
+            return set()
+        paths = {os.path.abspath(one) for one in found if isinstance(one, Path)}
+        return paths if all(isinstance(one, Path) for one in found) else set()
 
     def entries(self, start: int = 0) -> Iterator[Entry]:
         from miaformer.data.parquet_columns import stored_picture

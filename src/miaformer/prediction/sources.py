@@ -96,9 +96,10 @@ def find_inputs(paths: Sequence[str | Path], image_column: str | None = None) ->
     """What some paths name, each file once: files, folders with everything below them, patterns as the shell has them.
 
     Files are tar or zip archives or parquet files by their suffix, else pictures. In folders, and where a pattern
-    matches, only files of known suffixes count, and parquet files only where they hold pictures, or list some that do
-    not lie in the folder. image_column: of parquet files; None: it is found. What is not there or cannot be opened
-    becomes an unreadable entry in its place. Raises SourceError where there is nothing at all.
+    matches, only files of known suffixes count, and parquet files only where they hold pictures, or list others than
+    those that are found beside them. image_column: of parquet files; None: it is found. What is not there or cannot be
+    opened becomes an unreadable entry in its place. Raises SourceError where there is nothing at all, and where no
+    parquet file has that column.
     """
     sources: dict[str, Source] = {}
     missing: dict[str, str] = {}
@@ -112,7 +113,17 @@ def find_inputs(paths: Sequence[str | Path], image_column: str | None = None) ->
             sources.setdefault(source.name, source)
     if len(missing) == len(sources):
         raise SourceError("; ".join(f"{name}: {reason}" for name, reason in missing.items()))
-    return Inputs(list(sources.values()))
+    if image_column is not None and not any(isinstance(source, ParquetShard) for source in sources.values()):
+        raise SourceError(f"no parquet file here has a column {image_column!r} of pictures")
+    named = {str(Path(path)) for path in paths}
+    pictures = {os.path.abspath(source.path) for source in sources.values() if isinstance(source, PictureFile)}
+    return Inputs([one for one in sources.values() if one.name in named or not _lists_some_of(one, pictures)])
+
+
+def _lists_some_of(source: Source, pictures: set[str]) -> bool:
+    """Whether it is a table about pictures that are sources themselves."""
+    listed = source.listed() if isinstance(source, ParquetShard) else set()
+    return bool(listed) and listed <= pictures
 
 
 def find_pictures(paths: Sequence[str | Path]) -> tuple[list[Path], dict[str, str]]:
@@ -148,11 +159,7 @@ def _below(folder: Path, image_column: str | None) -> list[Source]:
     from miaformer.images import files_below, picture_suffixes
 
     files = [path for path in files_below(folder, _known_suffix()) if not _is_unfinished(path.relative_to(folder))]
-    sources = [
-        source
-        for source in _holding_pictures(files, folder, image_column)
-        if not (isinstance(source, ParquetShard) and source.lists_files_below(folder))  # they are sources themselves
-    ]
+    sources = _holding_pictures(files, folder, image_column)
     if not sources:
         some = ", ".join(sorted(picture_suffixes())[:8])
         shards = ", ".join((*ARCHIVE_SUFFIXES, PARQUET_SUFFIX))

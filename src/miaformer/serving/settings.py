@@ -44,8 +44,11 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
         for origin in self.allow_origins:
-            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-                raise ValueError(f"allow_origins: {origin!r} is no origin: give https://example.org, or * for any")
+            if origin != "*" and not re.fullmatch(r"https?://[a-z0-9.\-\[\]:]+", origin):
+                raise ValueError(
+                    f"allow_origins: {origin!r} is no origin as browsers send it: give https://example.org, in small "
+                    "letters, or * for any"
+                )
         if self.max_held_bytes < self.max_upload_bytes:
             raise ValueError(
                 f"max_held_bytes={self.max_held_bytes} is less than one upload may have, {self.max_upload_bytes}"

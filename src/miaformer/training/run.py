@@ -22,7 +22,8 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from miaformer.backbone import check_supported
+from miaformer.backbone import check_supported, transformer_blocks
+from miaformer.block import check_plain
 from miaformer.budget import MOST_PASSES
 from miaformer.checkpoint_files import identity
 from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform, open_data
@@ -31,13 +32,14 @@ from miaformer.evaluation.calibration import calibrate
 from miaformer.evaluation.environment import describe_environment
 from miaformer.files import check_holds_no_run, holds_run, locked
 from miaformer.model import MIAFormer, adapt
-from miaformer.model_files import read_json
+from miaformer.model_files import NOT_SAVED, read_json
 from miaformer.pretrained import load_backbone
 from miaformer.seeds import seed_everything
 from miaformer.stem import ConvPatchEmbed
 from miaformer.training.choices import as_begun, described, usable_workers, with_precision, with_sizes
+from miaformer.training.probe import classifiers
 from miaformer.training.progress import Display, duration
-from miaformer.training.recipes import Recipe, get_recipe, with_defaults
+from miaformer.training.recipes import Recipe, Stage, get_recipe, with_defaults
 from miaformer.training.trainer import Trainer
 
 
@@ -156,19 +158,29 @@ def train(
 
 def _learnable(recipe: Recipe, model: MIAFormer) -> Recipe:
     """Without the stages in which nothing learns: those of the backbone, where it is frozen."""
-    if any(parameter.requires_grad for parameter in model.backbone.parameters()):
-        return recipe
-    stages = tuple(stage for stage in recipe.stages if stage.trains_controllers)
+
+    def is_free(*parts: nn.Module) -> bool:
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+    def learns(stage: Stage) -> bool:
+        if stage.kind == "probe":
+            return is_free(*classifiers(model.backbone))
+        return is_free(model.backbone) or (stage.trains_controllers and is_free(model.controllers))
+
+    stages = tuple(filter(learns, recipe.stages))
     if not stages:
         raise ValueError(
-            f"the backbone is frozen, and recipe {recipe.name!r} trains no controllers: nothing would learn. "
-            "Let some of it, model.backbone.requires_grad_(True)"
+            f"what recipe {recipe.name!r} trains is frozen: nothing would learn. Let some of it, "
+            "model.requires_grad_(True)"
         )
     return replace(recipe, stages=stages)
 
 
 def check_trainable(model: MIAFormer) -> None:
-    """Raises ValueError for weights that optimisers cannot change, or would lose steps of by rounding."""
+    """Raises ValueError for weights that optimisers cannot change, or would lose steps of by rounding, and for layers
+    whose model could not be saved in the end.
+    """
+    check_plain(transformer_blocks(model.backbone), NOT_SAVED)
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ValueError(

@@ -82,6 +82,7 @@ class Trainer:
                 label_smoothing=recipe.label_smoothing,
                 num_classes=model.num_classes,
             )
+        self._controllers_free = [parameter.requires_grad for parameter in model.controllers.parameters()]
         self.adversary = self._adversary()
         self._stop = StopRequest()  # of this process
         self._agreed_to_stop = False  # by all processes, in the step before
@@ -112,6 +113,7 @@ class Trainer:
                     checkpoint = found[0] if span.first < start else None
                     self._run_stage(span, max(span.first, start), checkpoint, metrics)
         finally:
+            self._free_controllers(True)
             self.display.end_stage()
             if metrics is not None:
                 metrics.close()
@@ -146,9 +148,14 @@ class Trainer:
             metrics.write({"step": span.last, "stage": "probe", "loss": loss, "accuracy": accuracy})
             duration.write(span.last)
 
+    def _free_controllers(self, learns: bool) -> None:
+        """Let those learn that were free before training, or none."""
+        for parameter, is_free in zip(self.model.controllers.parameters(), self._controllers_free, strict=True):
+            parameter.requires_grad_(learns and is_free)
+
     def _run_stage(self, span: Span, step: int, checkpoint: Path | None, metrics: MetricsFile | None) -> None:
         stage, model = span.stage, self.model
-        model.controllers.requires_grad_(stage.trains_controllers)
+        self._free_controllers(stage.trains_controllers)
         if stage.kind != "backbone" and self.teacher is None and self.recipe.distill_weight:
             self.teacher = copy.deepcopy(model.backbone).requires_grad_(False).eval()
         optimizer = stage_optimizer(model, stage, self.recipe)
