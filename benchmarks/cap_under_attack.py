@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/cap_under_attack.py --data CIFAR10
 
 A fifth each: images attacked through the decisions to cost the most, images as they are, noise, one colour, and finite
-numbers up to 1e38. Writes benchmarks/results/cap-under-attack.json: the dearest image of each kind, and how many cost
-more than the cap.
+numbers up to 1e38. Writes benchmarks/results/cap-under-attack.json: the most expensive image of each kind, and how many
+cost more than the cap.
 """
 
 from __future__ import annotations

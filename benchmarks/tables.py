@@ -184,7 +184,7 @@ def _robust(row: dict[str, Any]) -> str:
     return f"{100 * row['robust']:.1f} ({low}, {high})"
 
 
-def dearer(report: Report, name: str) -> str:
+def compute_attacks(report: Report, name: str) -> str:
     """What attacks on compute reach. Those that keep the class lie beside NAME."""
     kept = name.replace(".json", "-kept.json")
     rows = [
@@ -197,7 +197,7 @@ def dearer(report: Report, name: str) -> str:
         )
         for row in [*report["rows"], *json.loads((RESULTS / kept).read_text())["rows"]]
     ]  # fmt: skip
-    head = ("changed", "class kept", "MACs before", "after", "the dearest image", "right before, %", "after")
+    head = ("changed", "class kept", "MACs before", "after", "the most expensive image", "right before, %", "after")
     files = f"[JSON](../benchmarks/results/{name}), [class kept](../benchmarks/results/{kept})"
     return f"`{_command(report)}` ({files})\n\n{_table(head, rows)}"
 
@@ -442,7 +442,7 @@ TABLES: dict[str, Callable[[Report, str], str]] = {
         carried_over,
         withstood,
         corrupted,
-        dearer,
+        compute_attacks,
         comparison,
         rivals,
         baselines,

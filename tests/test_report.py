@@ -147,7 +147,7 @@ def test_evaluations_pictures_and_environment_are_shown(
         assert f"{point['macs_fraction']:.3f}" in page.text
     assert found["environment"]["date"] in page.text
     assert "Where it was trained" in page.text
-    assert "The cheapest and the dearest images" in page.text
+    assert "The cheapest and the most expensive images" in page.text
     assert "Of 16 test images of data" in page.text
     shares = [float(text) for text in re.findall(r"([\d.]+) of the MACs", page.text)]
     least, most = shares[:6], shares[6:]

@@ -64,8 +64,8 @@ def row_of(table: Sequence[Looks], budget: float) -> Looks | None:
 def choose_looks(views: Sequence[View], between: bool = True) -> tuple[Looks, ...]:
     """The best two looks for each mean budget at which they are better than one.
 
-    Better is what answers more often as the dearest single look does, less the standard error of what is spent: a pair
-    that spends very unevenly meets its budget less exactly on other images. views: of different prices, or sizes.
+    Better is what answers more often as the most expensive single look does, less the standard error of what is spent:
+    a pair that spends very unevenly meets its budget less exactly on other images. views: of different prices, or sizes.
     between: whether single looks can spend anything between two of them, as prices can and sizes cannot.
     """
     ordered = _apart(sorted(views, key=lambda view: view.fraction))
@@ -89,7 +89,7 @@ def choose_looks(views: Sequence[View], between: bool = True) -> tuple[Looks, ..
 
 
 def _apart(views: Sequence[View]) -> list[View]:
-    """Some of them, no closer than `LEAST_GAP`, the dearest among them. views: by rising fraction."""
+    """Some of them, no closer than `LEAST_GAP`, the most expensive among them. views: by rising fraction."""
     kept = [views[-1]]
     for view in reversed(views[:-1]):
         if kept[-1].fraction - view.fraction >= LEAST_GAP:

@@ -34,38 +34,38 @@ COMMANDS = (
 )
 
 DESCRIPTION = """\
-Vision Transformers that skip blocks, heads and tokens image by image, and do not pay for what they skip.
+Vision Transformers that skip blocks, heads and tokens image by image: what you skip, you do not pay for.
 
-A MODEL is a directory that `miaformer train` or save_pretrained() wrote, or the id of one on the Hugging Face hub
-(OWNER/NAME). DATA is `digits` (embedded), a folder of class folders, a CSV or TSV file of paths and labels, a folder
-of parquet files as `datasets` writes them, or a name that timm knows (torch/cifar10:ROOT). A budget is the mean compute
-over a data set, a cap the most that one image may take; both are fractions of the dense model's multiply-accumulates
-(MACs).
+MODEL is a directory that `miaformer train` or save_pretrained() wrote, or the id of a model on the Hugging Face hub
+(OWNER/NAME). DATA is `digits` (built in), a folder of class folders, a CSV or TSV file of paths and labels, a folder
+of parquet files in the format of `datasets`, or a name that timm knows (torch/cifar10:ROOT). A budget is the mean
+compute over a data set. A cap is the most compute that one image may take. Both are fractions of the dense model's
+multiply-accumulates (MACs).
 """
 
 EPILOG = """\
 examples:
   miaformer demo --out demo
-      train, calibrate, evaluate and draw a small model; a few minutes on a laptop
+      train, calibrate, evaluate and plot a small model; takes a few minutes on a laptop
   miaformer eval demo/model --data digits --budgets 0.35 0.5 0.7 --json report.json
-      accuracy per compute, against controls of equal cost
+      measure accuracy per compute, against controls of equal cost
   miaformer bench timm:deit_small_patch16_224 --data photos/ --engines eager --batch-sizes 1 8
       time sparse against dense execution
   miaformer predict demo/model photos/ --out predictions.csv --budget 0.5
-      classify a folder
+      classify a folder of images
   miaformer explain demo/model photos/ --out explained --budget 0.3 0.5 0.9
-      a page a picture: which patches, heads and blocks it was given
+      write a page per image that shows which patches, heads and blocks the model executes
   miaformer report runs/photos --out report.html
-      a training run or a comparison as one page
+      show a training run or a comparison as one page
   miaformer serve demo/model --p95-ms 200
-      classify over HTTP; under load it spends less on each, and answers in time
+      classify over HTTP; under load, spend less on each image and still answer in time
   miaformer export demo/model model.onnx
-      one file for ONNX Runtime that skips at run time
+      write one file for ONNX Runtime that skips at run time
   miaformer profile demo/model --data digits --out latency.json
-      measure this machine's milliseconds, for budgets in them: predict ... --latency latency.json --budget-ms 5
+      measure this machine's latency, for budgets in ms: predict ... --latency latency.json --budget-ms 5
 
-exit status: 0 success; 1 finished, but some inputs failed; 2 wrong usage or an error, told in one line
-(MIAFORMER_DEBUG=1 shows where it came from); 130 stopped by Ctrl-C
+exit status: 0 on success; 1 if the command finished but some inputs failed; 2 on wrong usage or an error, reported
+in one line (MIAFORMER_DEBUG=1 shows where it came from); 130 if stopped by Ctrl-C
 """
 
 # What a command needs beyond the core, and the extra that installs it.

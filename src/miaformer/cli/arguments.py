@@ -27,18 +27,21 @@ def add_command(subparsers: Any, name: str, help: str, description: str, epilog:
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser, about: str = "directory, hub id, or timm:NAME") -> None:
+def add_model(parser: argparse.ArgumentParser, about: str = "model directory, hub id, or timm:NAME") -> None:
     """MODEL, and what goes with timm:NAME: --weights, --pretrained and --image-size; --classes goes with any model."""
     parser.add_argument("model", metavar="MODEL", help=about)
     group = parser.add_argument_group("your own model")
     group.add_argument(
-        "--weights", metavar="FILE", help="with timm:NAME: its checkpoint, .safetensors, .pth, .pt, .bin or .ckpt"
+        "--weights", metavar="FILE", help="checkpoint for timm:NAME: .safetensors, .pth, .pt, .bin or .ckpt"
     )
-    group.add_argument("--pretrained", action="store_true", help="with timm:NAME: download its weights")
+    group.add_argument("--pretrained", action="store_true", help="download the weights of timm:NAME")
     group.add_argument(
-        "--image-size", type=int, metavar="N", help="with timm:NAME: images of N x N pixels (default: as in FILE)"
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="image size for timm:NAME, N x N pixels (default: FILE's, else timm's)",
     )
-    group.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, in the order of labels")
+    group.add_argument("--classes", metavar="FILE", help="class names, one per line, in label order")
 
 
 def own_model(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,13 +54,13 @@ def add_data(parser: argparse.ArgumentParser, about: str, required: bool = False
     group = parser.add_argument_group("data")
     group.add_argument("--data", required=required, metavar="DATA", help=about)
     add_image_column(group)
-    group.add_argument("--label-column", metavar="C", help="of a CSV, TSV, parquet or hub table (default: found)")
+    group.add_argument(
+        "--label-column", metavar="C", help="label column of a CSV, TSV, parquet or hub table (default: detected)"
+    )
 
 
 def add_image_column(parser: Any) -> None:
-    parser.add_argument(
-        "--image-column", metavar="C", help="the column of a table that holds pictures (default: found)"
-    )
+    parser.add_argument("--image-column", metavar="C", help="image column of a table (default: detected)")
 
 
 def named_columns(args: argparse.Namespace) -> None:
@@ -81,16 +84,20 @@ def seed_number(text: str) -> int:
 
 def add_compute(parser: argparse.ArgumentParser, batch_size: int | None) -> None:
     """--batch-size (unless None), --device, --dtype and --threads."""
-    group = parser.add_argument_group("how it runs")
+    group = parser.add_argument_group("execution")
     if batch_size is not None:
         group.add_argument(
-            "--batch-size", type=int, default=batch_size, metavar="N", help=f"images in a batch (default: {batch_size})"
+            "--batch-size", type=int, default=batch_size, metavar="N", help=f"images per batch (default: {batch_size})"
         )
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     group.add_argument(
-        "--dtype", choices=DTYPES, default="float32", metavar="T", help=f"{', '.join(DTYPES)} (default: float32)"
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        metavar="T",
+        help=f"data type: {', '.join(DTYPES)} (default: float32)",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
+    group.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
 
 
 def open_device(name: str, threads: int | None = None) -> torch.device:

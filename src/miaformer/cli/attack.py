@@ -34,75 +34,100 @@ MASKING_IMAGES = 100
 PATCH_IMAGES = 2000  # of the calibration split, that patches are learned on
 
 DESCRIPTION = """\
-Attack MODEL on images of DATA, and say what of its accuracy and of its savings is left.
+Attack MODEL on images of DATA, and report how much of its accuracy and of its savings is left.
 
 attacks on accuracy:
   fgsm         one step along the sign of the gradient
-  pgd          --steps projected gradient steps from --restarts random starts, decisions taken as given
-  adaptive     the same through the decisions, on cross-entropy and on the margin
-  transfer     made on the static backbone
-  autoattack   standard AutoAttack: APGD-CE, APGD-T, FAB-T and Square (Croce and Hein), through the decisions; slow
-               Also apgd-ce and square alone
-Where decisions are drawn all of them climb the mean over draws.
+  pgd          --steps projected gradient steps from --restarts random starts; decisions are treated as fixed
+  adaptive     the same steps with gradients through the decisions, on cross-entropy and on the margin
+  transfer     adversarial examples made on the static backbone
+  autoattack   standard AutoAttack: APGD-CE, APGD-T, FAB-T and Square (Croce and Hein), through the decisions; slow;
+               apgd-ce and square can also be run alone
+If a target draws its decisions at random, every attack follows the mean over draws.
 
 attacks on compute:
-  macs         gradient steps that raise what an image costs; macs-kept: its predicted class stays
-  patch        one patch for all images, learned on the calibration split; patch-kept: classes stay
+  macs         gradient steps that raise the cost of an image; macs-kept also keeps its predicted class
+  patch        one patch for all images, learned on the calibration split; patch-kept also keeps predicted classes
 
 targets:
   backbone     the static model
   adaptive     the learned policy at --budget
-  sampled      the same, its decisions drawn at random
+  sampled      the same policy, with decisions drawn at random
   static, random, cls-attention
                other policies on the same weights, at the same cost
 
-A row `worst` counts an image as right only where it is right under all attacks on accuracy. Radii are in pixels from 0
-to 1. A check for gradient masking follows: where its signs fail, do not believe the attacks by gradients. It and the
-parts of AutoAttack need the extra `attack`; --no-masking-check does without.
+The row `worst` counts an image as correct only if it is correct under all attacks on accuracy. Radii are in pixel
+values from 0 to 1. A check for gradient masking follows; where it fails, do not trust the gradient-based attacks. The
+check and the parts of AutoAttack need the extra `attack`; --no-masking-check skips the check.
 """
 
 EPILOG = """\
 examples:
   miaformer attack runs/photos/model --data photos/ --eps 1/255 4/255 --images 500
   miaformer attack cifar10-small --data cifar10/ --attacks macs macs-kept patch --targets adaptive static --budget 0.5
-      can inputs be made that cost more? with --cap 0.6 none can cost more than that
+      test whether images can be made to cost more; with --cap 0.6, none can cost more than that
   miaformer attack cifar10-small --data cifar10/ --attacks fgsm pgd adaptive transfer autoattack --cascade \\
       --eps 1/255 2/255 4/255 8/255 --out runs/attack --json attack.json --plot attack.png
-      hours on a processor; what is done is kept in --out, and the same command goes on
+      takes hours on a CPU; finished results are kept in --out, and the same command continues from them
 
 JSON:
   {"rows": [{"attack", "eps", "norm", "target", "clean", "robust", "robust_interval", "macs_fraction_clean",
              "macs_fraction_attacked", "macs_fraction_max", "num_images"}],
    "masking": [{"target", "check", "value", "wanted", "passed"}], "environment": {...}, ...}
-  clean and robust: accuracy before and under attack; macs_fraction_max: of the dearest image under attack.
+  clean and robust: accuracy before and under attack; macs_fraction_max: of the most expensive image under attack.
 """
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_command(subparsers, "attack", "accuracy and compute under attack", DESCRIPTION, EPILOG)
-    add_model(parser, "directory, hub id, name of a bundled model, or timm:NAME")
-    add_data(parser, "digits, a folder, a CSV file, or a name timm knows", required=True)
+    parser = add_command(subparsers, "attack", "measure accuracy and compute under attack", DESCRIPTION, EPILOG)
+    add_model(parser, "model directory, hub id, name of a bundled model, or timm:NAME")
+    add_data(parser, "data set: digits, a folder, a CSV file, or a name that timm knows", required=True)
     parser.add_argument("--attacks", nargs="+", default=list(DEFAULT_ATTACKS), metavar="A",
-                        help=f"of those above (default: {' '.join(DEFAULT_ATTACKS)})")  # fmt: skip
-    parser.add_argument("--eps", nargs="+", default=["4/255"], metavar="E", help="radii (default: 4/255)")
-    parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the radii (default: linf)")
+                        help=f"attacks listed above (default: {' '.join(DEFAULT_ATTACKS)})")  # fmt: skip
+    parser.add_argument(
+        "--eps",
+        nargs="+",
+        default=["4/255"],
+        metavar="E",
+        help="attack radii, in pixel values from 0 to 1 (default: 4/255)",
+    )
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="norm of the radii (default: linf)")
     parser.add_argument("--targets", nargs="+", metavar="T",
-                        help="of those above (default: backbone adaptive)")  # fmt: skip
-    parser.add_argument("--budget", type=float, metavar="B", help="of the targets but backbone (default: 0.5)")
-    parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one image may take, a fraction: hard")
-    parser.add_argument("--images", type=int, default=1000, metavar="N", help="evenly spaced ones (default: 1000)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of gradient attacks (default: 50)")
-    parser.add_argument("--restarts", type=int, default=1, metavar="N", help="of gradient attacks (default: 1)")
+                        help="targets listed above (default: backbone adaptive)")  # fmt: skip
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="B",
+        help="budget of all targets except backbone (default: the model's, else 0.5)",
+    )
+    parser.add_argument(
+        "--cap", type=float, metavar="C", help="hard limit on the MACs of one image, as a fraction of the dense model's"
+    )
+    parser.add_argument(
+        "--images", type=int, default=1000, metavar="N", help="number of images, evenly spaced (default: 1000)"
+    )
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps of gradient attacks (default: 50)")
+    parser.add_argument(
+        "--restarts", type=int, default=1, metavar="N", help="random starts of gradient attacks (default: 1)"
+    )
     parser.add_argument("--cascade", action="store_true",
-                        help="attack only what withstood the attacks before: `worst` is the same in less time, other "
+                        help="attack only images that withstood the attacks before: same `worst` in less time, other "
                         "rows are cumulative")  # fmt: skip
-    parser.add_argument("--patch-area", type=float, default=0.02, metavar="A", help="of the image (default: 0.02)")
-    parser.add_argument("--patch-steps", type=int, default=200, metavar="N", help="of learning it (default: 200)")
-    parser.add_argument("--no-masking-check", action="store_true", help="leave the check for gradient masking out")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of everything random (default: 0)")
-    parser.add_argument("--out", metavar="DIR", help="keep what is done here, and go on from there")
-    parser.add_argument("--json", metavar="FILE", help="write the report here")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy over the radius here")
+    parser.add_argument(
+        "--patch-area",
+        type=float,
+        default=0.02,
+        metavar="A",
+        help="area of the patch, as a fraction of the image (default: 0.02)",
+    )
+    parser.add_argument(
+        "--patch-steps", type=int, default=200, metavar="N", help="steps to learn the patch (default: 200)"
+    )
+    parser.add_argument("--no-masking-check", action="store_true", help="skip the check for gradient masking")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--out", metavar="DIR", help="keep finished results in this directory, and continue from them")
+    parser.add_argument("--json", metavar="FILE", help="write the report to this file")
+    parser.add_argument("--plot", metavar="FILE.png", help="plot accuracy over the radius to this file")
     add_compute(parser, batch_size=250)
     parser.set_defaults(run=run)
 
@@ -322,7 +347,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     shown = Table(caption="Accuracy with its interval of 95 % over images. MACs: of the backbone's, mean over images.")
     shown.add_column("target", no_wrap=True)
     shown.add_column("attack", no_wrap=True)
-    for name in ("eps", "clean, %", "under attack, %", "MACs clean", "attacked", "dearest"):
+    for name in ("eps", "clean, %", "under attack, %", "MACs clean", "attacked", "most expensive"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         low, high = (f"{100 * end:.1f}" for end in row["robust_interval"])

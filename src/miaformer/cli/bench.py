@@ -27,19 +27,20 @@ ENGINES = ("eager", "packed", "compile", "graphs", "onnx")
 GRAINS = ("all", "depth", "heads", "tokens")
 
 DESCRIPTION = """\
-Time MODEL, sparse against dense, on pictures of DATA. Every engine runs the same learned policy at a budget, and its
-own dense execution of the same backbone; all of them are timed in turn within the same rounds, over several batches of
-pictures. Deciding is part of every sparse time.
+Compare the speed of sparse and dense execution of MODEL on images of DATA. Every engine runs the same learned policy
+at a budget, and its own dense execution of the same backbone. All of them are timed in turn within the same rounds,
+over several batches of images. Every sparse time includes the time to decide.
 
 engines:
   eager    PyTorch, operation by operation
-  packed   the same, sparse weights kept in the processor's layout (MIAFormer.prepack)
-  compile  torch.compile
-  onnx     ONNX Runtime, on the processor
+  packed   the same, with sparse weights kept in the CPU's layout (MIAFormer.prepack)
+  compile  torch.compile, dense only
+  graphs   CUDA graphs (torch.compile, mode reduce-overhead), dense only, on CUDA
+  onnx     ONNX Runtime on the CPU
 
-MODEL may be timm:NAME, an unadapted timm ViT, with random weights unless --weights FILE: its controllers are then drawn
-at random, so that decisions differ between images, and calibrated on pictures of DATA. --grains says what they decide,
-e.g. only tokens.
+MODEL may be timm:NAME, an unadapted timm ViT, with random weights unless --weights FILE or --pretrained is
+given. Its controllers are then drawn at random, so that decisions differ between images, and calibrated on images of
+DATA. --grains says what they decide, e.g. only tokens.
 """
 
 EPILOG = """\
@@ -55,10 +56,11 @@ JSON:
    "dense": [{"engine", "dtype", "batch", "images", "repeats", "ms"}],
    "memory": [{"engine", "dtype", "batch", "grains", "budget", "dense_mb", "sparse_mb"}],
    "left_out": [{"engine", "execution", "dtype", "batches", "reason"}], "environment": {...}, ...}
-  Budget 1 runs the controllers and keeps everything. Medians over `repeats` rounds of each batch of pictures, means
-  over batches; fractions are those of each round. efficiency = macs_fraction / time_fraction; spread is the
-  interquartile range of the time fractions of all rounds, on all batches. best_dense: the fastest dense execution of
-  any engine here, of this dtype or float32. Memory: the most that running took on top of the loaded model.
+  Budget 1 runs the controllers and keeps everything. Times are medians over `repeats` rounds of each batch of images,
+  then means over batches; fractions are taken within each round. efficiency = macs_fraction / time_fraction; spread
+  is the interquartile range of the time fractions of all rounds, on all batches. best_dense_*: the fastest dense
+  execution of any engine here, in this dtype or float32. Memory is the most that running took on top of the loaded
+  model.
 """
 
 
@@ -66,15 +68,17 @@ def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "bench", "time sparse against dense execution", DESCRIPTION, EPILOG)
     several: dict[str, Any] = {"nargs": "+"}
     add_model(parser)
-    add_data(parser, "pictures: digits, any folder of pictures, or a name timm knows")
-    parser.add_argument("--batch-sizes", **several, type=int, default=[1, 8, 32], metavar="N", help="(default: 1 8 32)")
+    add_data(parser, "images: digits, any folder of images, or a name that timm knows")
+    parser.add_argument(
+        "--batch-sizes", **several, type=int, default=[1, 8, 32], metavar="N", help="batch sizes (default: 1 8 32)"
+    )
     parser.add_argument(
         "--budgets",
         **several,
         type=float,
         default=[0.35, 0.5, 0.7],
         metavar="B",
-        help="mean MACs, fractions of the dense model's (default: 0.35 0.5 0.7)",
+        help="mean MACs, as fractions of the dense model's (default: 0.35 0.5 0.7)",
     )
     parser.add_argument(
         "--engines",
@@ -82,7 +86,7 @@ def add_parser(subparsers: Any) -> None:
         choices=ENGINES,
         default=list(ENGINES),
         metavar="E",
-        help="of those above (default: all)",
+        help="engines listed above (default: all)",
     )
     parser.add_argument(
         "--dtypes",
@@ -90,28 +94,38 @@ def add_parser(subparsers: Any) -> None:
         choices=DTYPES,
         default=["float32"],
         metavar="T",
-        help=f"{', '.join(DTYPES)} (default: float32)",
+        help=f"data types: {', '.join(DTYPES)} (default: float32)",
     )
     parser.add_argument(
         "--grains",
         **several,
         choices=GRAINS,
         metavar="G",
-        help="with timm:NAME: what is decided: all, depth, heads or tokens (default: all)",
+        help="what the controllers of timm:NAME decide: all, depth, heads or tokens (default: all)",
     )
-    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="rounds of a batch, at most (default: 15)")
+    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="maximum rounds per batch (default: 15)")
     parser.add_argument(
-        "--seconds", type=float, default=20.0, metavar="S", help="for each dtype and batch size (default: 20)"
+        "--seconds",
+        type=float,
+        default=20.0,
+        metavar="S",
+        help="seconds of timing per dtype and batch size (default: 20)",
     )
     parser.add_argument(
-        "--calibration-images", type=int, default=32, metavar="N", help="if MODEL is not calibrated (default: 32)"
+        "--calibration-images",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images for calibration, if MODEL is not calibrated (default: 32)",
     )
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too, in processes of their own")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of pictures, weights and controllers (default: 0)")
-    parser.add_argument("--json", metavar="FILE", help="write the report here")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw time over MACs here")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory, in separate processes")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="seed of images, weights and controllers (default: 0)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the report to this file")
+    parser.add_argument("--plot", metavar="FILE.png", help="plot time over MACs to this file")
     parser.set_defaults(run=run)
 
 

@@ -27,9 +27,9 @@ def add_budget_ms(parser: argparse.ArgumentParser, several: bool = False) -> Non
         type=float,
         metavar="MS",
         nargs="+" if several else None,
-        help="mean milliseconds an image, predicted by --latency's table",
+        help="mean milliseconds per image, predicted by the table of --latency",
     )
-    parser.add_argument("--latency", metavar="FILE", help="what `miaformer profile --data` wrote on this machine")
+    parser.add_argument("--latency", metavar="FILE", help="table that `miaformer profile --data` wrote on this machine")
 
 
 def open_budgets_ms(

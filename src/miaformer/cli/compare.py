@@ -24,78 +24,106 @@ if TYPE_CHECKING:
 BUDGETS = (0.25, 0.35, 0.5, 0.7)
 
 DESCRIPTION = """\
-Train and measure methods that adapt one backbone, and draw their curves in one plot: accuracy over MACs and over time.
+Train and measure methods that adapt one backbone, and plot their curves together: accuracy over MACs and over time.
 
-All start from the same backbone (the recipe's first stage, its pretrained weights, or --backbone) and get the same
-epochs, teacher and augmentation. Each is timed on the fastest engine that runs it, at batch 1 and 32, beside the
-backbone on its own fastest one. What is trained and measured already is kept in OUT and not done again: a comparison
-can grow over days. Ctrl-C saves, the same command goes on.
+All methods start from the same backbone (the recipe's first stage, its pretrained weights, or --backbone) and get the
+same epochs, teacher and augmentation. Each method is timed on the fastest engine that runs it, at batch sizes 1 and
+32, next to the backbone on its own fastest engine. DIR keeps what is trained and measured, and a later call does not
+repeat it, so a comparison can grow over days. Ctrl-C saves the state, and the same command continues.
 
 methods:
-  learned        ours; `static` and `random` decisions at the same budgets are measured on its weights
-  dense          the backbone, trained on for as long
+  learned        our method; the `static` and `random` policies are measured on its weights at the same budgets
+  dense          the backbone, trained further for the same number of epochs
   shallow-0.35 shallow-0.5 shallow-0.7
-                 static ViTs of fewer blocks, the first of the backbone's
+                 static ViTs with fewer blocks: the first ones of the backbone
   resolution resolution-free
-                 smaller images, fine-tuned on all sizes at once and as it is
+                 smaller images; fine-tuned on all sizes at once, and without training
   resolution-looks
-                 the model of `resolution`: a small image first, a larger one where the answer is not confident
-  int8           the model of `dense` in 8-bit integers, by ONNX Runtime
-  cls-attention  EViT: the tokens that the class token attends to
-  top-tokens     DynamicViT: the tokens that trained scorers prefer
+                 the model of `resolution`: a small image first, a larger one if the answer is not confident
+  int8           the model of `dense` in 8-bit integers, run by ONNX Runtime
+  cls-attention  EViT: keeps the tokens that the class token attends to
+  top-tokens     DynamicViT: keeps the tokens that trained scorers prefer
   merging merging-free
-                 ToMe: similar tokens merged, fine-tuned and as it is
-  exits          blocks until the classifier is confident
-  even-exits     the same, of an even share of the tokens: ours without controllers
+                 ToMe: merges similar tokens; fine-tuned, and without training
+  exits          executes blocks until the classifier is confident
+  even-exits     the same on an evenly spread share of the tokens: our method without controllers
   ablations      all of: only-depth only-heads only-tokens no-depth no-heads no-tokens all-grains no-elastic
-                 no-reinforce only-reinforce no-distillation only-0.35 only-0.5 only-0.7 (trained for one budget)
-                 subset-heads coupled-mlp full-mlp later-tokens per-block-tokens content-tokens
+                 no-supervised no-reinforce only-reinforce no-distillation subset-heads coupled-mlp full-mlp
+                 later-tokens per-block-tokens content-tokens, and only-0.35 only-0.5 only-0.7 (trained for one
+                 budget)
 """
 
 EPILOG = """\
 examples:
   miaformer compare --recipe cifar10-small --data cifar10/ --out runs/compare --methods learned dense
   miaformer compare --recipe cifar10-small --data cifar10/ --out runs/compare --json compare.json --plot compare.png
-      all of them, with three seeds of ours
+      all default methods, with three seeds of `learned`
   miaformer compare --recipe cifar10-small --data cifar10/ --out runs/quick --epochs-scale 0.1 --test-images 1000
       a quick look
 """
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_command(subparsers, "compare", "train and measure ours against baselines", DESCRIPTION, EPILOG)
+    parser = add_command(subparsers, "compare", "train and measure our method against baselines", DESCRIPTION, EPILOG)
     parser.add_argument(
-        "--recipe", required=True, metavar="R", help="with stages of adaptation, and mostly of the backbone"
+        "--recipe", required=True, metavar="R", help="recipe with adaptation stages, and usually with a backbone stage"
     )
-    add_data(parser, "a folder, a CSV file, or a name timm knows; default: the recipe's")
+    add_data(parser, "data set: a folder, a CSV file, or a name that timm knows (default: the recipe's)")
     parser.add_argument(
-        "--backbone", metavar="MODELDIR", help="a model whose fine-tuned backbone all share (default: the recipe's)"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="where runs lie, and are looked for")
-    parser.add_argument("--methods", nargs="+", metavar="M", help="some of those above (default: all but ablations)")
-    parser.add_argument(
-        "--seeds", type=seed_number, nargs="+", default=[0, 1, 2], metavar="N", help="of ours (default: 0 1 2)"
+        "--backbone",
+        metavar="MODELDIR",
+        help="model directory whose fine-tuned backbone all methods share (default: the recipe's)",
     )
     parser.add_argument(
-        "--rival-seeds", type=seed_number, nargs="+", default=[0], metavar="N", help="of the others (default: 0)"
+        "--out", required=True, metavar="DIR", help="directory for runs; existing runs in it are reused"
     )
-    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), metavar="B")
-    parser.add_argument("--epochs-scale", type=float, default=1.0, metavar="X", help="every stage X times as long")
-    parser.add_argument("--test-images", type=int, metavar="N", help="measure on the first N (default: all)")
-    parser.add_argument("--only-measured", action="store_true", help="show what there is; train and measure nothing")
+    parser.add_argument("--methods", nargs="+", metavar="M", help="methods listed above (default: all but ablations)")
     parser.add_argument(
-        "--no-times", action="store_true", help="leave times to a later call, when the machine does nothing else"
+        "--seeds",
+        type=seed_number,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="seeds of `learned` (default: 0 1 2)",
     )
     parser.add_argument(
-        "--only-times", action="store_true", help="time what is measured and not timed yet; its models must be in OUT"
+        "--rival-seeds",
+        type=seed_number,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="seeds of all other methods (default: 0)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures here")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the curves here")
     parser.add_argument(
-        "--pictures", metavar="FILE.png", help="draw the cheapest and the dearest images of each class here"
+        "--budgets",
+        type=float,
+        nargs="+",
+        default=list(BUDGETS),
+        metavar="B",
+        help=f"mean MACs to run each method at, fractions (default: {' '.join(map(str, BUDGETS))})",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: an accelerator where there is one")
-    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
+    parser.add_argument(
+        "--epochs-scale", type=float, default=1.0, metavar="X", help="make every stage X times as long (default: 1)"
+    )
+    parser.add_argument(
+        "--test-images", type=int, metavar="N", help="measure on the first N test images (default: all)"
+    )
+    parser.add_argument("--only-measured", action="store_true", help="show existing results; train and measure nothing")
+    parser.add_argument(
+        "--no-times", action="store_true", help="skip timing, to run it in a later call on an idle machine"
+    )
+    parser.add_argument(
+        "--only-times", action="store_true", help="time what is measured and not timed yet; its models must be in DIR"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--plot", metavar="FILE.png", help="plot the curves to this file")
+    parser.add_argument(
+        "--pictures",
+        metavar="FILE.png",
+        help="draw the cheapest and the most expensive images of each class to this file",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: an accelerator if available)")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
     add_processes(parser)
     parser.add_argument("--train", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)  # of its own processes
     parser.set_defaults(run=run)

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from miaformer.model import MIAFormer
 
 DESCRIPTION = """\
-Train a small adaptive ViT on embedded pictures of digits, calibrate its budgets, and show what it does: its accuracy at
-three budgets against policies of equal cost that do not look at the image, what its images cost at the mean, the 95th
-percentile and the most, and the time that took, measured against the dense model in eager PyTorch.
+Train a small adaptive ViT on built-in images of digits, calibrate its budgets, and show the results: accuracy at
+three budgets, against policies of equal cost that do not look at the image; the cost of images (mean, 95th percentile
+and maximum); and the measured time, relative to the dense model in eager PyTorch.
 
-DIR gets model/ (ready for `miaformer eval` and `predict`), report.json, tradeoff.png and digits.png. Stopped by Ctrl-C,
-the same command goes on where it was. With --pictures nothing is trained: a model that comes with the package is shown.
+DIR gets model/ (ready for `miaformer eval` and `predict`), report.json, tradeoff.png and digits.png. After Ctrl-C,
+the same command continues where it stopped. With --pictures, nothing is trained: the command runs a model that comes
+with the package.
 """
 
 EPILOG = """\
@@ -40,9 +41,9 @@ examples:
   miaformer demo
   miaformer demo --out /tmp/demo --seed 1 --threads 2
   miaformer demo --pictures photos/ cat.jpg
-      nothing is trained: what a model that comes with the package says of your pictures, and what it spends on each
+      train nothing: show what a bundled model predicts for your images, and what it spends on each
 
-Small models are bounded by the overhead of each operation at batch 1: there, time falls less than MACs.
+In small models at batch size 1, the overhead of each operation dominates, so time falls less than MACs.
 """
 
 BUDGETS = (0.35, 0.5, 0.7)
@@ -51,19 +52,23 @@ TIMED_PAIRS = 3  # of each
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_command(subparsers, "demo", "train, evaluate and draw a small model", DESCRIPTION, EPILOG)
-    parser.add_argument("--out", default="demo", metavar="DIR", help="where everything is written (default: demo)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of training and of the random policy (default: 0)")
-    parser.add_argument("--recipe", default="digits", metavar="R", help="one with data of its own (default: digits)")
-    parser.add_argument("--epochs-scale", type=float, default=1.0, metavar="X", help="train X times as long")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda where there is one")
-    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
+    parser = add_command(subparsers, "demo", "train, evaluate and plot a small model", DESCRIPTION, EPILOG)
+    parser.add_argument("--out", default="demo", metavar="DIR", help="output directory (default: demo)")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="seed of training and of the random policy (default: 0)"
+    )
+    parser.add_argument("--recipe", default="digits", metavar="R", help="recipe with data of its own (default: digits)")
+    parser.add_argument(
+        "--epochs-scale", type=float, default=1.0, metavar="X", help="train X times as long (default: 1)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if available)")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
     add_processes(parser)
     parser.add_argument(
         "--pictures",
         nargs="+",
         metavar="PATH",
-        help=f"instead: show the bundled model {BUNDLED_MODEL} on pictures, and on folders of pictures",
+        help=f"train nothing, and run the bundled model {BUNDLED_MODEL} on images and folders of images",
     )
     parser.set_defaults(run=run)
 

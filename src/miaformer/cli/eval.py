@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
 
 DESCRIPTION = """\
-Evaluate MODEL on DATA: the accuracy that each policy reaches at each budget, and what its images cost.
+Evaluate MODEL on DATA: the accuracy that each policy reaches at each budget, and the cost of its images.
 
 policies:
-  learned        the model's controllers: decided for each image
-  static         the learned policy's mean decisions, the same for every image: what `learned` has to beat
-  random         blocks, heads and tokens kept as often as the learned policy keeps them, but by chance
-  cls-attention  as many tokens as the budget pays for, those that the class token attends to most (EViT)
-  full           everything executed
+  learned        the model's controllers, which decide for each image
+  static         the mean decisions of the learned policy, the same for every image: what `learned` has to beat
+  random         keeps blocks, heads and tokens as often as the learned policy does, but at random
+  cls-attention  keeps as many tokens as the budget allows: those that the class token attends to most (EViT)
+  full           executes everything
 Static and random take the learned policy's means from the calibration split of DATA.
 
-MODEL may also be timm:NAME, an unadapted timm ViT: it has no learned policy, and random weights unless --weights FILE
-or --pretrained.
+MODEL may also be timm:NAME, an unadapted timm ViT. It has no learned policy, and it has random weights unless
+--weights FILE or --pretrained is given.
 """
 
 EPILOG = """\
@@ -56,22 +56,23 @@ JSON:
    "environment": {...}, ...}
   with --budget-ms also "latency": [{"budget_ms", "price", "budget", "predicted_ms"}]
   with --corruptions also "corruptions": [{"corruption", "severity", "policy", "budget", "accuracy", "macs_fraction",
-               "macs_fraction_max"}], the dense model among the policies
-  macs_fraction is the mean over images, p95 their 95th percentile. spearman_difficulty_macs is the rank correlation,
-  over images, of the dense model's loss with the MACs that the learned policy spends: the mean over budgets.
+               "macs_fraction_max"}]; its policies include the dense model
+  macs_fraction is the mean over images, macs_fraction_p95 their 95th percentile. spearman_difficulty_macs is the rank
+  correlation, over images, between the dense model's loss and the MACs that the learned policy spends, averaged over
+  budgets.
 """
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_command(subparsers, "eval", "accuracy per compute, against controls", DESCRIPTION, EPILOG)
+    parser = add_command(subparsers, "eval", "measure accuracy per compute, against controls", DESCRIPTION, EPILOG)
     add_model(parser)
-    add_data(parser, "digits, a folder, a CSV file, or a name timm knows", required=True)
+    add_data(parser, "data set: digits, a folder, a CSV file, or a name that timm knows", required=True)
     parser.add_argument(
         "--split",
         default="test",
         choices=("train", "calibration", "test"),
         metavar="S",
-        help="train, calibration or test (default: test)",
+        help="split of DATA: train, calibration or test (default: test)",
     )
     parser.add_argument(
         "--budgets",
@@ -79,37 +80,39 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         default=[0.35, 0.5, 0.7],
         metavar="B",
-        help="mean MACs, fractions of the dense model's (default: 0.35 0.5 0.7)",
+        help="mean MACs, as fractions of the dense model's (default: 0.35 0.5 0.7)",
     )
     parser.add_argument(
         "--policy",
         nargs="+",
         choices=POLICIES,
         metavar="P",
-        help="of those above (default: learned static random; for timm:NAME random full)",
+        help="policies listed above (default: learned static random; for timm:NAME random full)",
     )
     parser.add_argument(
         "--corruptions",
         nargs="*",
         metavar="C",
-        help="evaluate under the 15 common corruptions of ImageNet-C too, or only under these",
+        help="also evaluate under the 15 common corruptions of ImageNet-C, or only under those named",
     )
     parser.add_argument("--severities", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="S",
-                        help="of corruptions (default: 1 2 3 4 5)")  # fmt: skip
+                        help="severities of the corruptions (default: 1 2 3 4 5)")  # fmt: skip
     parser.add_argument("--corrupted-images", type=int, default=1000, metavar="N",
-                        help="corrupt N images, evenly spaced (default: 1000)")  # fmt: skip
+                        help="number of images to corrupt, evenly spaced (default: 1000)")  # fmt: skip
     add_budget_ms(parser, several=True)
-    parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one image may take, a fraction: hard")
+    parser.add_argument(
+        "--cap", type=float, metavar="C", help="hard limit on the MACs of one image, as a fraction of the dense model's"
+    )
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="measure the table from budgets to prices on DATA's calibration split first; MODEL is left as it is",
+        help="first measure the table from budgets to prices on the calibration split of DATA; MODEL stays unchanged",
     )
     parser.add_argument(
-        "--seed", type=seed_number, default=0, help="of the random policy, and of random weights (default: 0)"
+        "--seed", type=seed_number, default=0, help="seed of the random policy and of random weights (default: 0)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the report here")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw accuracy over MACs here")
+    parser.add_argument("--json", metavar="FILE", help="write the report to this file")
+    parser.add_argument("--plot", metavar="FILE.png", help="plot accuracy over MACs to this file")
     add_compute(parser, batch_size=64)
     parser.set_defaults(run=run)
 

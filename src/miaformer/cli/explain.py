@@ -21,26 +21,27 @@ if TYPE_CHECKING:
     from miaformer.predictor import Predictor
 
 DESCRIPTION = """\
-Show what MODEL executes for pictures, block by block: which patches each block still attends to, which heads it
-computes, which blocks are skipped, what that takes of the dense model's MACs, and what the model says.
+Show what MODEL executes for each image, block by block: which patches each block still attends to, which heads it
+computes, which blocks are skipped, what fraction of the dense model's MACs that takes, and what the model predicts.
 
-DIR gets a PNG and an HTML page for each picture and, for several pictures or a folder, index.html: thumbnails, those
-that take least first. The pages stand alone: they need no network and no other file. A picture that cannot be read
-stops nothing: it is listed, and the exit status is 1.
+DIR gets a PNG and an HTML page for each image. For several images or a folder, it also gets index.html: thumbnails,
+the cheapest images first. The pages are self-contained: they need no network and no other file. An unreadable
+image does not stop the run: the command lists it, and the exit status is 1.
 """
 
 EPILOG = """\
 examples:
   miaformer explain cifar10-small cat.jpg --out explained
   miaformer explain cifar10-small photos/ --out explained --budget 0.25 0.5 0.9
-      one strip a budget: where patches fade as it shrinks
+      one strip per budget: see where patches fade as the budget shrinks
   miaformer explain demo/model a.jpg b.png --out explained --cap 0.6 --json explained.json
 
 JSON:
   {"model", "dense_macs", "pictures": [{"path", "page", "png", "explanations": [{"prediction": {...}, "budget", "cap",
    "grid": [rows, columns], "depth": [...], "heads": [[...]], "tokens": [[...]]}]}], "failed": [{"path", "error"}],
    "environment": {...}}
-  depth is a truth value a block, heads one a block and head, tokens one a block and patch (row by row over the grid).
+  depth has a boolean per block, heads one per block and head, tokens one per block and patch (row by row over the
+  grid).
 """
 
 MOST_ROWS = 40  # of the table on the terminal
@@ -48,16 +49,22 @@ LONGEST_NAME = 60  # characters of a page's name: a file's name holds 255 bytes
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_command(subparsers, "explain", "show what is executed for pictures", DESCRIPTION, EPILOG)
-    add_model(parser, "directory, hub id, name of a bundled model, or timm:NAME")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, and folders of pictures")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where pages and PNGs are written")
+    parser = add_command(subparsers, "explain", "show what a model executes for images", DESCRIPTION, EPILOG)
+    add_model(parser, "model directory, hub id, name of a bundled model, or timm:NAME")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="images and folders of images")
+    parser.add_argument("--out", required=True, metavar="DIR", help="output directory for pages and PNGs")
     parser.add_argument(
-        "--budget", type=float, nargs="+", metavar="B", help="mean MACs, fractions of the dense model's; one strip each"
+        "--budget",
+        type=float,
+        nargs="+",
+        metavar="B",
+        help="mean MACs, as fractions of the dense model's; one strip per budget",
     )
-    parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one picture may take, a fraction: hard")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to name (default: 5)")
-    parser.add_argument("--json", metavar="FILE", help="write all explanations here")
+    parser.add_argument(
+        "--cap", type=float, metavar="C", help="hard limit on the MACs of one image, as a fraction of the dense model's"
+    )
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="number of classes to name (default: 5)")
+    parser.add_argument("--json", metavar="FILE", help="write all explanations to this file")
     add_compute(parser, batch_size=16)
     parser.set_defaults(run=run)
 

@@ -8,14 +8,14 @@ from typing import Any
 from miaformer.cli.arguments import add_command, add_data, add_model, open_device, open_model, own_model
 
 DESCRIPTION = """\
-Write MODEL to OUT.onnx, weights within. In ONNX Runtime the file skips at run time: blocks by If, tokens by gathering
-those that are kept, heads by branches with weights of their own. One image at a time.
+Write MODEL to OUT.onnx, weights included. In ONNX Runtime, the file skips at run time: blocks by If, tokens by
+gathering those that are kept, heads by branches with their own weights. The file takes one image at a time.
 
-inputs   images (1, 3, H, W) float32, normalised; budget and cap, float32 scalars (a cap above 1 is none)
+inputs   images (1, 3, H, W) float32, normalised; budget and cap, float32 scalars (a cap above 1 means no cap)
 outputs  logits (1, classes), macs_fraction (1,); with --trace also depth (1, L), heads (1, L, H), tokens (1, L, N)
 
-With --static the learned policy's mean decisions at one budget are written instead, without control flow, for runtimes
-that know none; --data names the images that they are found on.
+With --static, the file holds the learned policy's mean decisions at one budget instead, without control flow, for
+runtimes that do not support it. --data names the images on which these decisions are found.
 """
 
 EPILOG = """\
@@ -31,11 +31,13 @@ examples/onnx_inference.py runs a file with onnxruntime, numpy and pillow alone.
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "export", "write a model for ONNX Runtime", DESCRIPTION, EPILOG)
     add_model(parser)
-    parser.add_argument("out", metavar="OUT.onnx", help="the file to write")
+    parser.add_argument("out", metavar="OUT.onnx", help="output file")
     parser.add_argument("--trace", action="store_true", help="also output which blocks, heads and tokens were executed")
-    parser.add_argument("--price", type=float, metavar="P", help="decide at this price, whatever budget is asked for")
-    parser.add_argument("--static", type=float, metavar="B", help="one policy for all images, at this budget")
-    add_data(parser, "with --static: images to find the policy on")
+    parser.add_argument(
+        "--price", type=float, metavar="P", help="decide at this price, and ignore the requested budget"
+    )
+    parser.add_argument("--static", type=float, metavar="B", help="write one policy for all images, at this budget")
+    add_data(parser, "for --static: images on which to find the policy")
     parser.set_defaults(run=run)
 
 

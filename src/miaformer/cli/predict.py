@@ -30,23 +30,24 @@ if TYPE_CHECKING:
     from miaformer.prediction.classify import BatchClassifier
 
 DESCRIPTION = """\
-Classify pictures, a few or millions. One row a picture goes to FILE.
+Classify images, from a few to millions. FILE gets one row per image.
 
-PATH is any of these, as many as you like, mixed:
-  a picture, or a folder with everything below it (hidden files are left out)
-  a pattern in quotes, 'photos/**/*.jpg', where the shell would find too many names
-  a tar or zip archive (.tar, .tar.gz, .tar.bz2, .tar.xz, .zip): members that are pictures by their suffix, as
+PATH is any of these; give as many as you like, in any mix:
+  an image, or a folder with everything below it (except hidden files)
+  a pattern in quotes, 'photos/**/*.jpg', if it matches too many names for the shell
+  a tar or zip archive (.tar, .tar.gz, .tar.bz2, .tar.xz, .zip): its members with the suffix of an image, as
       ARCHIVE/MEMBER
-  a parquet file with a column of encoded pictures, {bytes, path} or paths: as FILE/ROW
-Archives and parquet files are read as streams: memory does not grow with them. Their order is that of FILE's rows.
+  a parquet file with a column of encoded images, {bytes, path} or paths: its rows, as FILE/ROW
+Archives and parquet files are read as streams, so memory use does not grow with their size. The rows of the output
+keep the order of the inputs.
 
-A picture that cannot be read stops nothing: the others are classified, it gets a row with an `error`, and at the end
-such pictures are listed and the exit status is 1. So is a damaged archive: what comes before the damage is classified.
+An unreadable image does not stop the run: its row gets an `error`, the command lists such images at the end, and the
+exit status is 1. The same applies to a damaged archive: images before the damage are classified.
 
-Stopped by Ctrl-C, kill -9 or a crash, the same command with --resume goes on where it was, and FILE becomes what it
-would have been, byte by byte (.parquet: row by row; on the same kind of machine). Until it is whole its rows are in
-FILE.partial/, and a FILE that was there before stays. Without --resume a command starts afresh: it drops what an
-unfinished run left in FILE.partial/, and replaces FILE at the end.
+After Ctrl-C, kill -9 or a crash, the same command with --resume continues where it stopped. The finished FILE is the
+same as without the interruption, byte by byte (.parquet: row by row; on the same kind of machine). Until FILE is
+complete, its rows are in FILE.partial/, and an existing FILE stays as it is. Without --resume, a command starts
+afresh: it drops what an unfinished run left in FILE.partial/, and replaces FILE at the end.
 """
 
 EPILOG = """\
@@ -56,52 +57,60 @@ examples:
   miaformer predict timm:deit_small_patch16_224 photos/ --weights mine.pth --classes names.txt --out predictions.csv
       your own ViT, not adapted yet: everything is executed
   miaformer predict demo/model 'shards/*.tar' more.parquet --out predictions.parquet --batch-size 128
-      and after a crash
   miaformer predict demo/model 'shards/*.tar' more.parquet --out predictions.parquet --batch-size 128 --resume
-
+      continue the run above after a crash
   miaformer predict OWNER/NAME /shared/photos --out predictions.parquet --ray-workers 16 --ray-address auto
-      on a Ray cluster; a worker that dies loses nothing
+      run on a Ray cluster; if a worker dies, nothing is lost
 
-rows (columns of a .csv or .parquet, keys of a .jsonl line):
-  path           the picture
-  label          number of the likeliest class; `class` is its name, `probability` its softmax
-  top_k          the K likeliest: a list of {label, class, probability}, in a .csv "LABEL:PROBABILITY ..."
-  macs_fraction  what it took, as a fraction of the dense model's MACs
+rows (columns of a .csv or .parquet file, keys of a .jsonl line):
+  path           the image
+  label          number of the most likely class; `class` is its name, `probability` its softmax probability
+  top_k          the K most likely classes: a list of {label, class, probability}; in a .csv file
+                 "LABEL:PROBABILITY ..."
+  macs_fraction  the MACs that the image took, as a fraction of the dense model's
   depth_kept     share of blocks executed; heads_kept, tokens_kept: shares of heads and tokens in executed blocks
-  error          why there is none of this
-With --budget-ms also predicted_ms, by the table, and ms, measured: a picture's share of the time of its batch, with
-other pictures decoded meanwhile.
-Class names come from --classes FILE, else from the model; without either, `class` is empty.
+  error          why the image could not be classified
+--budget-ms adds predicted_ms, from the table, and ms, measured: an image's share of the time of its batch, while
+other images are decoded.
+Class names come from --classes FILE, or else from the model; without either, `class` is empty.
 
---resume refuses to go on with other arguments, another model, or files that are not those it began with. What a
-kill costs is the batch under way, with a .parquet half a second and 1 % of the time so far; it is done again.
+--resume refuses to continue with other arguments, another model, or other input files than the run began with. A kill
+loses the current batch; with .parquet, it loses the work of half a second and of 1 % of the time so far. The resumed
+run repeats that work.
 """
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_command(subparsers, "predict", "classify pictures", DESCRIPTION, EPILOG)
+    parser = add_command(subparsers, "predict", "classify images", DESCRIPTION, EPILOG)
     add_model(parser)
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="pictures, folders, patterns, archives and parquet files"
+        "paths", nargs="+", metavar="PATH", help="images, folders, patterns, archives and parquet files"
     )
     add_image_column(parser)
-    parser.add_argument("--out", required=True, metavar="FILE", help="what to write: a .csv, .jsonl or .parquet file")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
-    parser.add_argument("--budget", type=float, metavar="B", help="mean MACs, a fraction of the dense model's")
+    parser.add_argument("--out", required=True, metavar="FILE", help="output file: .csv, .jsonl or .parquet")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished run, if there is one")
+    parser.add_argument("--budget", type=float, metavar="B", help="mean MACs, as a fraction of the dense model's")
     add_budget_ms(parser)
-    parser.add_argument("--cap", type=float, metavar="C", help="the most MACs one picture may take, a fraction: hard")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to name (default: 5)")
+    parser.add_argument(
+        "--cap", type=float, metavar="C", help="hard limit on the MACs of one image, as a fraction of the dense model's"
+    )
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="number of classes to name (default: 5)")
     add_compute(parser, batch_size=32)
     add_ray(parser)
     parser.set_defaults(run=run)
 
 
 def add_ray(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("on Ray (extra `ray`)")
+    group = parser.add_argument_group("Ray (needs the extra `ray`)")
     group.add_argument(
-        "--ray-workers", type=int, metavar="N", help="so many processes share the work; --threads is what each has"
+        "--ray-workers",
+        type=int,
+        metavar="N",
+        help="number of processes that share the work; --threads applies to each",
     )
-    group.add_argument("--ray-address", metavar="A", help="of a running cluster (default: one on this machine)")
+    group.add_argument(
+        "--ray-address", metavar="A", help="address of a running cluster (default: start one on this machine)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
         "--processes",
         type=int,
         metavar="N",
-        help="that share training on a processor (default: 2 where it has 2 cores)",
+        help="number of processes that share training on a CPU (default: 2 if it has 2 or more cores)",
     )
 
 

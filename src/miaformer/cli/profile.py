@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from miaformer.model import MIAFormer
 
 DESCRIPTION = """\
-Measure how many milliseconds MODEL takes on this machine: of a block, over the rows (tokens) and heads that it keeps,
-of a skipped block, of deciding, and of the rest. FILE then predicts the time of any image's decisions.
+Measure how many milliseconds MODEL takes on this machine: for a block, by the number of rows (tokens) and heads that
+it keeps; for a skipped block; for deciding; and for the rest. FILE then predicts the time of any image's decisions.
 
-With --data, FILE also gets budgets in milliseconds: the calibration split tells which price leads to which mean time,
-and `eval` and `predict` take --latency FILE --budget-ms MS. Predicted and measured time are compared on pictures of
-the test split. A table holds for one model shape, device, dtype, number of threads and batch size; other work on the
-machine while it is measured spoils it. The controllers of timm:NAME are drawn at random, so that images differ.
+With --data, FILE also gets budgets in milliseconds: the calibration split shows which price leads to which mean time,
+and `eval` and `predict` accept --latency FILE --budget-ms MS. Predicted and measured time are compared on images of
+the test split. A table is valid for one model shape, device, dtype, number of threads and batch size. Other work on
+the machine during the measurement makes it unreliable. The controllers of timm:NAME are drawn at random, so that
+images differ. Models that choose resolutions are not supported.
 """
 
 EPILOG = """\
@@ -43,29 +44,41 @@ JSON:
                        "block_ms", "last_block_ms", "skipped_ms", "decide_ms", "score_ms", "fixed_ms", "versions"},
    "calibration": {"prices", "ms", "macs_fractions", "num_images", "data"}, "environment": {...},
    "check": [{"budget_ms", "price", "mean_predicted_ms", "mean_measured_ms", "error", "bias", "correlation", ...}]}
-  block_ms has a row for each of `rows` and a column for each of `heads`. error: mean absolute relative error of the
-  predicted time of a batch; bias: of the mean; correlation: over batches.
+  block_ms has a row for each entry of `rows` and a column for each entry of `heads`. error: mean absolute relative
+  error of the predicted time of a batch; bias: relative error of the mean; correlation: over batches.
 """
 
 CHECKED_SHARES = (0.25, 0.5, 0.75)  # of the way from the least to the most ms: what is checked unless --budgets-ms
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_command(subparsers, "profile", "this machine's ms, and budgets in them", DESCRIPTION, EPILOG)
+    parser = add_command(
+        subparsers, "profile", "measure latency on this machine, for budgets in ms", DESCRIPTION, EPILOG
+    )
     add_model(parser)
-    parser.add_argument("--out", default="latency.json", metavar="FILE", help="what to write (default: latency.json)")
-    add_data(parser, "digits, a folder, a CSV file, or a name timm knows: calibrate, and check")
+    parser.add_argument("--out", default="latency.json", metavar="FILE", help="output file (default: latency.json)")
+    add_data(parser, "data set to calibrate and check on: digits, a folder, a CSV file, or a name that timm knows")
     parser.add_argument(
-        "--images", type=int, default=256, metavar="N", help="calibrate on at most N images (default: 256)"
+        "--images", type=int, default=256, metavar="N", help="maximum number of images for calibration (default: 256)"
     )
     parser.add_argument(
-        "--check-images", type=int, default=48, metavar="N", help="compare with the clock on N images (default: 48)"
+        "--check-images",
+        type=int,
+        default=48,
+        metavar="N",
+        help="number of images for the check against measured time (default: 48)",
     )
     parser.add_argument(
-        "--budgets-ms", nargs="+", type=float, metavar="MS", help="to check (default: three within reach)"
+        "--budgets-ms",
+        nargs="+",
+        type=float,
+        metavar="MS",
+        help="budgets to check, in ms per image (default: three within reach)",
     )
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds of measuring (default: 5)")
-    parser.add_argument("--plot", metavar="FILE.png", help="with --data: draw predicted over measured time here")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurement rounds (default: 5)")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="with --data: plot predicted over measured time to this file"
+    )
     add_compute(parser, batch_size=1)
     parser.set_defaults(run=run)
 

@@ -15,32 +15,34 @@ if TYPE_CHECKING:
     from miaformer.pages.page import Markup
 
 DESCRIPTION = """\
-Show a run as one HTML page that stands alone: it opens from disk and needs no network. Curves, tables, settings,
-durations, environment and command; of a run that is not finished, what there is.
+Show a run as one self-contained HTML page, which opens from disk and needs no network. The page has curves, tables,
+settings, durations, environment and command. For an unfinished run, it shows what exists so far.
 
-RUN is a directory that `miaformer train` or `miaformer compare` writes to, or a file that `miaformer compare --json` or
-`miaformer eval --json` wrote.
+RUN is a directory to which `miaformer train` or `miaformer compare` writes, or a file that `miaformer compare --json`
+or `miaformer eval --json` wrote.
 """
 
 EPILOG = """\
 examples:
   miaformer report runs/digits --out report.html
   miaformer report runs/photos --eval photos.json --data photos/ --out report.html
-      with its evaluation, and the images that take least and most
+      include its evaluation, and the images that take the least and the most compute
   miaformer report compare.json --out compare.html
 """
 
-MOST_IMAGES = 1000  # that are searched for the cheapest and the dearest
+MOST_IMAGES = 1000  # that are searched for the cheapest and the most expensive
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_command(subparsers, "report", "a run or a comparison as one HTML page", DESCRIPTION, EPILOG)
-    parser.add_argument("source", metavar="RUN", help="directory, or .json file")
-    parser.add_argument("--out", required=True, metavar="FILE.html", help="the page")
-    parser.add_argument("--eval", nargs="+", default=[], metavar="FILE", help="what `miaformer eval --json` wrote")
-    add_data(parser, f"show the cheapest and the dearest of {MOST_IMAGES:,} of its test images")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: cuda where there is one")
-    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
+    parser = add_command(subparsers, "report", "show a run or a comparison as one HTML page", DESCRIPTION, EPILOG)
+    parser.add_argument("source", metavar="RUN", help="run directory or .json file")
+    parser.add_argument("--out", required=True, metavar="FILE.html", help="output file")
+    parser.add_argument(
+        "--eval", nargs="+", default=[], metavar="FILE", help="files that `miaformer eval --json` wrote"
+    )
+    add_data(parser, f"data set: show the cheapest and the most expensive of {MOST_IMAGES:,} test images")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if available)")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
     parser.set_defaults(run=run)
 
 

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from miaformer.serving.model_process import ModelProcess
 
 DESCRIPTION = """\
-Serve a model over HTTP: POST /predict, GET /health, GET /metrics (Prometheus), an API page at /docs, and at / a page to
-play with. Pictures of different requests share batches, each with its own budget.
+Serve a model over HTTP: POST /predict, GET /health, GET /metrics (Prometheus), an API page at /docs, and at / a page
+to try the model. Images of different requests share batches, each with its own budget.
 
-Compute is the safety valve. As long as nothing waits, a picture is given --budget. When requests come faster than that
-can be done, the budget falls, down to --min-budget, so that answers come within --p95-ms; each says what it was given
-and what it took. Only past that are requests refused, with 503 and Retry-After.
+Compute adapts to load. While nothing waits, an image gets --budget. When requests arrive faster than the server can
+answer at that budget, it lowers the budget, down to --min-budget, so that answers arrive within --p95-ms. Only if
+that is not enough, it refuses requests, with 503 and Retry-After. Each answer says which budget the image got, and
+what it took.
 """
 
 EPILOG = """\
@@ -34,64 +35,79 @@ examples:
   miaformer serve cifar10-small
       the bundled model, at http://127.0.0.1:8000
   miaformer serve runs/photos/model --host 0.0.0.0 --port 80 --budget 0.8 --min-budget 0.4 --p95-ms 300
-      answers within 0.3 s, for up to twice the requests
+      answer within 0.3 s, for up to twice the requests
   miaformer serve runs/photos/model --replicas 1 8 --ray-address auto
-      the same application on a Ray cluster, in as many processes as load asks
+      run the same application on a Ray cluster, in as many processes as the load requires
   curl --data-binary @cat.jpg 'http://127.0.0.1:8000/predict?budget=0.5&top_k=3'
   curl -F file=@cat.jpg -F file=@dog.jpg -F budget=0.5 http://127.0.0.1:8000/predict
 
-SIGTERM and Ctrl-C stop it: what was admitted is answered first.
+SIGTERM and Ctrl-C stop the server. It first answers the requests that it has admitted.
 """
 
 
 # Fields of `Settings`: unit, type, meaning.
 _LIMITS = (
-    ("p95_ms", "MS", float, "the objective: from a request's arrival to its answer"),
-    ("max_batch", "N", int, "pictures in a batch"),
-    ("max_queue", "N", int, "pictures that wait"),
-    ("max_pictures", "N", int, "pictures in a request"),
-    ("max_upload_bytes", "N", int, "bytes of a request"),
-    ("max_held_bytes", "N", int, "bytes of all requests that are being read"),
-    ("max_pixels", "N", int, "pixels of a picture"),
-    ("upload_seconds", "S", float, "seconds for a request to arrive"),
-    ("answer_seconds", "S", float, "seconds for it to be answered then"),
-    ("decoders", "N", int, "threads that decode pictures"),
+    ("p95_ms", "MS", float, "objective for the time from a request's arrival to its answer, in ms"),
+    ("max_batch", "N", int, "maximum images per batch"),
+    ("max_queue", "N", int, "maximum images waiting"),
+    ("max_pictures", "N", int, "maximum images per request"),
+    ("max_upload_bytes", "N", int, "maximum bytes per request"),
+    ("max_held_bytes", "N", int, "maximum bytes of all requests that are being read"),
+    ("max_pixels", "N", int, "maximum pixels per image"),
+    ("upload_seconds", "S", float, "maximum seconds for a request to arrive"),
+    ("answer_seconds", "S", float, "maximum seconds to answer a request that has arrived"),
+    ("decoders", "N", int, "threads that decode images"),
 )
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_command(subparsers, "serve", "classify pictures over HTTP", DESCRIPTION, EPILOG)
-    add_model(parser, "directory, hub id, name of a bundled model, or timm:NAME")
-    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
-    spending = parser.add_argument_group("what is spent")
-    spending.add_argument(
-        "--budget", type=float, metavar="B", help="mean MACs while nothing waits; the most that a request may ask for"
+    parser = add_command(subparsers, "serve", "classify images over HTTP", DESCRIPTION, EPILOG)
+    add_model(parser, "model directory, hub id, name of a bundled model, or timm:NAME")
+    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="port to listen on; 0 picks a free one (default: 8000)"
     )
-    spending.add_argument("--min-budget", type=float, metavar="B", help="the least that load lowers it to")
-    spending.add_argument("--cap", type=float, metavar="C", help="the most that any picture takes: hard")
-    spending.add_argument("--static", action="store_true", help="execute everything: the server to compare with")
+    spending = parser.add_argument_group("compute")
+    spending.add_argument(
+        "--budget",
+        type=float,
+        metavar="B",
+        help="mean MACs while nothing waits, and the most that a request may ask for",
+    )
+    spending.add_argument("--min-budget", type=float, metavar="B", help="lowest budget under load")
+    spending.add_argument("--cap", type=float, metavar="C", help="hard limit on the MACs of any image")
+    spending.add_argument("--static", action="store_true", help="execute everything: the baseline to compare with")
     limits = parser.add_argument_group("limits")
     for name, metavar, kind, about in _LIMITS:
         option, default = f"--{name.replace('_', '-')}", getattr(Settings, name)
         limits.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{about} (default: {default:,})")
     limits.add_argument(
-        "--max-connections", type=int, default=512, metavar="N", help="at once; more get 503 (default: 512)"
+        "--max-connections",
+        type=int,
+        default=512,
+        metavar="N",
+        help="maximum connections at once; more get 503 (default: 512)",
     )
-    several = parser.add_argument_group("on Ray")
+    several = parser.add_argument_group("Ray")
     several.add_argument(
         "--replicas",
         type=int,
         nargs="+",
         metavar="N",
-        help="as many of these servers behind one address; two numbers: as load asks, between them (extra `ray`)",
+        help="number of servers behind one address; two numbers: scale between them with load (extra `ray`)",
     )
-    several.add_argument("--ray-address", metavar="A", help="of a running cluster (default: one on this machine)")
+    several.add_argument(
+        "--ray-address", metavar="A", help="address of a running cluster (default: start one on this machine)"
+    )
     parser.add_argument(
-        "--allow-origins", nargs="+", default=[], metavar="O", help="sites whose pages may ask: https://..., or '*'"
+        "--allow-origins",
+        nargs="+",
+        default=[],
+        metavar="O",
+        help="sites whose pages may send requests: https://..., or '*'",
     )
-    parser.add_argument("--no-page", action="store_true", help="no page at /, and no /explain")
-    parser.add_argument("--access-log", action="store_true", help="a line for each request")
+    parser.add_argument("--no-page", action="store_true", help="serve no page at / and no /explain")
+    parser.add_argument("--access-log", action="store_true", help="log one line per request")
     add_compute(parser, batch_size=None)
     parser.set_defaults(run=run)
 

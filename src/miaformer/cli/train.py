@@ -12,79 +12,93 @@ from miaformer.files import check_holds_no_run
 DESCRIPTION = """\
 Train an adaptive ViT: (probe ->) backbone -> elastic -> supervised -> reinforce, then calibrate its budgets.
 
-OUT gets recipe.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/: a directory
-that eval, predict and MIAFormer.from_pretrained() take. Ctrl-C saves a checkpoint; --resume goes on from it, exactly.
-A start that fails before the first checkpoint does not block the next one in the same directory.
+DIR gets recipe.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/: a directory
+that eval, predict and MIAFormer.from_pretrained() take. Ctrl-C saves a checkpoint, and --resume continues from it,
+exactly. A start that fails before the first checkpoint does not block the next one in the same directory.
 """
 
 EPILOG = """\
 examples:
   miaformer train --recipe digits --out runs/digits
-      the embedded data; a few minutes on two cores
+      train on the built-in data; takes a few minutes on two cores
   miaformer train --recipe digits --out runs/digits --processes 2
       the same, a third faster
   miaformer train --recipe finetune --data photos/ --out runs/photos
       adapt a pretrained DeiT-S to class folders (photos/CLASS/*.jpg, or photos/train/CLASS/*.jpg)
   miaformer train --recipe finetune --data labels.csv --out runs/photos --set batch_size=64
-      or to the pictures that a CSV or TSV file lists with their labels; in steps of 64
+      adapt it to the images that a CSV or TSV file lists with their labels, with a batch size of 64
   miaformer train --recipe finetune --model vit_base_patch14_dinov2 --weights dinov2_vitb14_pretrain.pth \\
       --image-size 224 --data photos/ --out runs/photos
-      the same from your own model: a timm name, its checkpoint file, an image size
+      start from your own model: a timm name, its checkpoint file and an image size
   miaformer train --recipe finetune --data photos/ --out runs/photos --resume
-      go on after Ctrl-C, a crash or a lost machine
+      continue after Ctrl-C, a crash or a lost machine
   accelerate launch --num_processes 4 -m miaformer train --recipe finetune --data photos/ --out runs/photos
-      on four GPUs
+      train on four GPUs
 """
 
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "train", "train and calibrate an adaptive ViT", DESCRIPTION, EPILOG)
     parser.add_argument(
-        "--recipe", required=True, metavar="R", help="digits, cifar10-small, cifar10, finetune, imagenet"
+        "--recipe", required=True, metavar="R", help="recipe: digits, cifar10-small, cifar10, finetune or imagenet"
     )
-    add_data(parser, "digits, a folder, a CSV file, or a name timm knows; default: the recipe's")
-    start = parser.add_argument_group("what to start from, instead of the recipe's backbone")
-    start.add_argument("--model", metavar="NAME", help="a ViT of timm")
-    start.add_argument("--weights", metavar="FILE", help="its checkpoint: .safetensors, .pth, .pt, .bin or .ckpt")
-    start.add_argument("--image-size", type=int, metavar="N", help="images of N x N pixels (default: as in FILE)")
+    add_data(parser, "data set: digits, a folder, a CSV file, or a name that timm knows (default: the recipe's)")
+    start = parser.add_argument_group("starting point, instead of the recipe's backbone")
+    start.add_argument("--model", metavar="NAME", help="name of a timm ViT")
     start.add_argument(
-        "--classes", metavar="FILE", help="names of the classes that FILE's classifier knows, one a line, in its order"
+        "--weights", metavar="FILE", help="checkpoint of this ViT: .safetensors, .pth, .pt, .bin or .ckpt"
     )
-    start.add_argument("--backbone", metavar="MODEL", help="directory of an adaptive model: start from its backbone")
+    start.add_argument("--image-size", type=int, metavar="N", help="image size, N x N pixels (default: as in FILE)")
+    start.add_argument(
+        "--classes", metavar="FILE", help="class names of the classifier in --weights, one per line, in its order"
+    )
+    start.add_argument(
+        "--backbone", metavar="MODEL", help="directory of an adaptive model whose backbone to start from"
+    )
     parser.add_argument(
         "--stages",
         nargs="+",
         choices=("probe", "backbone", "elastic", "supervised", "reinforce", "resolution"),
         metavar="STAGE",
-        help="only these of the recipe's stages: probe, backbone, elastic, supervised, reinforce",
+        help="run only these stages of the recipe: probe, backbone, elastic, supervised, reinforce, resolution",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of this run")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in DIR")
     parser.add_argument(
-        "--seed", type=seed_number, default=0, help="of weights, order, augmentation and decisions (default: 0)"
+        "--seed",
+        type=seed_number,
+        default=0,
+        help="seed of weights, data order, augmentation and decisions (default: 0)",
     )
-    parser.add_argument("--epochs-scale", type=float, default=1.0, metavar="X", help="every stage X times as long")
+    parser.add_argument(
+        "--epochs-scale", type=float, default=1.0, metavar="X", help="make every stage X times as long (default: 1)"
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change one of the recipe's settings, e.g. --set batch_size=64; may be given again",
+        help="change a setting of the recipe, e.g. --set batch_size=64; can be repeated",
     )
     parser.add_argument(
         "--adversarial",
         metavar="EPS",
-        help="adversarial training: every stage learns on images moved by so much against its loss, 4/255 say; twice "
-        "the time (--set adversarial_steps=3: four times)",
+        help="adversarial training: every stage learns on images perturbed by EPS against its loss, e.g. 4/255; "
+        "takes twice the time (four times with --set adversarial_steps=3)",
     )
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu leaves an accelerator alone")
-    parser.add_argument("--threads", type=int, metavar="N", help="processor threads (default: torch's)")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu"),
+        default="auto",
+        help="cpu: train on the CPU even if there is an accelerator (default: auto)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
     parser.add_argument(
         "--processes",
         type=int,
         default=1,
         metavar="N",
-        help="share every batch among N processes on this processor: faster than threads for small models (default: 1)",
+        help="split every batch among N processes on this CPU: faster than threads for small models (default: 1)",
     )
     parser.set_defaults(run=run)
 

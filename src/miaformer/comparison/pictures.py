@@ -1,4 +1,4 @@
-"""Where compute goes, class by class: mean maps of kept tokens, and the cheapest and the dearest test images."""
+"""Where compute goes, class by class: mean maps of kept tokens, and the cheapest and the most expensive test images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def plot_classes(
     classes: Sequence[str],
     count: int = 5,
 ) -> None:
-    """A row a class: where its tokens are kept on average, its `count` cheapest and dearest images, and what they take.
+    """One row per class: where its tokens are kept on average, its `count` cheapest and most expensive images, and the
+    MACs that they take.
 
     batches: passed over once. classes: names of the labels; the twelve with the most images are drawn.
 
@@ -45,7 +46,7 @@ def plot_classes(
     if not seen:
         raise ValueError("plot_classes() was given no images")
     labels = sorted(sorted(seen, key=lambda label: -seen[label].count)[:12])
-    columns = 2 * count + 2  # the map, the cheapest, a gap, the dearest
+    columns = 2 * count + 2  # the map, the cheapest, a gap, the most expensive
     figure, _ = new_figure(1.0 * columns + 1.6, 1.08 * len(labels) + 0.8, axes=False)
     widths = [1.15, *[1.0] * count, 0.25, *[1.0] * count]
     grid = figure.add_gridspec(
@@ -66,7 +67,7 @@ def plot_classes(
         _bare(cell)
         if row == 0 and high > low:
             cell.set_title("tokens kept", fontsize=8.5, color=INK, loc="left")
-        for start, found, title in ((1, one.least, "cheapest"), (count + 2, one.most, "dearest")):
+        for start, found, title in ((1, one.least, "cheapest"), (count + 2, one.most, "most expensive")):
             for place, (fraction, image) in enumerate(found):
                 cell = figure.add_subplot(grid[row, start + place])
                 cell.imshow(as_picture(image, config), interpolation="nearest")

@@ -96,24 +96,24 @@ def named(guess: Guess) -> str:
 
 def _headline(one: Explained) -> str:
     """What the model says, at the largest of its budgets."""
-    return named(_dearest(one).prediction.top_k[0])
+    return named(_most_expensive(one).prediction.top_k[0])
 
 
-def _dearest(one: Explained) -> Explanation:
+def _most_expensive(one: Explained) -> Explanation:
     return max(one.shown, key=lambda shown: shown.budget or 1.0)
 
 
 def _summary(one: Explained) -> Markup:
     """How sure it is, and what it says at the other budgets."""
-    dearest = _dearest(one)
-    sure = f"{percent(dearest.prediction.top_k[0].probability, 0)} sure"
+    most_expensive = _most_expensive(one)
+    sure = f"{percent(most_expensive.prediction.top_k[0].probability, 0)} sure"
     if len(one.shown) == 1:
         return tag("p", f"{sure}.", class_="quiet")
-    others = {shown.asked: named(shown.prediction.top_k[0]) for shown in one.shown if shown is not dearest}
+    others = {shown.asked: named(shown.prediction.top_k[0]) for shown in one.shown if shown is not most_expensive}
     if set(others.values()) == {_headline(one)}:
-        return tag("p", f"{sure} at {dearest.asked}; the same class at every budget.", class_="quiet")
+        return tag("p", f"{sure} at {most_expensive.asked}; the same class at every budget.", class_="quiet")
     said = "; ".join(f"at {at}: {name}" for at, name in others.items())
-    return tag("p", f"{sure} at {dearest.asked}; {said}.", class_="quiet")
+    return tag("p", f"{sure} at {most_expensive.asked}; {said}.", class_="quiet")
 
 
 def _named(one: Explained) -> str:

@@ -13,7 +13,7 @@ from miaformer.evaluation.extremes import Extreme, as_picture, extremes, kept_sh
 from miaformer.model import MIAFormer
 from miaformer.pages.page import Markup, data_uri, is_small, tag
 
-COUNT = 6  # of the cheapest, and of the dearest
+COUNT = 6  # of the cheapest and of the most expensive
 
 
 def extremes_section(
@@ -27,7 +27,7 @@ def extremes_section(
     least, most = extremes(model, batches, budget, None, COUNT)
     at = "everything executed" if budget is None else f"budget {budget:g}"
     config = model.data_config()
-    yield tag("h2", "The cheapest and the dearest images")
+    yield tag("h2", "The cheapest and the most expensive images")
     yield tag(
         "p",
         f"Of {about}, at {at}. Patches fade by how often they are skipped.",
