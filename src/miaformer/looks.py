@@ -65,8 +65,8 @@ def choose_looks(views: Sequence[View], between: bool = True) -> tuple[Looks, ..
     """The best two looks for each mean budget at which they are better than one.
 
     Better is what answers more often as the most expensive single look does, less the standard error of what is spent:
-    a pair that spends very unevenly meets its budget less exactly on other images. views: of different prices, or sizes.
-    between: whether single looks can spend anything between two of them, as prices can and sizes cannot.
+    a pair that spends very unevenly meets its budget less exactly on other images. views: of different prices, or
+    sizes. between: whether single looks can spend anything between two of them, as prices can and sizes cannot.
     """
     ordered = _apart(sorted(views, key=lambda view: view.fraction))
     reference = ordered[-1].answer
