@@ -52,6 +52,12 @@ def _lowest(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return low if min(all_rows) < low else None
 
 
+def _reference(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The accuracy in per cent that methods are held against: the dense control's or the backbone's, the better one."""
+    static = [100 * float(row["accuracy"]) for row in rows if row["name"] in ("dense", "backbone")]
+    return max(static, default=None)
+
+
 def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
     """Accuracy over MACs, and over measured time, of the rows of a comparison: one line a method, with intervals.
 
@@ -76,20 +82,21 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: 
             own = sorted((r for r in shown if r["name"] == name), key=lambda row: row[measure])
             xs, ys = [row[measure] for row in own], [100 * row["accuracy"] for row in own]
             if name == "dense":
-                axes.axhline(ys[0], color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
                 axes.plot(xs, ys, marker="*", color=INK, markersize=14, linestyle="none", label=name, zorder=4)
                 continue
             colour, marker = _LOOKS.get(name) or looks[name]
             errors = [[100 * abs(r["accuracy"] - r["accuracy_interval"][end]) for r in own] for end in (0, 1)]
             line = {"linewidth": 2.2 if name == "learned" else 1.2, "markersize": 6, "zorder": 3, "capsize": 2}
             axes.errorbar(xs, ys, errors, color=colour, marker=marker, label=name, elinewidth=0.8, **line)
+        if (reference := _reference(rows)) is not None:
+            axes.axhline(reference, color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
         axes.set_xlabel(f"{label}, as a fraction of the backbone's")
         axes.grid(color=SKIPPED, linewidth=0.8)
         if place == 1:
             axes.set_ylabel("accuracy, %")
             axes.set_title(f"Accuracy per compute: {title}", loc="left", color=INK)
     if shared is not None and (low := _lowest(rows)) is not None:
-        shared.set_ylim(bottom=low)
+        shared.set_ylim(bottom=low, top=100 * max(row["accuracy_interval"][1] for row in rows) + 0.5)
     figure.axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     save(figure, path)
