@@ -168,7 +168,7 @@ def _learnable(recipe: Recipe, model: MIAFormer) -> Recipe:
         return is_free(model.backbone) or (stage.trains_controllers and is_free(model.controllers))
 
     stages = tuple(filter(learns, recipe.stages))
-    if not stages:
+    if recipe.stages and not stages:
         raise ValueError(
             f"what recipe {recipe.name!r} trains is frozen: nothing would learn. Let some of it, "
             "model.requires_grad_(True)"
