@@ -250,3 +250,28 @@ def test_weights_gathered_for_one_call_are_not_kept() -> None:
         assert model._packed.nbytes == 0
         model.run(images, Full())
         assert model._packed.nbytes > 0
+
+
+def test_onednn_is_never_given_a_weight_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would run a loop, 200 times slower, and give the same answer."""
+    given: list[bool] = []
+
+    class Recorder:
+        def default(self, x: Any, weight: Any, *rest: Any) -> Any:
+            given.append(weight.is_contiguous())
+            return x.new_zeros(len(x), len(weight))
+
+        def binary(self, x: Any, residual: Any, weight: Any, *rest: Any) -> Any:
+            given.append(weight.is_contiguous())
+            return residual
+
+    monkeypatch.setattr(products, "_POINTWISE", Recorder())
+    x, weight = torch.ones(400, 192, dtype=torch.bfloat16), torch.ones(512, 256, dtype=torch.bfloat16)[:, :192]
+    fused = OneDnn()
+    with torch.no_grad():
+        fused.linear(x, weight, None)
+        fused.activated(x, weight, None, nn.GELU())
+        fused.added(x, weight, None, x.new_zeros(400, 512))
+        fused.linear(x.float(), weight.float(), None)
+    assert given
+    assert all(given)
