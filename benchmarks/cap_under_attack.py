@@ -21,10 +21,10 @@ from rich.progress import track
 from torch import Tensor
 
 import miaformer
-from miaformer.attacks import Ball, Climb, Pixels, adaptive_target, frozen, raise_macs
 from miaformer.data import Batches, build_transform, open_data
 from miaformer.evaluation import describe_environment
 from miaformer.export import export_onnx, open_session, run_session
+from miaformer.lab.attacks import Ball, Climb, Pixels, adaptive_target, frozen, raise_macs
 
 RESULTS = Path(__file__).parent / "results" / "cap-under-attack.json"
 BUDGET = 0.7  # above the caps, so that they bind

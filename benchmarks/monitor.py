@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from miaformer.evaluation import describe_environment
-from miaformer.monitor import SpendingMonitor
+from miaformer.serving.monitor import SpendingMonitor
 
 RESULTS = Path(__file__).parent / "results"
 RUN = RESULTS / "cifar10-small" / "learned" / "seed0"  # the bundled model

@@ -33,10 +33,10 @@ import torch
 
 import miaformer
 from miaformer.data import Batch, build_transform, open_data
+from miaformer.data.images import find_images
 from miaformer.data.pictures import read_pictures
 from miaformer.evaluation import calibrate, describe_environment
 from miaformer.evaluation.drawn import draw_controllers
-from miaformer.images import find_images
 
 RESULTS = Path(__file__).parent / "results"
 PATIENCE = 30.0  # seconds

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from miaformer.evaluation.comparison_rows import COLUMNS, OURS, written
-from miaformer.evaluation.corruptions import mean_rows
+from miaformer.lab.corruptions import mean_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -20,7 +20,7 @@ _PROCESSES.set_forkserver_preload(
         "miaformer.cli.output",
         "miaformer.cli.predict",
         "miaformer.data.transforms",
-        "miaformer.predictor",
+        "miaformer.prediction.predictor",
         "miaformer.prediction.run",
         "pyarrow.parquet",
     ]
@@ -38,7 +38,8 @@ def start(argv: Sequence[str], log: Path, rows_in_group: int) -> ForkServerProce
 
 
 def _run(argv: list[str], log: Path, rows_in_group: int) -> None:
-    from miaformer import cli, native
+    from miaformer import cli
+    from miaformer.engine import native
     from miaformer.prediction import rows
 
     said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

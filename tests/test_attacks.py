@@ -16,7 +16,7 @@ from torch import Tensor
 from vits import lively
 
 from miaformer import MIAFormer
-from miaformer.attacks import (
+from miaformer.lab.attacks import (
     FGSM,
     Answer,
     Ball,
@@ -36,10 +36,10 @@ from miaformer.attacks import (
     static_target,
     universal_patch,
 )
-from miaformer.attacks.compute import Patch, patch_size
-from miaformer.attacks.evaluate import ANSWERS
-from miaformer.attacks.plot import plot_robustness
-from miaformer.policy import Random, Sampling
+from miaformer.lab.attacks.compute import Patch, patch_size
+from miaformer.lab.attacks.evaluate import ANSWERS
+from miaformer.model.policy import Random, Sampling
+from miaformer.reports.robustness_plot import plot_robustness
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -25,7 +25,7 @@ from vits import SMALL, STRUCTURES, pictures, relative, vit
 
 import miaformer
 from miaformer import MIAFormer
-from miaformer.backbone import apply_orders, build, describe, inverse_orders
+from miaformer.vit.backbone import apply_orders, build, describe, inverse_orders
 
 CONFIGS = [
     pytest.param({"mlp_width": width, "head_choice": choice}, id=f"{width}-{choice}")

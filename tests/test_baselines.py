@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from vits import STRUCTURES, vit
 
 from miaformer import MIAFormer, adapt
-from miaformer.comparison import METHODS, summarise
-from miaformer.comparison.engines import OnnxFile, of_module
-from miaformer.comparison.equal_accuracy import at_equal_accuracy
-from miaformer.comparison.given import copy_backbone, is_copied
-from miaformer.comparison.method import Entry, Question
-from miaformer.comparison.resolution import Looked
-from miaformer.comparison.results import Difficulty, Point
-from miaformer.comparison.timing import BATCHES, mean_times, read_times, time_entries
-from miaformer.cost import count_macs
 from miaformer.data import Batches, build_transform
+from miaformer.engine.cost import count_macs
 from miaformer.evaluation.engines import EngineUnavailableError
 from miaformer.evaluation.intervals import resampled
-from miaformer.policy import Full, Look, RandomLooks, TwoLooks
+from miaformer.lab.comparison import METHODS, summarise
+from miaformer.lab.comparison.engines import OnnxFile, of_module
+from miaformer.lab.comparison.equal_accuracy import at_equal_accuracy
+from miaformer.lab.comparison.given import copy_backbone, is_copied
+from miaformer.lab.comparison.method import Entry, Question
+from miaformer.lab.comparison.resolution import Looked
+from miaformer.lab.comparison.results import Difficulty, Point
+from miaformer.lab.comparison.timing import BATCHES, mean_times, read_times, time_entries
+from miaformer.model.policy import Full, Look, RandomLooks, TwoLooks
 from miaformer.training.progress import DURATIONS, core_seconds
 from miaformer.training.recipes import get_recipe
 
@@ -179,7 +179,7 @@ def test_each_is_timed_on_its_fastest_engine(trained: MIAFormer, monkeypatch: py
 
     monkeypatch.setattr("miaformer.evaluation.timing._milliseconds", lambda call: (call(), ms[said[-1]])[1])
     both = {"timm": lambda images: engine("timm"), "onnx": lambda images: engine("onnx")}
-    monkeypatch.setattr("miaformer.comparison.timing.of_module", lambda module, shape: both)
+    monkeypatch.setattr("miaformer.lab.comparison.timing.of_module", lambda module, shape: both)
     eager = engine("eager")
     entry = Entry("x", None, lambda images: (eager(images), torch.ones(len(images))), engines={"quick": only_one})
     (times,) = time_entries(trained.backbone, [entry], images_of(trained, 64))

@@ -11,12 +11,12 @@ import torch
 from vits import pictures, vit
 
 import miaformer
-from miaformer.budget import calibrate
 from miaformer.cli import main
 from miaformer.evaluation.bench import bench
 from miaformer.evaluation.drawn import draw_controllers
 from miaformer.evaluation.engines import open_engines
 from miaformer.evaluation.timing import Race
+from miaformer.model.budget import calibrate
 
 
 def drawn(grains: Any, seed: int = 0) -> Any:

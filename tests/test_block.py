@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vits import STRUCTURES, relative, vit
 
-from miaformer.block import Width, masked_block, packed_block
-from miaformer.decisions import Gates
 from miaformer.engine.attention import attend_masked, attend_packed
+from miaformer.engine.block import Width, masked_block, packed_block
+from miaformer.engine.decisions import Gates
 from miaformer.engine.products import products_for
 
 WIDTHS = ("coupled", "hidden", "full")

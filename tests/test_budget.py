@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miaformer.budget import Calibration, calibrate, check_fraction
-from miaformer.controller import LOG_PRICE_RANGE
+from miaformer.engine.controller import LOG_PRICE_RANGE
+from miaformer.model.budget import Calibration, calibrate, check_fraction
 
 LOW, HIGH = LOG_PRICE_RANGE
 

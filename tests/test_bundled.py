@@ -12,8 +12,8 @@ from PIL import Image
 import miaformer
 from miaformer import cli
 from miaformer.cli.demo_pictures import BUDGETS, BUNDLED_MODEL
-from miaformer.images import open_image
-from miaformer.loading import BUNDLED
+from miaformer.data.images import open_image
+from miaformer.model.loading import BUNDLED
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from vits import STRUCTURES, lively, pictures, relative, vit
 
 import miaformer
 from miaformer import Decisions, MIAFormer, Output
-from miaformer.cost import count_macs
-from miaformer.decisions import Gates
+from miaformer.engine.cost import count_macs
+from miaformer.engine.decisions import Gates
 from miaformer.engine.walk import State
-from miaformer.policy import ClsAttention, Fixed, Full, Random
+from miaformer.model.policy import ClsAttention, Fixed, Full, Random
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"mlp_width": "coupled"},

@@ -25,7 +25,7 @@ from tiny_training import RECIPE, SIZES, run, tiny_model
 from miaformer import MIAFormer
 from miaformer.cli import main
 from miaformer.data import open_data
-from miaformer.files import locked
+from miaformer.data.files import locked
 from miaformer.training import Interrupted, Recipe, is_trained, train_recipe
 from miaformer.training import choices as choices_module
 from miaformer.training.choices import batch_size, has_fast_bf16, num_workers, precision

@@ -14,7 +14,7 @@ from PIL import Image
 
 from miaformer.data import open_data
 from miaformer.data.columns import Columns, split_columns, with_columns
-from miaformer.images import ImageError
+from miaformer.data.images import ImageError
 from miaformer.prediction.entries import SourceError, Unreadable
 from miaformer.prediction.sources import find_inputs
 

@@ -15,12 +15,12 @@ from tiny_training import tiny_model
 
 from miaformer.cli import main
 from miaformer.cli.compare import _table
-from miaformer.comparison import ABLATIONS, METHODS, RIVALS, Comparison
-from miaformer.comparison.harness import Run, runs
-from miaformer.comparison.measuring import margin
-from miaformer.comparison.method import Question, adaptation_epochs
-from miaformer.comparison.results import Difficulty, Point, read_points, summarise
-from miaformer.model import MIAFormer, adapt
+from miaformer.lab.comparison import ABLATIONS, METHODS, RIVALS, Comparison
+from miaformer.lab.comparison.harness import Run, runs
+from miaformer.lab.comparison.measuring import margin
+from miaformer.lab.comparison.method import Question, adaptation_epochs
+from miaformer.lab.comparison.results import Difficulty, Point, read_points, summarise
+from miaformer.model.model import MIAFormer, adapt
 from miaformer.training import RECIPES, Recipe, get_recipe, new_backbone
 from miaformer.training.progress import DURATIONS, Duration, core_seconds
 

@@ -14,7 +14,7 @@ from vits import enliven, lively, pictures, vit
 
 import miaformer
 from miaformer import MIAFormer
-from miaformer.controller import (
+from miaformer.engine.controller import (
     KEEP_LOGIT,
     LEAST_LOG_PRICE,
     LOG_PRICE_RANGE,
@@ -23,10 +23,10 @@ from miaformer.controller import (
     Controller,
     price_features,
 )
-from miaformer.cost import count_macs
+from miaformer.engine.cost import count_macs
+from miaformer.engine.folded import Folded
 from miaformer.engine.masked import Masked
 from miaformer.engine.walk import State
-from miaformer.folded import Folded
 from miaformer.training import gates
 from miaformer.training.gates import Draws, Relaxed
 
@@ -208,7 +208,7 @@ def test_grains_that_are_not_decided_are_always_kept(
     grains: tuple[str, ...], native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At any price, in inference and in training; those that are decided still go."""
-    monkeypatch.setattr("miaformer.native.enabled", native)
+    monkeypatch.setattr("miaformer.engine.native.enabled", native)
     model = enliven(miaformer.adapt(vit(), grains=grains)).eval()
     images = pictures(model.backbone, 8)
     dearest = model.run(images, price=model.price_range()[1]).trace

@@ -12,7 +12,7 @@ from command_line import run
 from PIL import Image
 
 from miaformer.data import ImageData
-from miaformer.evaluation.corruptions import CORRUPTIONS, Corrupted, mean_rows
+from miaformer.lab.corruptions import CORRUPTIONS, Corrupted, mean_rows
 
 
 class Waves(ImageData):

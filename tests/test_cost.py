@@ -15,9 +15,9 @@ from vits import STRUCTURES, lively, pictures, vit
 
 import miaformer
 from miaformer import AdaptConfig, MIAFormer, Output
-from miaformer.cost import Cost, count_macs, group_sizes
-from miaformer.decisions import Decisions, Gates
-from miaformer.policy import ClsAttention, Fixed, Full, Random, Static
+from miaformer.engine.cost import Cost, count_macs, group_sizes
+from miaformer.engine.decisions import Decisions, Gates
+from miaformer.model.policy import ClsAttention, Fixed, Full, Random, Static
 
 WIDTHS = ("coupled", "hidden", "full")
 

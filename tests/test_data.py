@@ -26,9 +26,9 @@ from miaformer.data import Augmentation, Batch, Batches, Digits, ImageData, buil
 from miaformer.data import digits as digits_module
 from miaformer.data import splits as splits_module
 from miaformer.data.digits import RENDERINGS_TRAIN, SIZE, SIZES_HELD_OUT
+from miaformer.data.images import ImageError
 from miaformer.data.source import check_classes
 from miaformer.data.splits import stratified_position
-from miaformer.images import ImageError
 
 CONFIG = {
     "input_size": (3, 32, 32),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from miaformer.decisions import Decisions, Gates, HostGates
+from miaformer.engine.decisions import Decisions, Gates, HostGates
 
 
 def draw_bools(generator: torch.Generator, keep: float, *shape: int) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaformer.dither import dither
+from miaformer.engine.dither import dither
 
 
 def kept(rows: int, columns: int, share: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vits import lively, pictures
 
-from miaformer import Decisions, MIAFormer, policy
+from miaformer import Decisions, MIAFormer
 from miaformer.evaluation import (
     KeepRates,
     Simulation,
@@ -21,6 +21,7 @@ from miaformer.evaluation import (
     random_policy,
     static_policy,
 )
+from miaformer.model import policy
 
 CONFIGS: list[dict[str, Any]] = [
     {},

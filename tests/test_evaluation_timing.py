@@ -8,8 +8,8 @@ import pytest
 import torch
 from vits import lively, pictures
 
-from miaformer import policy
 from miaformer.evaluation import time_against_dense, time_pairs, timing
+from miaformer.model import policy
 
 
 class Clock:

@@ -19,7 +19,7 @@ import miaformer
 from miaformer import Decisions, MIAFormer
 from miaformer.engine.masked import Masked
 from miaformer.engine.sparse import Sparse
-from miaformer.policy import ClsAttention, Fixed, Full, Random
+from miaformer.model.policy import ClsAttention, Fixed, Full, Random
 
 WIDTHS = ("coupled", "hidden", "full")
 KEEPS = st.sampled_from([0.0, 0.15, 0.5, 0.85, 1.0])

@@ -18,9 +18,9 @@ from test_plots import assert_readable, texts
 from vits import enliven, lively, vit
 
 import miaformer
-from miaformer.explanation import Explanation, explain, seen_picture
-from miaformer.images import open_image
-from miaformer.predictor import Predictor
+from miaformer.data.images import open_image
+from miaformer.prediction.explanation import Explanation, explain, seen_picture
+from miaformer.prediction.predictor import Predictor
 
 pytest.importorskip("matplotlib")
 
@@ -283,7 +283,7 @@ def test_an_uncalibrated_model_shows_everything_executed(
 def test_the_png_is_readable_however_deep_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.text import Text
 
-    from miaformer.evaluation import explanation_plot
+    from miaformer.reports import explanation_plot
 
     figures: list[Any] = []
     save = explanation_plot.save

@@ -21,10 +21,10 @@ from vits import STRUCTURES, lively, pictures, relative, vit
 
 import miaformer
 from miaformer import Decisions, MIAFormer
-from miaformer.budget import Calibration, calibrate
 from miaformer.cli import main
 from miaformer.data import build_transform
-from miaformer.policy import Fixed
+from miaformer.model.budget import Calibration, calibrate
+from miaformer.model.policy import Fixed
 
 pytest.importorskip("onnxruntime")
 from miaformer.export import export_onnx, export_static, open_session, run_session

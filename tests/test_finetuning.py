@@ -15,9 +15,9 @@ from torch import nn
 
 from miaformer import adapt
 from miaformer.cli import build_parser
-from miaformer.comparison import Comparison
-from miaformer.comparison.method import adaptation_epochs
 from miaformer.data import Batches, build_transform
+from miaformer.lab.comparison import Comparison
+from miaformer.lab.comparison.method import adaptation_epochs
 from miaformer.training import Interrupted, Stage, get_recipe
 from miaformer.training.optimizer import stage_optimizer
 from miaformer.training.probe import PENALTY, classifiers, fit

@@ -14,8 +14,8 @@ from torch import Tensor
 from vits import STRUCTURES, lively, pictures
 
 from miaformer import MIAFormer
-from miaformer.folded import Folded
-from miaformer.policy import _rounded_up
+from miaformer.engine.folded import Folded
+from miaformer.model.policy import _rounded_up
 
 
 @pytest.mark.parametrize("structure", ["plain", "registers", "no_class_token_avg", "uneven_groups"])

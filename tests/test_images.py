@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from miaformer.images import MAX_PIXELS, ImageError, find_images, open_image
+from miaformer.data.images import MAX_PIXELS, ImageError, find_images, open_image
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from vits import STRUCTURES, pictures, vit
 
 import miaformer
 from miaformer import Decisions
-from miaformer.importance import identity_orders, importance_orders
-from miaformer.policy import Fixed
+from miaformer.model.policy import Fixed
+from miaformer.vit.importance import identity_orders, importance_orders
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

@@ -403,7 +403,7 @@ def test_predict_spends_what_was_asked_in_ms(
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert len(rows) == 18
     from miaformer.data import build_transform
-    from miaformer.images import open_image
+    from miaformer.data.images import open_image
 
     model = MIAFormer.from_pretrained(model_dir)
     transform, price = build_transform(model.data_config()), found.calibration.price(asked)

@@ -9,7 +9,7 @@ import torch
 from vits import pictures, vit
 
 import miaformer
-from miaformer import loading
+from miaformer.model import loading
 
 
 @pytest.fixture

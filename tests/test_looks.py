@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from vits import lively, pictures, relative
 
 from miaformer import MIAFormer
-from miaformer.budget import Calibration
 from miaformer.data import Batch
 from miaformer.evaluation.calibration import calibrate
-from miaformer.looks import STEP, Looks, View, choose_looks, row_of
-from miaformer.policy import AnyPolicy, Full, Look, TwoLooks
+from miaformer.model.budget import Calibration
+from miaformer.model.looks import STEP, Looks, View, choose_looks, row_of
+from miaformer.model.policy import AnyPolicy, Full, Look, TwoLooks
 
 
 def looking(seed: int = 0, **config: object) -> MIAFormer:

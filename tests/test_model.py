@@ -23,8 +23,8 @@ from vits import STRUCTURES, enliven, lively, pictures, relative, vit
 
 import miaformer
 from miaformer import MIAFormer
-from miaformer.budget import Calibration
-from miaformer.policy import Full
+from miaformer.model.budget import Calibration
+from miaformer.model.policy import Full
 
 CALIBRATION = Calibration((0.1, 1.0, 10.0), (0.8, 0.5, 0.2), num_images=7, data="made up")
 
@@ -518,7 +518,7 @@ def test_a_model_that_cannot_be_written_whole_leaves_the_one_that_lies_there(
 
     model.reset_classifier(3)
     model.calibration = None
-    monkeypatch.setattr("miaformer.model_files.save_file", full_disk)
+    monkeypatch.setattr("miaformer.model.saved.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained(tmp_path)
     assert torch.equal(MIAFormer.from_pretrained(tmp_path).eval()(images, budget=0.5), wanted)

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from miaformer.predictor import Predictor
+from miaformer.prediction.predictor import Predictor
 from miaformer.serving.model_process import ModelDiedError, ModelProcess
 
 Load = Callable[[], Predictor]  # what is loaded here is no model: nothing of the process depends on that

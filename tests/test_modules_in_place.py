@@ -19,8 +19,8 @@ from torch.nn.utils import parameters_to_vector, parametrizations, prune, vector
 from vits import STRUCTURES, enliven, pictures, relative, vit
 
 from miaformer import MIAFormer, adapt
-from miaformer.backbone import transformer_blocks
-from miaformer.policy import Full, Random
+from miaformer.model.policy import Full, Random
+from miaformer.vit.backbone import transformer_blocks
 
 
 class Wrapped(nn.Module):

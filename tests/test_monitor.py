@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaformer.monitor import SpendingMonitor
+from miaformer.serving.monitor import SpendingMonitor
 
 SHAPES = {
     "normal": lambda rng, n: 0.5 + 0.08 * rng.standard_normal(n),

@@ -10,9 +10,10 @@ import torch
 from vits import STRUCTURES, enliven, lively, pictures, vit
 
 import miaformer
-from miaformer import MIAFormer, native
-from miaformer.cost import count_macs
-from miaformer.dither import dither
+from miaformer import MIAFormer
+from miaformer.engine import native
+from miaformer.engine.cost import count_macs
+from miaformer.engine.dither import dither
 
 pytest.importorskip("numba")
 

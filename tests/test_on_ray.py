@@ -23,11 +23,11 @@ from miaformer import load
 from miaformer.prediction.classify import BatchClassifier
 from miaformer.prediction.entries import BEGINNING, Entry, Position
 from miaformer.prediction.on_ray import Stretch, predict_on_ray, stretches
+from miaformer.prediction.predictor import Predictor
 from miaformer.prediction.rows import COLUMNS
 from miaformer.prediction.run import predict
 from miaformer.prediction.sources import Inputs, find_inputs
 from miaformer.prediction.unfinished import UnfinishedRun
-from miaformer.predictor import Predictor
 
 
 class Counted:

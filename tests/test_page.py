@@ -21,7 +21,7 @@ import uvicorn  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 import miaformer  # noqa: E402
-from miaformer.predictor import Predictor  # noqa: E402
+from miaformer.prediction.predictor import Predictor  # noqa: E402
 from miaformer.serving import Settings, create_app  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -12,10 +12,10 @@ from vits import STRUCTURES, lively, pictures, relative, vit
 
 import miaformer
 from miaformer import Decisions, MIAFormer
-from miaformer.decisions import Gates
-from miaformer.dither import dither
+from miaformer.engine.decisions import Gates
+from miaformer.engine.dither import dither
 from miaformer.engine.walk import State
-from miaformer.policy import ClsAttention, Fixed, Full, Random, Sampling, Static
+from miaformer.model.policy import ClsAttention, Fixed, Full, Random, Sampling, Static
 
 
 def state(index: int = 0, batch: int = 1000, active: Tensor | None = None) -> State:

@@ -15,12 +15,12 @@ from PIL import Image
 from vits import lively
 
 from miaformer import MIAFormer, Output, cli
-from miaformer.budget import Calibration
 from miaformer.data import build_transform
-from miaformer.images import open_image
+from miaformer.data.images import open_image
+from miaformer.model.budget import Calibration
 from miaformer.prediction.classify import BatchClassifier, fingerprint
 from miaformer.prediction.entries import Unreadable
-from miaformer.predictor import Predictor
+from miaformer.prediction.predictor import Predictor
 
 NAMES = ["ant", "bee, wild", "cat", "dog", 'the "eel"']
 GOOD, BAD = 7, 3

@@ -18,14 +18,15 @@ from command_line import run
 from commands_to_stop import start
 from PIL import Image
 
-from miaformer import MIAFormer, native
+from miaformer import MIAFormer
+from miaformer.engine import native
 from miaformer.prediction.classify import BatchClassifier
 from miaformer.prediction.entries import BEGINNING, Position
+from miaformer.prediction.predictor import Predictor
 from miaformer.prediction.rows import COLUMNS, Row
 from miaformer.prediction.run import predict
 from miaformer.prediction.sources import find_inputs
 from miaformer.prediction.unfinished import UnfinishedRun, is_finished
-from miaformer.predictor import Predictor
 
 pytest.importorskip("pyarrow")
 SUFFIXES = ("csv", "jsonl", "parquet")

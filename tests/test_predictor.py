@@ -8,8 +8,8 @@ import torch
 from command_line import classifier
 from PIL import Image
 
-from miaformer.images import ImageError
-from miaformer.predictor import Predictor
+from miaformer.data.images import ImageError
+from miaformer.prediction.predictor import Predictor
 
 
 @pytest.fixture(scope="module")

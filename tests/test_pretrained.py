@@ -23,10 +23,11 @@ from torch import Tensor
 from vits import pictures, randomise, vit
 
 import miaformer
-from miaformer import hub, load_backbone
-from miaformer.checkpoint_files import read_checkpoint
-from miaformer.classes import read_class_names
+from miaformer import load_backbone
 from miaformer.cli.arguments import open_model
+from miaformer.model.classes import read_class_names
+from miaformer.vit import hub
+from miaformer.vit.checkpoint_files import read_checkpoint
 
 NAME = "vit_tiny_patch16_224"
 SIZES: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2.0}
@@ -409,7 +410,7 @@ def test_predict_names_the_classes_of_an_own_model(
     assert (status, err) == (0, "")
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     model = open_model(f"timm:{NAME}", torch.device("cpu"), weights=str(own / "mine.pth"))
-    predictor = miaformer.predictor.Predictor(model)
+    predictor = miaformer.prediction.predictor.Predictor(model)
     for row in rows[:3]:
         (wanted,) = predictor.read(predictor.run([predictor.prepare(row["path"])]))
         assert row["class"] == CLASSES[wanted.top_k[0].label]

@@ -16,12 +16,12 @@ from vits import enliven, pictures, relative, vit
 
 import miaformer
 from miaformer import MIAFormer
-from miaformer.cost import count_macs
-from miaformer.decisions import Decisions
 from miaformer.engine import processor, products
+from miaformer.engine.cost import count_macs
+from miaformer.engine.decisions import Decisions
 from miaformer.engine.products import _ONEDNN_DTYPES, OneDnn, Plain, products_for
 from miaformer.engine.sparse import ROWS_THAT_COME_AGAIN
-from miaformer.policy import Fixed, Full, Random
+from miaformer.model.policy import Fixed, Full, Random
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch was built without oneDNN")
@@ -189,7 +189,7 @@ def test_batch_mates_do_not_matter_to_fused_products(dtype: torch.dtype) -> None
     images = pictures(model.backbone, 6)
     with torch.inference_mode():
         together = model.run(images, price=1.0)
-        fixed = miaformer.policy.Fixed
+        fixed = miaformer.model.policy.Fixed
         for image in range(6):
             alone = model.run(images[image : image + 1], fixed(together.trace[[image]]))
             assert relative(alone.logits.float(), together.logits[image : image + 1].float()) < TOLERANCE[dtype]

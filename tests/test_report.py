@@ -16,13 +16,13 @@ from command_line import class_folders, run
 from test_explain import Page
 
 from miaformer import cli
-from miaformer.comparison import Comparison
-from miaformer.comparison.harness import runs
 from miaformer.evaluation import describe_environment
-from miaformer.pages.chart import Chart, Series, figure, ticks
-from miaformer.pages.history import read_history
-from miaformer.pages.measured import read_comparison
-from miaformer.pages.page import Markup, join, tag
+from miaformer.lab.comparison import Comparison
+from miaformer.lab.comparison.harness import runs
+from miaformer.reports.chart import Chart, Series, figure, ticks
+from miaformer.reports.history import read_history
+from miaformer.reports.measured import read_comparison
+from miaformer.reports.page import Markup, join, tag
 
 Report = Callable[..., Page]
 

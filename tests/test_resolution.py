@@ -17,15 +17,15 @@ from vits import STRUCTURES, pictures, relative, vit
 
 import miaformer
 from miaformer import MIAFormer, adapt, cli
-from miaformer.budget import Calibration
-from miaformer.comparison.pictures import plot_classes
-from miaformer.cost import count_macs
 from miaformer.data import Batch
+from miaformer.engine.cost import count_macs
 from miaformer.evaluation import contenders
 from miaformer.evaluation.calibration import calibrate
-from miaformer.looks import STEP, Looks
-from miaformer.policy import Full, Look, Random, RandomLooks, TwoLooks
-from miaformer.resolution import drawn_size, image_sizes, resized
+from miaformer.model.budget import Calibration
+from miaformer.model.looks import STEP, Looks
+from miaformer.model.policy import Full, Look, Random, RandomLooks, TwoLooks
+from miaformer.model.resolution import drawn_size, image_sizes, resized
+from miaformer.reports.comparison_pictures import plot_classes
 from miaformer.training import Recipe, Stage, get_recipe, train
 from miaformer.training.gates import Draws
 from miaformer.training.objective import Objective, Step
@@ -269,8 +269,8 @@ def test_an_exported_file_says_the_same_with_its_trace(structure: str, tmp_path:
 
 
 def test_an_explanation_shows_the_grid_of_the_look() -> None:
-    from miaformer.explanation import explain
-    from miaformer.predictor import Predictor
+    from miaformer.prediction.explanation import explain
+    from miaformer.prediction.predictor import Predictor
 
     model = choosing(images=40)
     images: Tensor = pictures(model.backbone, 12)

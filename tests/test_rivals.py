@@ -11,13 +11,13 @@ from tiny_training import tiny_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from miaformer.cost import count_macs
+from miaformer.engine.cost import count_macs
 from miaformer.engine.masked import Masked
 from miaformer.evaluation.controls import top_tokens_policy
-from miaformer.model import MIAFormer
-from miaformer.rivals.exits import EarlyExit, exit_table
-from miaformer.rivals.merging import _merged, merged_logits, merged_macs, merges_drawn, merges_for
-from miaformer.rivals.policies import TopTokens, token_scorers
+from miaformer.lab.baselines.exits import EarlyExit, exit_table
+from miaformer.lab.baselines.merging import _merged, merged_logits, merged_macs, merges_drawn, merges_for
+from miaformer.lab.baselines.policies import TopTokens, token_scorers
+from miaformer.model.model import MIAFormer
 from miaformer.training.gates import Draws
 from miaformer.training.objective import Objective, Step
 from miaformer.training.recipes import Stage, get_recipe

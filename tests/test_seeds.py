@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_training import RECIPE, run
 
-from miaformer.attacks.evaluate import seeded
-from miaformer.seeds import stream_seed
+from miaformer.data.seeds import stream_seed
+from miaformer.lab.attacks.evaluate import seeded
 from miaformer.training.objective import Objective, Step
 
 

@@ -22,7 +22,7 @@ from command_line import run
 from test_serving import check_says, number, picture
 
 from miaformer import load
-from miaformer.predictor import Predictor
+from miaformer.prediction.predictor import Predictor
 
 
 @pytest.fixture(scope="module")

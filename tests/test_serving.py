@@ -22,7 +22,7 @@ from command_line import classifier
 from fastapi.testclient import TestClient
 
 from miaformer import load
-from miaformer.predictor import Predictor
+from miaformer.prediction.predictor import Predictor
 from miaformer.serving import Settings, create_app
 from miaformer.serving.governor import HEADROOM, ServiceTime
 

@@ -19,7 +19,7 @@ from vits import lively, pictures, relative
 from miaformer import MIAFormer
 from miaformer.data import Batch
 from miaformer.evaluation.calibration import calibrate
-from miaformer.predictor import Predictor
+from miaformer.prediction.predictor import Predictor
 
 THREADS, CALLS = 6, 60  # of each thread
 
@@ -66,7 +66,7 @@ def entry_points(model: MIAFormer, folder: Path) -> dict[str, Call]:
 def test_threads_get_what_they_asked_for(
     config: dict[str, object], native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("miaformer.native.enabled", native)
+    monkeypatch.setattr("miaformer.engine.native.enabled", native)
     model = calibrated(**config)
     assert model.calibration is not None
     least, most = model.calibration.range

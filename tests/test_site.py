@@ -115,7 +115,7 @@ def test_pages_load_nothing_from_another_host(site: Path, built: dict[Path, Read
 def test_everything_public_is_in_the_reference(built: dict[Path, Read]) -> None:
     ids = {name for page in built.values() for name in page.ids}
     assert [name for name in miaformer.__all__ if f"miaformer.{name}" not in ids and name != "policy"] == []
-    assert "miaformer.policy.Policy" in ids
+    assert "miaformer.model.policy.Policy" in ids
 
 
 def test_the_reference_tells_what_parameters_and_fields_are(site: Path) -> None:

@@ -12,11 +12,11 @@ from vits import STRUCTURES, pictures, relative, vit
 
 import miaformer
 from miaformer import MIAFormer
-from miaformer.backbone import build, describe
-from miaformer.cost import count_macs
-from miaformer.stem import NEIGHBOURHOOD, ConvPatchEmbed
+from miaformer.engine.cost import count_macs
 from miaformer.training import get_recipe
 from miaformer.training.run import new_backbone
+from miaformer.vit.backbone import build, describe
+from miaformer.vit.stem import NEIGHBOURHOOD, ConvPatchEmbed
 
 
 def test_a_patch_sees_its_neighbours_and_no_further() -> None:

@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from miaformer import MIAFormer
-from miaformer.controller import LOG_PRICE_RANGE
 from miaformer.data import Batches, build_transform
-from miaformer.decisions import Decisions
+from miaformer.engine.controller import LOG_PRICE_RANGE
+from miaformer.engine.decisions import Decisions
 from miaformer.engine.masked import Masked
-from miaformer.policy import Fixed
+from miaformer.model.policy import Fixed
 from miaformer.training.gates import SURVIVAL, Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.training.objective import Objective, Step
 from miaformer.training.recipes import Kind, Stage

@@ -19,10 +19,10 @@ from vits import enliven, randomise, relative
 
 import miaformer
 from miaformer import Decisions, MIAFormer
-from miaformer.cost import count_macs
 from miaformer.data import build_transform
-from miaformer.from_transformers import ACTIVATIONS, MODELS, to_timm
-from miaformer.policy import Fixed
+from miaformer.engine.cost import count_macs
+from miaformer.model.policy import Fixed
+from miaformer.vit.from_transformers import ACTIVATIONS, MODELS, to_timm
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from vits import STRUCTURES, lively, pictures, relative
 
-from miaformer.decisions import from_host
 from miaformer.engine import attention
-from miaformer.policy import Fixed
+from miaformer.engine.decisions import from_host
+from miaformer.model.policy import Fixed
 
 HALF = [torch.float16, torch.bfloat16]
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {

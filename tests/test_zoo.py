@@ -19,8 +19,8 @@ from vits import pictures, relative
 
 import miaformer
 from miaformer import Decisions
-from miaformer.cost import count_macs
-from miaformer.policy import Fixed
+from miaformer.engine.cost import count_macs
+from miaformer.model.policy import Fixed
 
 pytestmark = pytest.mark.zoo
 

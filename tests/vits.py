@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import miaformer
 from miaformer import MIAFormer
-from miaformer.controller import KEEP_LOGIT
-from miaformer.stem import ConvPatchEmbed
-from miaformer.token_avg import VisionTransformerTokenAvg
+from miaformer.engine.controller import KEEP_LOGIT
+from miaformer.vit.stem import ConvPatchEmbed
+from miaformer.vit.token_avg import VisionTransformerTokenAvg
 
 SMALL = {
     "img_size": 16,

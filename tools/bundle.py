@@ -14,7 +14,7 @@ import torch
 
 from miaformer import MIAFormer
 from miaformer.data import Batches, build_transform, open_data
-from miaformer.loading import BUNDLED
+from miaformer.model.loading import BUNDLED
 
 BUDGETS = (0.25, 0.35, 0.5, 0.7)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import miaformer
 from miaformer import MIAFormer
 from miaformer.evaluation.drawn import draw_controllers
-from miaformer.policy import Fixed
+from miaformer.model.policy import Fixed
 
 from .record import Record
 

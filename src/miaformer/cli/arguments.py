@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from miaformer.data import Batches, ImageData
-    from miaformer.model import MIAFormer
+    from miaformer.model.model import MIAFormer
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -139,7 +139,7 @@ def open_model(
     import torch
 
     from miaformer import adapt, load, load_backbone
-    from miaformer.classes import read_class_names
+    from miaformer.model.classes import read_class_names
 
     names = None if classes is None else read_class_names(classes)
     if spec.startswith("timm:"):

@@ -24,9 +24,9 @@ from miaformer.cli.arguments import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from miaformer.attacks import Pixels, RobustnessEvaluation, Target
     from miaformer.data import Batches
-    from miaformer.model import MIAFormer
+    from miaformer.lab.attacks import Pixels, RobustnessEvaluation, Target
+    from miaformer.model.model import MIAFormer
 
 TARGETS = ("backbone", "adaptive", "sampled", "static", "random", "cls-attention")
 DEFAULT_ATTACKS = ("fgsm", "pgd", "adaptive", "transfer")
@@ -135,10 +135,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from miaformer.attacks import Ball, Climb, Pixels, RobustnessEvaluation, frozen, weights_hash
     from miaformer.cli.output import LiveProgress, console, print_table, write_json
     from miaformer.data import open_data, spread
     from miaformer.evaluation.environment import describe_environment
+    from miaformer.lab.attacks import Ball, Climb, Pixels, RobustnessEvaluation, frozen, weights_hash
 
     attacks = _known_attacks(args.attacks)
     balls = [Ball(radius("--eps", text), args.norm) for text in dict.fromkeys(args.eps)]
@@ -207,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.json, report)
         out.print(f"wrote {args.json}", soft_wrap=True, markup=False)
     if args.plot:
-        from miaformer.attacks.plot import plot_robustness
+        from miaformer.reports.robustness_plot import plot_robustness
 
         plot_robustness(rows, args.plot)
         out.print(f"wrote {args.plot}", soft_wrap=True, markup=False)
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _known_attacks(names: Sequence[str]) -> list[str]:
-    from miaformer.attacks import ATTACKS
+    from miaformer.lab.attacks import ATTACKS
 
     known = [*ATTACKS, "patch", "patch-kept"]
     unknown = sorted(set(names) - set(known))
@@ -225,17 +225,17 @@ def _known_attacks(names: Sequence[str]) -> list[str]:
 
 
 def _backbone(model: MIAFormer) -> Target:
-    from miaformer.attacks import static_target
+    from miaformer.lab.attacks import static_target
 
     return static_target(model)
 
 
 def _targets(model: MIAFormer, args: argparse.Namespace, on_progress: Any) -> list[Target]:
     """What is attacked. Sets the budget where none was asked for."""
-    from miaformer.attacks import adaptive_target
     from miaformer.data import open_data
     from miaformer.evaluation import contenders
-    from miaformer.policy import Look, TwoLooks
+    from miaformer.lab.attacks import adaptive_target
+    from miaformer.model.policy import Look, TwoLooks
 
     sized = model.adapt_config.chooses_resolution
     names = list(dict.fromkeys(args.targets or (TARGETS[:2] if model.calibration and not sized else TARGETS[:1])))
@@ -277,8 +277,8 @@ def _targets(model: MIAFormer, args: argparse.Namespace, on_progress: Any) -> li
 
 def _learned(model: MIAFormer, args: argparse.Namespace, name: str) -> Target:
     """The learned policy at the budget, drawing where it is `sampled`."""
-    from miaformer.attacks import adaptive_target
-    from miaformer.policy import Sampling
+    from miaformer.lab.attacks import adaptive_target
+    from miaformer.model.policy import Sampling
 
     price = model.price_of(args.budget)
     assert isinstance(price, float)
@@ -303,8 +303,8 @@ def _patch_rows(
     args: argparse.Namespace,
     on_progress: Any,
 ) -> list[dict[str, Any]]:
-    from miaformer.attacks import Pixels
     from miaformer.data import open_data, spread
+    from miaformer.lab.attacks import Pixels
 
     if not attacks:
         return []
@@ -319,8 +319,8 @@ def _masking(
     """Signs at the largest radius, on some images: do they keep the class that they have?"""
     import torch
 
-    from miaformer.attacks import seeded, signs_of_masking, steadied
-    from miaformer.attacks.methods import DRAWS
+    from miaformer.lab.attacks import seeded, signs_of_masking, steadied
+    from miaformer.lab.attacks.methods import DRAWS
 
     found = []
     largest = max(balls, key=lambda ball: ball.eps)
@@ -342,7 +342,7 @@ def _masking(
 def _table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    from miaformer.attacks.gradient import shown_radius
+    from miaformer.lab.attacks.gradient import shown_radius
 
     shown = Table(caption="Accuracy with its interval of 95 % over images. MACs: of the backbone's, mean over images.")
     shown.add_column("target", no_wrap=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from miaformer.model import MIAFormer
+    from miaformer.model.model import MIAFormer
 
 ENGINES = ("eager", "packed", "compile", "graphs", "onnx")
 GRAINS = ("all", "depth", "heads", "tokens")
@@ -175,7 +175,7 @@ def _show(args: argparse.Namespace, report: dict[str, Any]) -> None:
         write_json(args.json, report)
         out.print(f"wrote {args.json}", soft_wrap=True, markup=False)
     if args.plot and report["rows"]:
-        from miaformer.evaluation.speed_plot import plot_speed
+        from miaformer.reports.speed_plot import plot_speed
 
         plot_speed(report, args.plot)
         out.print(f"wrote {args.plot}", soft_wrap=True, markup=False)

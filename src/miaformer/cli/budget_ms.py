@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from miaformer.evaluation.latency import LatencyCalibration, LatencyTable
-    from miaformer.model import MIAFormer
+    from miaformer.model.model import MIAFormer
 
 
 @dataclass(frozen=True)

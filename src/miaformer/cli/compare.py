@@ -18,8 +18,8 @@ from miaformer.cli.processes import (
 )
 
 if TYPE_CHECKING:
-    from miaformer.comparison import Comparison, Table
-    from miaformer.comparison.harness import Run
+    from miaformer.lab.comparison import Comparison, Table
+    from miaformer.lab.comparison.harness import Run
 
 BUDGETS = (0.25, 0.35, 0.5, 0.7)
 
@@ -130,9 +130,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from miaformer.budget import check_fraction
-    from miaformer.comparison import ABLATIONS, RIVALS, Comparison
-    from miaformer.comparison.harness import runs
+    from miaformer.lab.comparison import ABLATIONS, RIVALS, Comparison
+    from miaformer.lab.comparison.harness import runs
+    from miaformer.model.budget import check_fraction
     from miaformer.training import get_recipe
 
     device = open_device(args.device, args.threads)
@@ -219,8 +219,8 @@ def _in_processes(
 
 
 def _train(comparison: Comparison, what: list[str], device: str | None) -> int:
-    from miaformer.comparison import METHODS
-    from miaformer.comparison.harness import Run
+    from miaformer.lab.comparison import METHODS
+    from miaformer.lab.comparison.harness import Run
     from miaformer.training import Interrupted
 
     name, seed = what[0], int(what[1])
@@ -239,8 +239,8 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
     from dataclasses import asdict
 
     from miaformer.cli.output import console, print_table, write_json
-    from miaformer.comparison.results import read_points, summarise
     from miaformer.evaluation.environment import describe_environment
+    from miaformer.lab.comparison.results import read_points, summarise
 
     table = summarise(*read_points([comparison.directory(one) for one in measured]))
     out = console()
@@ -276,7 +276,7 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
         write_json(args.json, report)
         out.print(f"wrote {args.json}", markup=False)
     if args.plot:
-        from miaformer.comparison.plot import plot_comparison
+        from miaformer.reports.comparison_plot import plot_comparison
 
         plot_comparison(table.rows, args.plot, f"{comparison.recipe.name}, {table.num_images:,} test images")
         out.print(f"wrote {args.plot}", markup=False)
@@ -289,8 +289,8 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
 
 
 def _draw_classes(comparison: Comparison, learned: Run, path: str) -> None:
-    from miaformer.comparison.pictures import plot_classes
     from miaformer.data import open_data
+    from miaformer.reports.comparison_pictures import plot_classes
 
     budget = comparison.budgets[len(comparison.budgets) // 2]
     classes = open_data(comparison.data, "test").classes

@@ -16,7 +16,7 @@ from miaformer.cli.processes import (
     run_in_processes,
     say_stopped,
 )
-from miaformer.files import holds_run
+from miaformer.data.files import holds_run
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from miaformer.data import Batches
     from miaformer.evaluation import Contender
-    from miaformer.model import MIAFormer
+    from miaformer.model.model import MIAFormer
 
 DESCRIPTION = """\
 Train a small adaptive ViT on built-in images of digits, calibrate its budgets, and show the results: accuracy at
@@ -112,7 +112,7 @@ def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
     from miaformer.cli.output import LiveProgress, console, print_table, report_notes, report_table, write_json
     from miaformer.data import open_data
     from miaformer.evaluation import compare, contenders
-    from miaformer.evaluation.plots import plot_adaptivity, plot_tradeoff
+    from miaformer.reports.plots import plot_adaptivity, plot_tradeoff
 
     test = open_batches(model, open_data(data, "test"), 64)
     held_out = open_batches(model, open_data(data, "calibration"), 64)

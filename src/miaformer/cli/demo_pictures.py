@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from miaformer.output import Output
+    from miaformer.model.output import Output
 
 BUNDLED_MODEL = "cifar10-small"
 BUDGETS = (0.35, 0.5, 0.7)
@@ -35,10 +35,10 @@ def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> in
     from miaformer import load
     from miaformer.cli.output import console
     from miaformer.data import build_transform
-    from miaformer.evaluation.plots import plot_adaptivity
-    from miaformer.images import ImageError, open_image
-    from miaformer.policy import Full
+    from miaformer.data.images import ImageError, open_image
+    from miaformer.model.policy import Full
     from miaformer.prediction.sources import find_pictures
+    from miaformer.reports.plots import plot_adaptivity
 
     paths, failed = find_pictures(sources)
     model = load(BUNDLED_MODEL).to(device)

@@ -21,7 +21,7 @@ from miaformer.cli.budget_ms import MsBudget, add_budget_ms, open_budgets_ms
 if TYPE_CHECKING:
     from miaformer.data import Batches, ImageData
     from miaformer.evaluation import Contender
-    from miaformer.model import MIAFormer
+    from miaformer.model.model import MIAFormer
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
 
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.json, report)
         out.print(f"wrote {args.json}", soft_wrap=True, markup=False)
     if args.plot:
-        from miaformer.evaluation.plots import plot_tradeoff
+        from miaformer.reports.plots import plot_tradeoff
 
         plot_tradeoff(report, args.plot)
         out.print(f"wrote {args.plot}", soft_wrap=True, markup=False)
@@ -226,7 +226,7 @@ def _under_corruptions(
     model: MIAFormer, images: ImageData, found: list[Contender], args: argparse.Namespace, on_progress: Any
 ) -> list[dict[str, Any]]:
     from miaformer.data import spread
-    from miaformer.evaluation.corruptions import CORRUPTIONS, evaluate_corruptions
+    from miaformer.lab.corruptions import CORRUPTIONS, evaluate_corruptions
 
     if args.corrupted_images < 1:
         raise ValueError(f"--corrupted-images {args.corrupted_images} must be at least 1")
@@ -247,7 +247,7 @@ def _corruption_table(rows: list[dict[str, Any]]) -> Any:
     """Accuracy, and MACs where they differ between images, mean over severities: a row a corruption."""
     from rich.table import Table
 
-    from miaformer.evaluation.corruptions import mean_rows
+    from miaformer.lab.corruptions import mean_rows
 
     means = mean_rows(rows)
     columns = list(dict.fromkeys((row["policy"], row["budget"]) for row in means))

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from miaformer.pages.explained import About, Explained
-    from miaformer.pages.page import Markup
-    from miaformer.predictor import Predictor
+    from miaformer.prediction.predictor import Predictor
+    from miaformer.reports.explained import About, Explained
+    from miaformer.reports.page import Markup
 
 DESCRIPTION = """\
 Show what MODEL executes for each image, block by block: which patches each block still attends to, which heads it
@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
     import matplotlib  # noqa: F401  # or say what is missing, before anything is done
 
     from miaformer.cli.output import LiveProgress, console, write_json
-    from miaformer.pages.explained import index_page
-    from miaformer.pages.page import write_page
+    from miaformer.prediction.predictor import Predictor
     from miaformer.prediction.rows import writable
     from miaformer.prediction.sources import find_pictures
-    from miaformer.predictor import Predictor
+    from miaformer.reports.explained import index_page
+    from miaformer.reports.page import write_page
 
     for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size)):
         if value < 1:
@@ -142,11 +142,11 @@ class _Call:
 
     def explain(self, paths: Sequence[Path]) -> None:
         """Explain these pictures, and write the page and the PNG of each."""
-        from miaformer.evaluation.explanation_plot import plot_explanation
-        from miaformer.explanation import explain
-        from miaformer.pages.explained import Explained, picture_page, thumbnail
-        from miaformer.pages.page import write_page
+        from miaformer.prediction.explanation import explain
         from miaformer.prediction.rows import writable
+        from miaformer.reports.explained import Explained, picture_page, thumbnail
+        from miaformer.reports.explanation_plot import plot_explanation
+        from miaformer.reports.page import write_page
 
         opened = list(self._opened(paths))
         if not opened:
@@ -161,9 +161,9 @@ class _Call:
             self.done.append((one, thumbnail(seen)))
 
     def _opened(self, paths: Sequence[Path]) -> Iterator[_Opened]:
-        from miaformer.explanation import seen_picture
-        from miaformer.images import ImageError, open_image
+        from miaformer.data.images import ImageError, open_image
         from miaformer.prediction.entries import reason
+        from miaformer.prediction.explanation import seen_picture
         from miaformer.prediction.rows import writable
 
         for path in paths:
@@ -188,7 +188,7 @@ class _Call:
 
 def _about(name: str, predictor: Predictor) -> About:
     from miaformer.evaluation import describe_environment
-    from miaformer.pages.explained import About
+    from miaformer.reports.explained import About
 
     cost = predictor.model.cost()
     device = next(predictor.model.parameters()).device
@@ -215,7 +215,7 @@ def _table(pictures: Sequence[Explained]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from miaformer.pages.explained import named
+    from miaformer.reports.explained import named
 
     left = len(pictures) - MOST_ROWS
     more = f"{left:,} more are in index.html. " if left > 0 else ""

@@ -76,7 +76,7 @@ def _decisions(model: Any, data: str, budget: float) -> Any:
 
     from miaformer.cli.arguments import open_batches
     from miaformer.data import open_data
-    from miaformer.decisions import Decisions
+    from miaformer.engine.decisions import Decisions
     from miaformer.evaluation.controls import Simulation, static_policy
 
     if model.adapt_config.chooses_resolution:

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from miaformer.files import whole_file
+from miaformer.data.files import whole_file
 
 PIPED_WIDTH = 120  # columns, where no terminal says how many there are
 

@@ -26,7 +26,7 @@ from miaformer.prediction.unfinished import UnfinishedRun, check_out, is_finishe
 if TYPE_CHECKING:
     import torch
 
-    from miaformer.model import MIAFormer
+    from miaformer.model.model import MIAFormer
     from miaformer.prediction.classify import BatchClassifier
 
 DESCRIPTION = """\
@@ -195,7 +195,7 @@ def _check_apart(inputs: Inputs, out: str) -> None:
 
 def _classifier(args: argparse.Namespace, model: MIAFormer, in_ms: MsBudget | None) -> BatchClassifier:
     from miaformer.prediction.classify import BatchClassifier
-    from miaformer.predictor import Predictor
+    from miaformer.prediction.predictor import Predictor
 
     if not model.num_classes:
         raise ValueError(f"{args.model} has no classifier (num_classes=0)")

@@ -20,7 +20,7 @@ from miaformer.cli.arguments import (
 if TYPE_CHECKING:
     from miaformer.data import Batches
     from miaformer.evaluation.latency import LatencyCalibration, LatencyTable
-    from miaformer.model import MIAFormer
+    from miaformer.model.model import MIAFormer
 
 DESCRIPTION = """\
 Measure how many milliseconds MODEL takes on this machine: for a block, by the number of rows (tokens) and heads that
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     write_json(args.out, content)
     out.print(f"wrote {args.out}", soft_wrap=True, markup=False)
     if args.plot:
-        from miaformer.evaluation.latency_plot import plot_latency
+        from miaformer.reports.latency_plot import plot_latency
 
         plot_latency(check, args.plot, f"Predicted and measured time of {Path(args.model).name}")
         out.print(f"wrote {args.plot}", soft_wrap=True, markup=False)

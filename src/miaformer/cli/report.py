@@ -12,7 +12,7 @@ from miaformer.cli.arguments import add_command, add_data, open_batches, open_de
 if TYPE_CHECKING:
     import torch
 
-    from miaformer.pages.page import Markup
+    from miaformer.reports.page import Markup
 
 DESCRIPTION = """\
 Show a run as one self-contained HTML page, which opens from disk and needs no network. The page has curves, tables,
@@ -48,8 +48,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from miaformer.cli.output import console
-    from miaformer.pages.page import write_page
-    from miaformer.pages.report import read_evaluation, read_subject, report_page
+    from miaformer.reports.page import write_page
+    from miaformer.reports.report import read_evaluation, read_subject, report_page
 
     out = Path(args.out)
     if out.is_dir():
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def _extremes(directory: Path, data: str, device: torch.device) -> Iterator[Markup]:
     from miaformer.cli.arguments import open_model
     from miaformer.data import open_data, spread
-    from miaformer.pages.extremes import extremes_section, middle_budget
+    from miaformer.reports.extremes import extremes_section, middle_budget
 
     model = open_model(str(directory), device)
     images = spread(open_data(data, "test"), MOST_IMAGES)

@@ -17,7 +17,7 @@ from miaformer.serving.settings import Settings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from miaformer.predictor import Predictor
+    from miaformer.prediction.predictor import Predictor
     from miaformer.serving.model_process import ModelProcess
 
 DESCRIPTION = """\
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _predictor(args: argparse.Namespace) -> Predictor:
     """The model that these arguments ask for, ready to run."""
-    from miaformer.predictor import Predictor
+    from miaformer.prediction.predictor import Predictor
 
     device = open_device(args.device, args.threads)
     model = open_model(args.model, device, args.dtype, **own_model(args))
@@ -133,7 +133,7 @@ def _outline(args: argparse.Namespace) -> Predictor:
     """The same without weights: what a server has to know of it."""
     import torch
 
-    from miaformer.predictor import Predictor
+    from miaformer.prediction.predictor import Predictor
 
     model = open_model(args.model, torch.device("cpu"), **own_model(args)).to("meta")
     return Predictor(model)

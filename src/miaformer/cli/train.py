@@ -7,7 +7,7 @@ from typing import Any
 
 from miaformer.cli.arguments import add_command, add_data, radius, seed_number
 from miaformer.cli.processes import STOPPED, check_processes, is_one_of_several, run_in_processes, say_stopped
-from miaformer.files import check_holds_no_run
+from miaformer.data.files import check_holds_no_run
 
 DESCRIPTION = """\
 Train an adaptive ViT: (probe ->) backbone -> elastic -> supervised -> reinforce, then calibrate its budgets.
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     _check_start(args)
     import torch
 
-    from miaformer.classes import read_class_names
+    from miaformer.model.classes import read_class_names
     from miaformer.training import Interrupted, get_recipe, train_recipe
 
     if args.threads is not None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from miaformer.data.images import ImageError, find_images, open_image
 from miaformer.data.label_files import label_files
 from miaformer.data.source import ImageData
 from miaformer.data.splits import UNSPLIT, canonical_part
-from miaformer.images import ImageError, find_images, open_image
 
 
 class FolderImages(ImageData):

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from miaformer.data.columns import Columns
+from miaformer.data.images import open_image
 from miaformer.data.source import ImageData
 from miaformer.data.splits import UNSPLIT, canonical_part
-from miaformer.images import open_image
 
 SUFFIXES = (".csv", ".tsv")
 

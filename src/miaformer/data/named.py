@@ -9,8 +9,8 @@ from PIL import Image
 
 from miaformer.data.columns import Columns
 from miaformer.data.extras import require
+from miaformer.data.images import ImageError, open_image
 from miaformer.data.source import ImageData
-from miaformer.images import ImageError, open_image
 
 NAME_PREFIXES = ("torch/", "hfds/")
 STREAM_PREFIXES = ("tfds/", "hfids/", "wds/")

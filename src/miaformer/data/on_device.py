@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miaformer.data.loader import Batch, check_shares, epoch_order, share_of
+from miaformer.data.seeds import stream_seed
 from miaformer.data.source import ImageData
 from miaformer.data.transforms import Augmentation, build_transform
-from miaformer.seeds import stream_seed
 
 MAX_DEVICE_BYTES = 4 << 30  # of decoded pictures
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from miaformer.data.columns import Columns
+from miaformer.data.images import ImageError, open_image
 from miaformer.data.parquet_columns import (
     NoColumnError,
     holds_paths,
@@ -20,7 +21,6 @@ from miaformer.data.parquet_columns import (
 )
 from miaformer.data.source import ImageData
 from miaformer.data.splits import UNSPLIT, canonical_part
-from miaformer.images import ImageError, open_image
 
 MAX_RESIDENT_BYTES = 4 << 30  # encoded images are held in memory, shared by forked workers
 

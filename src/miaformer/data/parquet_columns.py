@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from miaformer.data.extras import require
-from miaformer.images import picture_suffixes, readable_formats
+from miaformer.data.images import picture_suffixes, readable_formats
 
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("label", "labels", "fine_label")

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from miaformer.data.images import ImageError, find_images, open_image
 from miaformer.data.source import ImageData, Split
 from miaformer.data.specs import open_data
-from miaformer.images import ImageError, find_images, open_image
 
 _ORDER: tuple[Split, ...] = ("test", "calibration", "train")  # what a model was not trained on first
 

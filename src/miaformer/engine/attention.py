@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miaformer.decisions import from_host
+from miaformer.engine.decisions import from_host
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, dropout: float = 0.0) -> Tensor:

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from miaformer.cost import Cost, Counts
-from miaformer.decisions import Booleans, HostGates
+from miaformer.engine.cost import Cost, Counts
+from miaformer.engine.decisions import Booleans, HostGates
 
 
 class Purse:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from miaformer.block import masked_block
-from miaformer.cost import Cost
-from miaformer.decisions import Gates, HostGates
+from miaformer.engine.block import masked_block
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import Gates, HostGates
 
 
 @dataclass(frozen=True)

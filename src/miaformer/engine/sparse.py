@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from miaformer.block import Width, packed_block
-from miaformer.cost import Cost
-from miaformer.decisions import Gates, HostGates, from_host
+from miaformer.engine.block import Width, packed_block
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import Gates, HostGates, from_host
 from miaformer.engine.products import Packed, products_for
 
 CHUNK_ROWS = 800  # on CPU, of one call: four images of DeiT, whose memory is then needed again and again

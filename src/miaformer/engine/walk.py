@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from miaformer.cost import Cost, Counts
-from miaformer.decisions import Booleans, Decisions, Gates, HostGates, Rules, from_host
 from miaformer.engine.cap import Purse
+from miaformer.engine.cost import Cost, Counts
+from miaformer.engine.decisions import Booleans, Decisions, Gates, HostGates, Rules, from_host
 
 
 @dataclass(frozen=True)

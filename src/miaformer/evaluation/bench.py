@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miaformer.budget import check_fraction
 from miaformer.evaluation.calibration import OnProgress
 from miaformer.evaluation.engines import DenseCall, Engine, EngineUnavailableError, SparseCall
 from miaformer.evaluation.timing import Race
-from miaformer.model import MIAFormer
+from miaformer.model.budget import check_fraction
+from miaformer.model.model import MIAFormer
 
 FULL = 1.0  # the budget at which controllers run and everything is kept
 _REHEARSED_MS = 50.0  # calls shorter than this are rehearsed: what is left in caches is worth a few ms

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from miaformer import budget
-from miaformer.budget import Calibration
-from miaformer.looks import View, choose_looks
-from miaformer.model import MIAFormer
-from miaformer.policy import Full, Look
+from miaformer.model import budget
+from miaformer.model.budget import Calibration
+from miaformer.model.looks import View, choose_looks
+from miaformer.model.model import MIAFormer
+from miaformer.model.policy import Full, Look
 
 OnProgress = Callable[[str, int], None]  # stage ("calibrate", "controls", "evaluate"), passes or images done
 

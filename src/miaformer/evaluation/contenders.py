@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from miaformer.budget import check_fraction
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
 from miaformer.evaluation.controls import (
     KeepRates,
@@ -17,10 +16,11 @@ from miaformer.evaluation.controls import (
     random_policy,
     static_policy,
 )
-from miaformer.looks import row_of
-from miaformer.model import MIAFormer
-from miaformer.output import Trace
-from miaformer.policy import AnyPolicy, Full, Look, RandomLooks, TwoLooks
+from miaformer.model.budget import check_fraction
+from miaformer.model.looks import row_of
+from miaformer.model.model import MIAFormer
+from miaformer.model.output import Trace
+from miaformer.model.policy import AnyPolicy, Full, Look, RandomLooks, TwoLooks
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
 

@@ -14,13 +14,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from miaformer.budget import check_fraction
-from miaformer.cost import Cost
-from miaformer.decisions import Decisions, Gates, HostGates, Rules
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import Decisions, Gates, HostGates, Rules
 from miaformer.engine.walk import Policy, Steps, walk
-from miaformer.model import MIAFormer
-from miaformer.policy import BestTokens, ClsAttention, Fixed, Random, Static, three_of
-from miaformer.rivals.policies import TopTokens
+from miaformer.lab.baselines.policies import TopTokens
+from miaformer.model.budget import check_fraction
+from miaformer.model.model import MIAFormer
+from miaformer.model.policy import BestTokens, ClsAttention, Fixed, Random, Static, three_of
 
 _SIMULATED_IMAGES = 4096  # the mean of their random MACs is within about 0.002 of its expectation
 _LOWEST, _HIGHEST = (

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miaformer.controller import KEEP_LOGIT, LOGIT_BOUND, Controller
-from miaformer.cost import Cost
-from miaformer.decisions import HostGates
+from miaformer.engine.controller import KEEP_LOGIT, LOGIT_BOUND, Controller
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import HostGates
 from miaformer.engine.sparse import Sparse
 from miaformer.engine.walk import State
-from miaformer.model import MIAFormer
-from miaformer.policy import Learned
+from miaformer.model.model import MIAFormer
+from miaformer.model.policy import Learned
 
 Grains = Literal["all", "depth", "heads", "tokens"]
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from miaformer.model import MIAFormer
+from miaformer.model.model import MIAFormer
 
 _DECIDED_ON_THE_HOST = "what to compute is decided on the host, block by block: nothing compiled holds it"
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
 from miaformer.evaluation.contenders import Contender, LeftOut, contenders, inference_batches
 from miaformer.evaluation.environment import describe_environment
-from miaformer.model import MIAFormer
-from miaformer.output import Trace
+from miaformer.model.model import MIAFormer
+from miaformer.model.output import Trace
 
 
 def evaluate(

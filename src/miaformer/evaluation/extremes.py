@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from miaformer.evaluation.calibration import LabelledBatch
-from miaformer.model import MIAFormer
+from miaformer.model.model import MIAFormer
 
 Array = NDArray[Any]
 

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from miaformer.budget import Calibration
-from miaformer.decisions import Decisions
+from miaformer.engine.decisions import Decisions
 from miaformer.evaluation.environment import device_name
-from miaformer.model import MIAFormer
+from miaformer.model.budget import Calibration
+from miaformer.model.model import MIAFormer
 
 Floats = NDArray[np.float64]
 Numbers = tuple[float, ...]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import miaformer
-from miaformer.model import MIAFormer
+from miaformer.model.model import MIAFormer
 
 _BATCHES = 3  # that a process runs: images differ in what they take
 _PICTURES = "pictures.safetensors"

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import miaformer
-from miaformer import budget
-from miaformer.cost import Cost
-from miaformer.decisions import HostGates
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import HostGates
 from miaformer.engine.walk import State
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
 from miaformer.evaluation.environment import device_name
 from miaformer.evaluation.latency import Grid, LatencyCalibration, LatencyTable, ModelShape
-from miaformer.model import MIAFormer
-from miaformer.policy import Learned
+from miaformer.model import budget
+from miaformer.model.model import MIAFormer
+from miaformer.model.policy import Learned
 
 Point = tuple[int, int]  # of the grid: kept rows, kept heads
 Part = tuple[Any, ...]  # of a run: its name, and where on the grid

@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from miaformer.model import MIAFormer
-from miaformer.policy import AnyPolicy
+from miaformer.model.model import MIAFormer
+from miaformer.model.policy import AnyPolicy
 
 Input = TypeVar("Input")
 

@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import miaformer
-from miaformer.backbone import transformer_blocks
-from miaformer.block import check_plain
-from miaformer.cost import Cost
-from miaformer.decisions import Decisions, HostGates
+from miaformer.data.files import whole_file
+from miaformer.engine.block import check_plain
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import Decisions, HostGates
 from miaformer.export import sizes
 from miaformer.export.adaptive import AdaptiveWriter, Image, write_log_price
 from miaformer.export.blocks import BlockWriter
 from miaformer.export.graph import Graph, TensorProto
 from miaformer.export.parts import exported
-from miaformer.files import whole_file
-from miaformer.looks import Looks, row_of
-from miaformer.model import MIAFormer
-from miaformer.resolution import Size
+from miaformer.model.looks import Looks, row_of
+from miaformer.model.model import MIAFormer
+from miaformer.model.resolution import Size
+from miaformer.vit.backbone import transformer_blocks
 
 __all__ = ["export_onnx", "export_static", "open_session", "run_session"]
 

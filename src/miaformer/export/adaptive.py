@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miaformer.budget import Calibration
-from miaformer.controller import (
+from miaformer.engine.controller import (
     DIFFICULTY_BOUND,
     LEAST_LOG_PRICE,
     LOG_PRICE_RANGE,
@@ -22,10 +21,11 @@ from miaformer.controller import (
     PRICE_FEATURES,
     Controller,
 )
-from miaformer.cost import Cost
-from miaformer.decisions import HostGates
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import HostGates
 from miaformer.export.blocks import BlockWriter
 from miaformer.export.graph import Graph, TensorProto, array
+from miaformer.model.budget import Calibration
 
 FLOAT, INT = np.float32, np.int64
 

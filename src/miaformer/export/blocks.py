@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from miaformer.block import Width, mlp_inputs
-from miaformer.cost import Cost
+from miaformer.engine.block import Width, mlp_inputs
+from miaformer.engine.cost import Cost
 from miaformer.engine.products import gelu_kind
 from miaformer.export.graph import MICROSOFT, Graph, array
 

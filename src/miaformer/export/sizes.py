@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from miaformer.backbone import transformer_blocks
 from miaformer.export.blocks import BlockWriter
 from miaformer.export.graph import Graph
 from miaformer.export.parts import exported
-from miaformer.looks import STEP
-from miaformer.model import MIAFormer
-from miaformer.resolution import Size, resized
+from miaformer.model.looks import STEP
+from miaformer.model.model import MIAFormer
+from miaformer.model.resolution import Size, resized
+from miaformer.vit.backbone import transformer_blocks
 
 CAP_ROUNDING = 1e-6  # caps arrive as float32
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miaformer.images import ImageError
+from miaformer.data.images import ImageError
 from miaformer.prediction.entries import Entry, Unreadable, reason
 from miaformer.prediction.rows import Row, writable
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from miaformer.evaluation.latency import LatencyTable
-    from miaformer.model import MIAFormer
-    from miaformer.predictor import Predictor
-    from miaformer.prices import Budget
+    from miaformer.model.model import MIAFormer
+    from miaformer.model.prices import Budget
+    from miaformer.prediction.predictor import Predictor
 
 
 def fingerprint(model: MIAFormer) -> str:

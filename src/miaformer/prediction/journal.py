@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from miaformer.files import lock
+from miaformer.data.files import lock
 
 NAME = "run.jsonl"
 _FORMAT = 1

@@ -16,9 +16,9 @@ from typing import Any
 
 from miaformer.prediction.classify import BatchClassifier
 from miaformer.prediction.entries import Entry, Position, Source
+from miaformer.prediction.ray_cluster import cluster
 from miaformer.prediction.sources import Inputs
 from miaformer.prediction.unfinished import UnfinishedRun
-from miaformer.ray_cluster import cluster
 
 STRETCH = 8  # batches: what is done again where a worker dies, and what Ray's own work for each is shared by
 

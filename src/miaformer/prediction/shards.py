@@ -38,7 +38,7 @@ class TarShard:
         self._is_compressed = not self.name.lower().endswith(".tar")
 
     def entries(self, start: int = 0) -> Iterator[Entry]:
-        from miaformer.images import picture_suffixes
+        from miaformer.data.images import picture_suffixes
 
         suffixes = picture_suffixes()
         pictures = 0
@@ -149,7 +149,7 @@ class ZipShard:
             raise SourceError(_NO_PICTURES)
 
     def _pictures(self, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-        from miaformer.images import picture_suffixes
+        from miaformer.data.images import picture_suffixes
 
         suffixes = picture_suffixes()
         return [one for one in archive.infolist() if not one.is_dir() and _is_picture(one.filename, suffixes)]

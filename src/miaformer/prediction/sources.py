@@ -156,7 +156,7 @@ def _sources(path: str, image_column: str | None) -> list[Source]:
 
 
 def _below(folder: Path, image_column: str | None) -> list[Source]:
-    from miaformer.images import files_below, picture_suffixes
+    from miaformer.data.images import files_below, picture_suffixes
 
     files = [path for path in files_below(folder, _known_suffix()) if not _is_unfinished(path.relative_to(folder))]
     sources = _holding_pictures(files, folder, image_column)
@@ -213,7 +213,7 @@ def _of_file(path: Path, root: Path, image_column: str | None) -> Source:
 
 
 def _known_suffix() -> Callable[[str], bool]:
-    from miaformer.images import picture_suffixes
+    from miaformer.data.images import picture_suffixes
 
     pictures = picture_suffixes()
     shards = (*ARCHIVE_SUFFIXES, PARQUET_SUFFIX)

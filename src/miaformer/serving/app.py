@@ -19,7 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import miaformer
-from miaformer.predictor import Predictor
+from miaformer.prediction.predictor import Predictor
 from miaformer.serving.model_process import ModelProcess
 from miaformer.serving.schema import Health, PredictReply, Problem, body_of_pictures
 from miaformer.serving.server import Server

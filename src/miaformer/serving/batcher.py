@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from miaformer.policy import Full
-from miaformer.predictor import Prediction, Predictor
+from miaformer.model.policy import Full
+from miaformer.prediction.predictor import Prediction, Predictor
 from miaformer.serving.governor import Governor, Plan, ServiceTime
 from miaformer.serving.model_process import ModelDiedError, ModelProcess
 from miaformer.serving.settings import Settings

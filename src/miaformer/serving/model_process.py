@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from miaformer.predictor import Predictor
+from miaformer.prediction.predictor import Predictor
 
 T = TypeVar("T")
 

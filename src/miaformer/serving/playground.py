@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from miaformer.explanation import Explanation, explain, seen_picture
-from miaformer.images import open_image
-from miaformer.pages.page import data_uri
-from miaformer.predictor import Predictor
+from miaformer.data.images import open_image
+from miaformer.prediction.explanation import Explanation, explain, seen_picture
+from miaformer.prediction.predictor import Predictor
+from miaformer.reports.page import data_uri
 from miaformer.serving.batcher import Asked, Batcher, least
 
 T = TypeVar("T")

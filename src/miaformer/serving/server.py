@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 import miaformer
-from miaformer.budget import check_fraction
-from miaformer.images import ImageError, TooManyPixelsError
-from miaformer.predictor import Predictor
+from miaformer.data.images import ImageError, TooManyPixelsError
+from miaformer.model.budget import check_fraction
+from miaformer.prediction.predictor import Predictor
 from miaformer.serving.batcher import Answer, Asked, Batcher, BusyError
 from miaformer.serving.metrics import Metrics
 from miaformer.serving.model_process import ModelProcess

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from miaformer.predictor import Predictor
+    from miaformer.prediction.predictor import Predictor
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from miaformer.data.files import holds_run
 from miaformer.engine.processor import processor_cores
-from miaformer.files import holds_run
-from miaformer.model_files import read_json
+from miaformer.model.saved import read_json
 from miaformer.training.recipes import Precision, Recipe
 
 MOST_PICTURES = {"cpu": 64}  # in a batch that is chosen; on a CPU a larger one takes memory and is no faster

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miaformer.config import AdaptConfig, ControlledGrain
-from miaformer.controller import Controller, Logits
-from miaformer.cost import Cost
-from miaformer.decisions import Decisions, Gates, HostGates, chained, straight_through
-from miaformer.dither import dither
+from miaformer.engine.controller import Controller, Logits
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import Decisions, Gates, HostGates, chained, straight_through
+from miaformer.engine.dither import dither
 from miaformer.engine.walk import State, Steps
-from miaformer.policy import AsksControllers
+from miaformer.model.config import AdaptConfig, ControlledGrain
+from miaformer.model.policy import AsksControllers
 from miaformer.training.recipes import Stage
 
 

@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 
-from miaformer.backbone import transformer_blocks
-from miaformer.cost import Cost
-from miaformer.decisions import Gates, HostGates
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import Gates, HostGates
 from miaformer.engine.masked import Masked
 from miaformer.engine.sparse import Sparse
 from miaformer.engine.walk import Execution, Policy
-from miaformer.model import MIAFormer
-from miaformer.policy import ClsAttention, Fixed
-from miaformer.resolution import drawn_size, resized
-from miaformer.rivals.merging import merged_logits, merged_macs, merges_drawn
+from miaformer.lab.baselines.merging import merged_logits, merged_macs, merges_drawn
+from miaformer.model.model import MIAFormer
+from miaformer.model.policy import ClsAttention, Fixed
+from miaformer.model.resolution import drawn_size, resized
 from miaformer.training.gates import Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.training.recipes import Recipe, Stage
 from miaformer.training.rivals import RelaxedTopTokens, drawn_keep
+from miaformer.vit.backbone import transformer_blocks
 
 
 @dataclass(frozen=True)

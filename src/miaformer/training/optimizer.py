@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 
-from miaformer.model import MIAFormer
+from miaformer.model.model import MIAFormer
 from miaformer.training.muon import MuonAdamW
 from miaformer.training.recipes import Recipe, Stage
 

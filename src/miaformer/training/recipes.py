@@ -7,7 +7,7 @@ import math
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args
 
-from miaformer.budget import check_fraction
+from miaformer.model.budget import check_fraction
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Kind = Literal[
@@ -28,9 +28,9 @@ Kind = Literal[
 class Stage:
     """One part of training, with an optimiser and a schedule of its own.
 
-    The first six kinds are ours (DESIGN.md, section 6), the others those of `miaformer.rivals`. A `probe` fits the
-    classifier alone, to features of the backbone as it is (`miaformer.training.probe`); `resolution` trains the static
-    model on images of all sizes that it is looked at in, one drawn each step.
+    The first six kinds are ours (DESIGN.md, section 6), the others those of `miaformer.lab.baselines`. A `probe` fits
+    the classifier alone, to features of the backbone as it is (`miaformer.training.probe`); `resolution` trains the
+    static model on images of all sizes that it is looked at in, one drawn each step.
     """
 
     kind: Kind

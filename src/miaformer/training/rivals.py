@@ -1,4 +1,4 @@
-"""Rivals in training: how what they decide at inference is learned (see `miaformer.rivals`)."""
+"""Rivals in training: how what they decide at inference is learned (see `miaformer.lab.baselines`)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from miaformer.cost import Cost
-from miaformer.decisions import Gates, straight_through
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import Gates, straight_through
 from miaformer.engine.walk import State
-from miaformer.policy import three_of
-from miaformer.rivals.policies import score_macs
+from miaformer.lab.baselines.policies import score_macs
+from miaformer.model.policy import three_of
 from miaformer.training.gates import Draws
 
 LEAST_KEEP = 0.05  # of the active tokens, at each of three blocks: a quarter of the MACs

@@ -22,25 +22,25 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from miaformer.backbone import check_supported, transformer_blocks
-from miaformer.block import check_plain
-from miaformer.budget import MOST_PASSES
-from miaformer.checkpoint_files import identity
 from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform, open_data
+from miaformer.data.files import check_holds_no_run, holds_run, locked
+from miaformer.data.seeds import seed_everything
 from miaformer.data.source import check_classes
+from miaformer.engine.block import check_plain
 from miaformer.evaluation.calibration import calibrate
 from miaformer.evaluation.environment import describe_environment
-from miaformer.files import check_holds_no_run, holds_run, locked
-from miaformer.model import MIAFormer, adapt
-from miaformer.model_files import NOT_SAVED, read_json
-from miaformer.pretrained import load_backbone
-from miaformer.seeds import seed_everything
-from miaformer.stem import ConvPatchEmbed
+from miaformer.model.budget import MOST_PASSES
+from miaformer.model.model import MIAFormer, adapt
+from miaformer.model.saved import NOT_SAVED, read_json
 from miaformer.training.choices import as_begun, described, usable_workers, with_precision, with_sizes
 from miaformer.training.probe import classifiers
 from miaformer.training.progress import Display, duration
 from miaformer.training.recipes import Recipe, Stage, get_recipe, with_defaults
 from miaformer.training.trainer import Trainer
+from miaformer.vit.backbone import check_supported, transformer_blocks
+from miaformer.vit.checkpoint_files import identity
+from miaformer.vit.pretrained import load_backbone
+from miaformer.vit.stem import ConvPatchEmbed
 
 
 def train(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miaformer.controller import LOG_PRICE_RANGE
+from miaformer.engine.controller import LOG_PRICE_RANGE
 
 
 class Tariff:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from miaformer.data import Batch, Batches, DeviceBatches
+from miaformer.data.seeds import seed_everything, stream_seed
 from miaformer.engine.masked import Masked
-from miaformer.model import MIAFormer
-from miaformer.seeds import seed_everything, stream_seed
+from miaformer.model.model import MIAFormer
 from miaformer.training.adversarial import Adversary
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
 from miaformer.training.gates import Draws, Leaving, Relaxed

@@ -1,0 +1,366 @@
+"""What a decision means: one transformer block under gates, executed masked (the reference) or on kept rows only.
+
+Both read the parameters of timm's own `Block`, in timm's layout, so the static model remains runnable beside them.
+Widths: of H head groups, group j holds head j, its share of MLP units and (`mlp_width="coupled"`) its share of
+channels. Norms inside attention or MLP take their statistics over what is kept.
+
+What is exactly a `nn.Linear` is read, for products that are cut and fused. Anything else in its place (LoRA, a
+quantised layer, one that is pruned or parametrised) is called, which gives all of its outputs: where a block keeps some
+of its heads alone it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miaformer.engine.attention import attend_masked, attend_packed
+from miaformer.engine.cost import group_sizes
+from miaformer.engine.decisions import Gates, MlpWidth, from_host
+from miaformer.engine.products import Products
+
+Index = slice | Tensor  # nested heads are slices (views), subsets are indices (gathers)
+
+
+@dataclass(frozen=True)
+class Width:
+    """The part of a block's units that one choice of heads executes."""
+
+    num_heads: int  # kept
+    heads: Index  # of head_dim channels each, in units of channels of the attention
+    hidden: Index  # MLP units
+    dim: Index  # input and output channels of the MLP
+
+    @property
+    def cuts_views(self) -> bool:
+        """Whether the parts of weights that it picks are views of them, not copies made for one call."""
+        return all(isinstance(index, slice) for index in (self.heads, self.hidden, self.dim))
+
+    @staticmethod
+    def of(kept: Sequence[int], block: Any, mlp_width: MlpWidth, device: torch.device) -> Width:
+        """kept: indices of the kept heads, ascending; the first k of them become slices."""
+        attn, fc2 = block.attn, block.mlp.fc2
+        if len(kept) == attn.num_heads:
+            return Width(len(kept), _ALL, _ALL, _ALL)
+        sizes = (attn.num_heads, attn.attn_dim, fc2.in_features, fc2.out_features)
+        return _width(tuple(kept), *sizes, mlp_width, device)
+
+
+_ALL = slice(None)
+
+
+@lru_cache(maxsize=1024)
+def _width(
+    kept: tuple[int, ...],
+    num_heads: int,
+    attn_dim: int,
+    hidden: int,
+    dim: int,
+    mlp_width: MlpWidth,
+    device: torch.device,
+) -> Width:
+    with torch.inference_mode(False):  # indices are kept for later, also for calls that want gradients
+        return Width(
+            len(kept),
+            _units(kept, attn_dim, num_heads, device),
+            _ALL if mlp_width == "full" else _units(kept, hidden, num_heads, device),
+            _units(kept, dim, num_heads, device) if mlp_width == "coupled" else _ALL,
+        )
+
+
+def _units(kept: Sequence[int], width: int, num_heads: int, device: torch.device) -> Index:
+    sizes = group_sizes(width, num_heads)
+    if list(kept) == list(range(len(kept))):
+        return slice(0, sum(sizes[: len(kept)]))
+    of_group = torch.arange(num_heads).repeat_interleave(torch.tensor(sizes))
+    return torch.isin(of_group, torch.tensor(list(kept))).nonzero().flatten().to(device)
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a layer is its weight and its bias, and may be read instead of called."""
+    return (
+        type(layer) is nn.Linear
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and "forward" not in layer.__dict__
+    )
+
+
+def check_own_forward(block: Any) -> None:
+    """Raises ValueError for a block whose parts have had their `forward` replaced: theirs is not what is executed."""
+    for part in (block, block.attn, block.mlp):
+        if "forward" in part.__dict__:
+            raise ValueError(
+                f"the backbone's {type(part).__name__} has been given a forward() of its own, which would be left out: "
+                "blocks are executed by their parts"
+            )
+
+
+def check_plain(blocks: Iterable[Any], done: str) -> None:
+    """Raises ValueError, naming it, for a layer that is not plain and of which something cannot be done."""
+    for index, block in enumerate(blocks):
+        attn, mlp = {"qkv": block.attn.qkv, "proj": block.attn.proj}, {"fc2": block.mlp.fc2}
+        layers = {**attn, **mlp, **{f"fc1[{i}]": layer for i, layer in enumerate(input_layers(block.mlp))}}
+        for name, layer in layers.items():
+            if not is_plain(layer):
+                raise ValueError(f"{name} of block {index} is {_shown(layer)}. It cannot be {done}")
+
+
+def _shown(layer: Any) -> str:
+    kind = type(layer)
+    what = "has hooks, or a forward() of its own" if kind is nn.Linear else f"is {kind.__module__}.{kind.__qualname__}"
+    return f"no plain torch.nn.Linear: it {what}"
+
+
+def _called(layer: Any, x: Tensor, width: Width) -> Tensor:
+    """What a layer that is not plain gives, which cannot be cut."""
+    if width.heads is not _ALL:
+        raise ValueError(
+            f"a layer of the backbone is {_shown(layer)}. It is called as a whole, and cannot be for some of its heads "
+            "alone: leave 'heads' out of the grains"
+        )
+    out: Tensor = layer(x)
+    return out
+
+
+def packed_block(
+    block: Any,
+    x: Tensor,
+    width: Width,
+    lengths: list[int],
+    read_prefix: int | None,
+    products: Products,
+) -> Tensor:
+    """The rows that one block changes, after it. Nothing that is not kept is computed.
+
+    x: (T, C), the kept rows of several images, one image after the other, prefix rows first; lengths: rows of each
+    image, T in all; read_prefix: None, or P where only the P prefix rows of each image are read afterwards: then
+    those alone come back; products: what computes the matrix products.
+    """
+    attn, prefix = block.attn, None
+    check_own_forward(block)
+    if read_prefix is None:
+        q, k, v = _query_key_value(block, products, x, width)
+        q_lengths = lengths
+    else:
+        prefix = _prefix_rows(lengths, read_prefix, x.device)
+        q, k, v = _prefix_query_key_value(block, products, x, prefix, width)
+        q_lengths = [read_prefix] * len(lengths)
+        x = x[prefix]
+    out = attend_packed(attn.q_norm(q), attn.k_norm(k), v, q_lengths, lengths).flatten(1)
+    return _after_attention(block, products, out, x, width)
+
+
+def _after_attention(block: Any, products: Products, out: Tensor, x: Tensor, width: Width) -> Tensor:
+    """out: (T, kept channels), what attention gives; x: (T, C), the residual -> (T, C)."""
+    proj = block.attn.proj
+    out = _norm_part(block.attn.norm, out, width.heads)
+    if is_plain(proj):
+        weight = proj.weight if width.heads is _ALL else proj.weight[:, width.heads]
+        x = _added(products, out, weight, proj.bias, block.ls1, x)
+    else:
+        x = x + block.ls1(_called(proj, out, width))
+    return _packed_mlp(block, products, x, width)
+
+
+def _added(
+    products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None, layer_scale: Any, residual: Tensor
+) -> Tensor:
+    if isinstance(layer_scale, nn.Identity):
+        return products.added(rows, weight, bias, residual)
+    return torch.addcmul(residual, products.linear(rows, weight, bias), layer_scale.gamma)
+
+
+def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
+    """Each (rows, kept heads, head_dim)."""
+    attn, y = block.attn, block.norm1(rows)
+    plain = is_plain(attn.qkv)
+    if width.heads is _ALL or not plain:
+        packed = products.linear(y, attn.qkv.weight, attn.qkv.bias) if plain else _called(attn.qkv, y, width)
+        q, k, v = packed.view(len(y), 3, attn.num_heads, attn.head_dim).unbind(1)
+        return q, k, v
+    q, k, v = (
+        part.unflatten(1, (width.num_heads, attn.head_dim))
+        for part in products.side_by_side(y, _query_key_value_layers(attn, width))
+    )
+    return q, k, v
+
+
+def _prefix_query_key_value(
+    block: Any, products: Products, rows: Tensor, prefix: Tensor, width: Width
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with queries of the rows `prefix` alone."""
+    if not is_plain(block.attn.qkv):
+        q, k, v = _query_key_value(block, products, rows, width)
+        return q[prefix], k, v
+    attn, y = block.attn, block.norm1(rows)
+    query, *others = _query_key_value_layers(attn, width)
+    parts = products.linear(y[prefix], *query), *products.side_by_side(y, others)
+    q, k, v = (part.unflatten(1, (width.num_heads, attn.head_dim)) for part in parts)
+    return q, k, v
+
+
+def _query_key_value_layers(attn: Any, width: Width) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of each."""
+    weights = attn.qkv.weight.unflatten(0, (3, attn.attn_dim))[:, width.heads].unbind(0)
+    bias = attn.qkv.bias
+    biases = [None] * 3 if bias is None else bias.view(3, attn.attn_dim)[:, width.heads].unbind(0)
+    return list(zip(weights, biases, strict=True))
+
+
+def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tensor:
+    mlp, dim, hidden = block.mlp, width.dim, width.hidden
+    y = block.norm2(x)
+    if dim is not _ALL:
+        y = y[:, dim].contiguous()
+
+    def part(layer: Any) -> tuple[Tensor, Tensor | None]:
+        if hidden is _ALL and dim is _ALL:
+            return layer.weight, layer.bias
+        return layer.weight[hidden][:, dim], _part(layer.bias, hidden)
+
+    if all(is_plain(layer) for layer in input_layers(mlp)):
+        value, gate, activate_value = mlp_inputs(mlp)
+        if gate is None:
+            y = products.activated(y, *part(value), mlp.act)
+        else:
+            y = _gated(mlp.act, products.linear(y, *part(value)), products.linear(y, *part(gate)), activate_value)
+    else:
+        y = _hidden(mlp, y, lambda layer, x: _called(layer, x, width))
+    y = _norm_part(mlp.norm, y, hidden)
+    if not is_plain(mlp.fc2):
+        return x + block.ls2(_called(mlp.fc2, y, width))
+    weight = mlp.fc2.weight
+    if dim is _ALL:
+        return _added(products, y, weight if hidden is _ALL else weight[:, hidden], mlp.fc2.bias, block.ls2, x)
+    y = products.linear(y, weight[dim][:, hidden], _part(mlp.fc2.bias, dim))
+    if not isinstance(block.ls2, nn.Identity):
+        y = y * block.ls2.gamma[dim]
+    x = x.clone()
+    x[:, dim] += y
+    return x
+
+
+def input_layers(mlp: Any) -> list[Any]:
+    """The modules of an MLP that read its input."""
+    return [mlp.fc1_x, mlp.fc1_g] if hasattr(mlp, "fc1_g") else [mlp.fc1]
+
+
+def _hidden(mlp: Any, y: Tensor, call: Callable[[Any, Tensor], Tensor] = lambda layer, x: layer(x)) -> Tensor:
+    """Activated hidden units of a plain or gated MLP. call: how its layers are."""
+    if hasattr(mlp, "fc1_g"):
+        return _gated(mlp.act, call(mlp.fc1_x, y), call(mlp.fc1_g, y), False)
+    if not hasattr(mlp, "gate_last"):
+        return mlp.act(call(mlp.fc1, y))
+    first, second = call(mlp.fc1, y).chunk(2, dim=-1)
+    return _gated(mlp.act, first, second, not mlp.gate_last)
+
+
+def _gated(act: Any, values: Tensor, gates: Tensor, activate_value: bool) -> Tensor:
+    return act(values) * gates if activate_value else values * act(gates)
+
+
+@dataclass(frozen=True)
+class LinearView:
+    """Rows of a linear layer, seen as a layer of its own."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def mlp_inputs(mlp: Any) -> tuple[Any, Any, bool]:
+    """The input layers of timm's `Mlp`, `SwiGLU` and `GluMlp`: value, gate or None, and whether the value is activated.
+
+    Each has a weight and a bias.
+    """
+    if hasattr(mlp, "fc1_g"):
+        return mlp.fc1_x, mlp.fc1_g, False
+    if not hasattr(mlp, "gate_last"):
+        return mlp.fc1, None, True
+    weights = mlp.fc1.weight.chunk(2)
+    biases = (None, None) if mlp.fc1.bias is None else mlp.fc1.bias.chunk(2)
+    first, second = (LinearView(w, b) for w, b in zip(weights, biases, strict=True))
+    return first, second, not mlp.gate_last
+
+
+def _part(bias: Tensor | None, index: Index) -> Tensor | None:
+    return None if bias is None else bias[index]
+
+
+def _prefix_rows(lengths: list[int], num_prefix_tokens: int, device: torch.device) -> Tensor:
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    return from_host((starts[:, None] + torch.arange(num_prefix_tokens)).flatten(), device)
+
+
+def _norm_part(norm: Any, x: Tensor, index: Index) -> Tensor:
+    """`norm` over a part of its features. x: (T, kept features)."""
+    if isinstance(norm, nn.Identity):
+        return x
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, x.shape[-1:], _part(norm.weight, index), _part(norm.bias, index), norm.eps)
+    return F.rms_norm(x, x.shape[-1:], _part(norm.weight, index), norm.eps)
+
+
+def masked_block(block: Any, x: Tensor, gates: Gates, num_prefix_tokens: int, mlp_width: MlpWidth) -> Tensor:
+    """The reference: every row and head is computed, gates multiply, attention is masked. Differentiable in gates.
+
+    x: (B, P+N, C) -> (B, P+N, C).
+    """
+    attn = block.attn
+    check_own_forward(block)
+    heads = gates.heads.to(x.dtype)
+    keys = torch.cat([gates.tokens.new_ones(len(x), num_prefix_tokens), gates.tokens], dim=1)
+    rows = (keys.to(x.dtype) * gates.depth.to(x.dtype)[:, None])[:, :, None]
+    num_rows = x.shape[1]
+
+    y = block.norm1(x)
+    qkv = attn.qkv(y).reshape(-1, num_rows, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    y = attend_masked(attn.q_norm(q), attn.k_norm(k), v, keys, dropout)
+    y = (y * heads[:, :, None, None]).transpose(1, 2).reshape(-1, num_rows, attn.attn_dim)
+    y = _gated_norm(attn.norm, y, _spread(heads, attn.attn_dim))
+    y = attn.proj_drop(attn.proj(y))
+    x = x + rows * block.drop_path1(block.ls1(y))
+
+    mlp = block.mlp
+    y = block.norm2(x)
+    if mlp_width == "coupled":
+        y = y * _spread(heads, x.shape[2])
+    y = mlp.drop1(_hidden(mlp, y))
+    if mlp_width == "full":
+        y = mlp.norm(y)
+    else:
+        kept = _spread(heads, y.shape[2])
+        y = _gated_norm(mlp.norm, y * kept, kept)
+    y = mlp.drop2(mlp.fc2(y))
+    if mlp_width == "coupled":
+        y = y * _spread(heads, x.shape[2])
+    return x + rows * block.drop_path2(block.ls2(y))
+
+
+def _spread(heads: Tensor, width: int) -> Tensor:
+    """Head gates (B, H) over the units of their groups, (B, 1, width)."""
+    sizes = torch.tensor(group_sizes(width, heads.shape[1]), device=heads.device)
+    return heads.repeat_interleave(sizes, dim=1, output_size=width).unsqueeze(1)
+
+
+def _gated_norm(norm: Any, x: Tensor, kept: Tensor) -> Tensor:
+    """`norm` with statistics over kept features only. x: (B, rows, F), zero where not kept; kept: (B, 1, F)."""
+    if isinstance(norm, nn.Identity):
+        return x
+    count = kept.sum(dim=-1, keepdim=True).clamp(min=1)
+    if isinstance(norm, nn.LayerNorm):
+        x = (x - x.sum(dim=-1, keepdim=True) / count) * kept
+    x = x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) / count + norm.eps)
+    if norm.weight is not None:
+        x = x * norm.weight
+    if getattr(norm, "bias", None) is not None:
+        x = x + norm.bias
+    return x * kept

@@ -1,0 +1,1 @@
+"""What researchers need and users do not: attacks, baselines, their comparison with our method, corrupted images."""

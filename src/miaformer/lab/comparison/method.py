@@ -1,0 +1,133 @@
+"""What a method of a comparison is: how it is trained from the shared backbone, and how it is asked for a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from miaformer.evaluation.calibration import LabelledBatch
+from miaformer.lab.comparison.engines import Prepare, of_module
+from miaformer.model.model import MIAFormer
+from miaformer.model.policy import AnyPolicy, Full
+from miaformer.training.recipes import Kind, Recipe, Stage
+
+Classify = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> logits (B, classes), MACs fraction (B,)
+
+RIVALS_ADAPT = {  # of methods that decide tokens and exits, where the recipe's own model chooses resolutions
+    "grains": ("depth", "tokens"),
+    "depth_choice": "nested",
+    "first_token_block": 0,
+    "last_token_block": 0,
+    "token_choice": "even",
+}
+FRACTIONS = (0.35, 0.5, 0.7)  # of the backbone's MACs: smaller static models come near to them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method at a budget, ready to classify. budget: None where the method knows none.
+
+    read: makes what `classify` takes of the backbone's images; not timed, for pictures can be read that way. engine:
+    what `classify` runs on. engines: others that give the same logits, to be timed beside it. sharing: gives the same
+    too, for measuring: what entries of one model have in common is computed once for a batch.
+    """
+
+    name: str
+    budget: float | None
+    classify: Classify
+    read: Callable[[Tensor], Tensor] = lambda images: images
+    engine: str = "eager"
+    engines: Mapping[str, Prepare] = field(default_factory=dict)
+    sharing: Classify | None = None
+
+    def run(self, images: Tensor) -> Tensor:
+        """Logits alone."""
+        return self.classify(images)[0]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a trained method is asked: budgets (fractions of the backbone's MACs), images to meet them on, a seed."""
+
+    budgets: Sequence[float]
+    calibration: Callable[[], Iterable[LabelledBatch]]
+    backbone_macs: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to spend less.
+
+    recipe: the stages that train it, of the comparison's recipe; None where the backbone is used as it is. entries:
+    what is measured of the trained model. reshape: what is made of the backbone before anything else: a smaller one,
+    say. prepare: puts something in the place of our controllers before training. trained_as: the method whose trained
+    model it uses; None: one of its own.
+    """
+
+    name: str
+    about: str
+    recipe: Callable[[Recipe], Recipe] | None
+    entries: Callable[[MIAFormer, Question], list[Entry]]
+    reshape: Callable[[VisionTransformer], VisionTransformer] = lambda backbone: backbone
+    prepare: Callable[[MIAFormer], None] = lambda model: None
+    trained_as: str | None = None
+
+    def is_calibrated(self, base: Recipe) -> bool:
+        """Whether training it ends with a table of budgets: then it is one of ours, a model like any other."""
+        return self.recipe is not None and self.recipe(base).calibrates
+
+
+def adaptation_epochs(recipe: Recipe) -> float:
+    """Epochs of adapting; every method gets as many."""
+    return sum(stage.epochs for stage in recipe.stages if stage.adapts)
+
+
+def main_stage(recipe: Recipe) -> Stage:
+    """The stage of adaptation whose learning rates all methods get: the longest."""
+    return max(recipe.adapting().stages, key=lambda stage: stage.epochs)
+
+
+def one_stage(kind: Kind) -> Callable[[Recipe], Recipe]:
+    """Adaptation as a single stage of this kind, with the learning rates of the recipe's main stage.
+
+    Images are not mixed, as they are not where ours is adapted.
+    """
+
+    def recipe(base: Recipe) -> Recipe:
+        stage = replace(main_stage(base), kind=kind, epochs=adaptation_epochs(base), anneal=1.0)
+        adapt = RIVALS_ADAPT if base.chooses_resolution else base.adapt
+        return replace(base, stages=(stage,), adapt=adapt, mixup=0.0, cutmix=0.0)
+
+    return recipe
+
+
+def by_policy(model: MIAFormer, policy: AnyPolicy) -> Classify:
+    """The logits and the MACs of what this policy decides."""
+
+    def classify(images: Tensor) -> tuple[Tensor, Tensor]:
+        output = model.run(images, policy=policy)
+        return output.logits, output.trace.macs_fraction
+
+    return classify
+
+
+def as_backbone(name: str, model: MIAFormer, question: Question) -> Entry:
+    """The static model on our engine, so that its last block computes what is read alone, as everybody's does.
+
+    Its MACs are a fraction of the comparison's backbone's.
+    """
+
+    def classify(images: Tensor) -> tuple[Tensor, Tensor]:
+        output = model.run(images, policy=Full())
+        return output.logits, output.trace.macs / question.backbone_macs
+
+    return Entry(name, None, classify, engines=of_module(model.backbone, image_shape(model)))
+
+
+def image_shape(model: MIAFormer) -> tuple[int, int, int]:
+    """(channels, H, W) of the images that the model takes."""
+    return (model.backbone.in_chans, *model.image_size())

@@ -1,0 +1,396 @@
+"""What makes decisions. One interface for all, so that one engine, one benchmark and one cost count compare them.
+
+The learned policy asks the controllers; the others are its controls: everything, at random, the same for every
+image, or the tokens that the class token attends to most.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from miaformer.engine import native
+from miaformer.engine.controller import Controller
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import Booleans, Decisions, Gates, HostGates, from_host
+from miaformer.engine.folded import Controllers, Folded
+from miaformer.engine.walk import Policy, State
+from miaformer.model.resolution import Size
+
+__all__ = ["ClsAttention", "Fixed", "Full", "Learned", "Look", "Policy", "Random", "Sampling", "Static", "TwoLooks"]
+
+
+class _Free:
+    """A policy that computes no matrix product to decide."""
+
+    def context_macs(self, cost: Cost, index: int) -> int:
+        return 0
+
+    def token_score_macs(self, cost: Cost, index: int) -> int:
+        return 0
+
+
+class Full(_Free):
+    """Executes everything: the backbone."""
+
+    def decide(self, state: State) -> Gates:
+        return Gates.full(len(state.x), state.num_heads, state.num_patches, state.x.device)
+
+
+@dataclass
+class Random(_Free):
+    """Keeps at random: each block, head and token with the probability given, per image, from a seeded generator.
+
+    A probability is a number, or one a block. Each token draws one number a forward pass and is kept where it is
+    below the block's probability, so that a progressive scope keeps that share of tokens too, not its powers. Blocks
+    draw for themselves: where images that skip a block leave (`depth_choice="nested"`), fewer are executed.
+    """
+
+    depth: float | Sequence[float] = 1.0
+    heads: float | Sequence[float] = 1.0
+    tokens: float | Sequence[float] = 1.0
+    seed: int = 0
+    _generator: torch.Generator = field(init=False, repr=False, compare=False)
+    _token_draw: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "heads", "tokens"):
+            value = getattr(self, name)
+            for probability in value if isinstance(value, Sequence) else [value]:
+                if not 0 <= probability <= 1:
+                    raise ValueError(f"Random({name}={value!r}): keep probabilities lie in 0 to 1")
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def decide(self, state: State) -> Gates:
+        batch, device = len(state.x), state.x.device
+
+        def draw(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=self._generator)
+
+        if state.index == 0:
+            self._check_lengths(state.num_blocks)
+            self._token_draw = draw(batch, state.num_patches)
+        depth, heads, tokens = (
+            value[state.index] if isinstance(value, Sequence) else value
+            for value in (self.depth, self.heads, self.tokens)
+        )
+        return Gates(
+            (draw(batch) < depth).to(device),
+            (draw(batch, state.num_heads) < heads).to(device),
+            (self._token_draw < tokens).to(device),
+        )
+
+    def _check_lengths(self, num_blocks: int) -> None:
+        for name in ("depth", "heads", "tokens"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and len(value) != num_blocks:
+                raise ValueError(
+                    f"Random({name}=...) holds {len(value)} keep probabilities, the model has {num_blocks} blocks"
+                )
+
+
+@dataclass(frozen=True)
+class Fixed(_Free):
+    """Executes the decisions given: one row an image, or one row for all of them."""
+
+    decisions: Decisions
+
+    def decide(self, state: State) -> Gates:
+        images, *given = *self.decisions.depth.shape, *self.decisions.heads.shape[2:], *self.decisions.tokens.shape[2:]
+        batch, wanted = len(state.x), [state.num_blocks, state.num_heads, state.num_patches]
+        if images not in (1, batch) or given != wanted:
+            raise ValueError(
+                f"Fixed decisions are for (images, blocks, heads, patch tokens) = {(images, *given)}, "
+                f"the model needs {(batch, *wanted)}"
+            )
+        gates = self.decisions.block(state.index)
+        depth, heads, tokens = (g.to(state.x.device) for g in (gates.depth, gates.heads, gates.tokens))
+        return Gates(depth.expand(batch), heads.expand(batch, -1), tokens.expand(batch, -1))
+
+
+class Static(Fixed):
+    """The same decisions for every image, whatever is in it. See `miaformer.evaluation.controls` for finding them."""
+
+
+@dataclass(frozen=True)
+class BestTokens(_Free, ABC):
+    """Keeps the patch tokens with the highest scores, the same number for every image.
+
+    keep: of the tokens still active the share that stays, at each of `blocks`; a number, or one an image (B,). Who
+    scores says how (`scores`) and at what cost.
+    """
+
+    keep: float | Tensor
+    blocks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        keep = torch.as_tensor(self.keep)
+        if not bool(((keep >= 0) & (keep <= 1)).all()):
+            raise ValueError(f"{type(self).__name__}(keep={self.keep!r}): the share of tokens to keep lies in 0 to 1")
+
+    @abstractmethod
+    def scores(self, state: State, active: Tensor) -> Tensor:
+        """(B, N), of the active tokens (B, N) bool; of the others anything."""
+
+    @torch.no_grad()
+    def decide(self, state: State) -> Gates:
+        full = Gates.full(len(state.x), state.num_heads, state.num_patches, state.x.device)
+        active = (state.active > 0).to(state.x.device)
+        if state.index not in self.blocks:
+            return Gates(full.depth, full.heads, active)
+        if state.affordable is not None:  # who cannot pay for the block is not scored
+            active = active & state.affordable.to(active.device)[:, None]
+        scores = self.scores(state, active)
+        rank = scores.masked_fill(~active, float("-inf")).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        keep = torch.as_tensor(self.keep, device=active.device).reshape(-1, 1)
+        count = (active.sum(dim=1, keepdim=True) * keep).round()
+        return Gates(full.depth, full.heads, (rank < count) & active, scores)
+
+
+def three_of(depth: int) -> tuple[int, ...]:
+    """Blocks at a quarter, half and three quarters of the depth, where EViT and DynamicViT choose tokens."""
+    return depth // 4, depth // 2, 3 * depth // 4
+
+
+@dataclass(frozen=True, init=False)
+class ClsAttention(BestTokens):
+    """Keeps the patch tokens that the class token attends to most.
+
+    EViT's criterion (Liang et al., ICLR 2022), on the attention of the block about to be executed, averaged over
+    heads. blocks: default `three_of` the depth, as in EViT.
+    """
+
+    blocks_of_model: nn.Sequential
+
+    def __init__(self, blocks_of_model: nn.Sequential, keep: float | Tensor, blocks: tuple[int, ...] = ()) -> None:
+        object.__setattr__(self, "blocks_of_model", blocks_of_model)
+        object.__setattr__(self, "keep", keep)
+        object.__setattr__(self, "blocks", blocks or three_of(len(blocks_of_model)))
+        self.__post_init__()
+
+    def scores(self, state: State, active: Tensor) -> Tensor:
+        if not state.num_prefix_tokens:
+            raise ValueError("ClsAttention needs a class token; this backbone has none")
+        return _class_attention(self.blocks_of_model[state.index], state.x, active, state.num_prefix_tokens)
+
+    def context_macs(self, cost: Cost, index: int) -> int:
+        return cost.embed_dim**2 if index in self.blocks else 0
+
+    def token_score_macs(self, cost: Cost, index: int) -> int:
+        return cost.embed_dim**2 if index in self.blocks else 0
+
+
+def _class_attention(block: Any, x: Tensor, active: Tensor, num_prefix_tokens: int) -> Tensor:
+    """How much the class token attends to each active patch token, mean over heads. x: (B, P+N, C) -> (B, N)."""
+    attn = block.attn
+    dim, heads = attn.attn_dim, (attn.num_heads, attn.head_dim)
+    bias = attn.qkv.bias
+    q_bias, k_bias = (None, None) if bias is None else (bias[:dim], bias[dim : 2 * dim])
+    image, token = active.nonzero(as_tuple=True)
+    rows = x[image, num_prefix_tokens + token]
+    q = attn.q_norm(nn.functional.linear(block.norm1(x[:, 0]), attn.qkv.weight[:dim], q_bias).unflatten(1, heads))
+    k = nn.functional.linear(block.norm1(rows), attn.qkv.weight[dim : 2 * dim], k_bias).unflatten(1, heads)
+    logits = x.new_full((*active.shape, attn.num_heads), float("-inf"))
+    logits[image, token] = ((q[image] * attn.k_norm(k)).sum(dim=-1) * attn.scale).to(x.dtype)
+    return logits.softmax(dim=1).mean(dim=2).nan_to_num(0.0)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the learned policy draws its decisions instead of taking the likelier one.
+
+    temperature: of the draws; a gate of logit z is kept with probability sigmoid(z / temperature). By default what
+    training ends at. generator: where they come from; by default PyTorch's global one, seeded by `torch.manual_seed`.
+    """
+
+    temperature: float = 0.25
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"Sampling(temperature={self.temperature!r}): it must be positive")
+
+    def noise(self, *shape: int) -> NDArray[np.float32]:
+        """What to add to logits, so that cutting them at 0 is drawing: logistic, on the host."""
+        uniform = torch.rand(shape, generator=self.generator).clamp_(1e-6, 1 - 1e-6)
+        return (self.temperature * torch.logit(uniform)).numpy()
+
+
+class AsksControllers:
+    """What deciding costs where controllers decide."""
+
+    controllers: nn.ModuleList
+
+    def context_macs(self, cost: Cost, index: int) -> int:
+        return cast(Controller, self.controllers[index]).context_macs
+
+    def token_score_macs(self, cost: Cost, index: int) -> int:
+        return cast(Controller, self.controllers[index]).token_score_macs
+
+
+@dataclass
+class Learned(AsksControllers):
+    """Asks the controllers, and executes what is more likely kept than not, or draws.
+
+    log_price: (B,) or (1,), what the controllers are conditioned on. token_multiple: the rows that an image keeps,
+    prefix tokens too, are rounded up to a multiple of this with the likeliest of the other tokens, as far as there
+    are any (see `AdaptConfig`). sampling: how decisions are drawn; None: they are not.
+    """
+
+    controllers: nn.ModuleList
+    log_price: Tensor
+    token_multiple: int = 1
+    sampling: Sampling | None = None
+    _folded: list[Folded] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def decide(self, state: State) -> HostGates:
+        x, prefix = state.x, state.num_prefix_tokens
+        if state.index == 0 or not self._folded:
+            log_price = self.log_price.to(x.device)
+            self._folded = (
+                self.controllers.folded(log_price)
+                if isinstance(self.controllers, Controllers)
+                else Folded.of(cast(list[Controller], list(self.controllers)), log_price)
+            )
+        folded, active = self._folded[state.index], state.active.numpy()
+        affordable = None if state.affordable is None else state.affordable.numpy()
+        effective = bool(prefix) and affordable is None  # otherwise an image may have no row left, or not pay
+        if self.sampling is None and native.can_decide(x):
+            return HostGates(
+                *native.decide(x, active, affordable, prefix, state.num_heads, self.token_multiple, folded, state.grid),
+                effective,
+            )
+        return self._decide(state, folded, active, affordable, effective)
+
+    @torch.no_grad()
+    def _decide(
+        self, state: State, folded: Folded, active: Booleans, affordable: Booleans | None, effective: bool
+    ) -> HostGates:
+        """The same by operations of PyTorch and numpy."""
+        x, prefix = state.x.to(folded.pooled.dtype), state.num_prefix_tokens
+        everything = bool(active.all())
+        if len(x) == 1:  # one gather serves twice
+            rows = x[0, prefix:] if everything else _rows(x, active, prefix)
+            pooled = rows.sum(dim=0, keepdim=True) / max(len(rows), 1)
+        else:
+            pooled = x[:, prefix:].mean(dim=1) if everything else _mean_of_active(x, active, prefix)
+        means = pooled if not prefix else x[:, 0] if prefix == 1 else x[:, :prefix].mean(dim=1)
+        logits, direction = folded.logits(pooled, means)
+        if self.sampling is not None:  # not of what tokens share: they are drawn one by one
+            logits[:, : 1 + state.num_heads] += self.sampling.noise(len(logits), 1 + state.num_heads)
+        depth = logits[:, 0] > 0
+        if affordable is not None:
+            depth &= affordable
+        heads = folded.heads(logits[:, 1 : 1 + state.num_heads])
+        if not depth.all():
+            heads, active = heads & depth[:, None], active & depth[:, None]
+        if not folded.decides_tokens or not depth.any():
+            return HostGates(depth, heads, active, None, effective)
+        image, token = active.nonzero()
+        if len(x) > 1:
+            rows = _rows(x, active, prefix)
+            direction = direction[from_host(image, x.device)]
+        shared = logits[image, -1] + folded.thresholds(state.grid)[token]
+        if self.sampling is not None:
+            shared = shared + self.sampling.noise(*active.shape)[image, token]
+        scores = np.full(active.shape, -np.inf, dtype=logits.dtype)
+        scores[active] = folded.token_logits(rows, direction, shared)
+        kept = scores > 0
+        if self.token_multiple > 1:
+            kept = _rounded_up(kept, scores, prefix, self.token_multiple)
+        return HostGates(depth, heads, kept, scores, effective)
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at images: who decides, and the sizes (H, W) in which they are looked at: one for all, or one each.
+
+    sizes: empty where they are taken as they are.
+    """
+
+    policy: Policy
+    sizes: tuple[Size, ...] = ()
+
+    def of(self, images: Tensor) -> Look:
+        """The same for these images (n,) of the batch."""
+        policy, sizes = self.policy, self.sizes
+        if isinstance(policy, Learned) and len(policy.log_price) > 1:
+            policy = replace(policy, log_price=policy.log_price[images.to(policy.log_price.device)])
+        return Look(policy, tuple(sizes[i] for i in images.tolist()) if len(sizes) > 1 else sizes)
+
+
+@dataclass(frozen=True)
+class TwoLooks:
+    """A policy for `MIAFormer.run`: a first look, and a second one for images whose first answer is less confident.
+
+    confidence: (B,) or (1,); 0: no second look.
+    """
+
+    first: Look
+    second: Look
+    confidence: Tensor
+
+    def open_images(self, logits: Tensor) -> Tensor:
+        """Which images (n,) of the first look's logits (B, classes) are to be looked at again."""
+        confidence = logits.float().softmax(dim=1).amax(dim=1)
+        return (confidence < self.confidence.to(confidence)).nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class RandomLooks(TwoLooks):
+    """Its control: as many second looks, at images drawn by chance, from a seeded generator.
+
+    confidence: (1,), the share of them.
+    """
+
+    seed: int = 0
+    _generator: torch.Generator = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_generator", torch.Generator().manual_seed(self.seed))
+
+    def open_images(self, logits: Tensor) -> Tensor:
+        drawn = torch.rand(len(logits), generator=self._generator)
+        return (drawn < self.confidence.cpu()).nonzero().flatten()
+
+
+AnyPolicy = Policy | Look | TwoLooks  # of one look, of one in other sizes, of two
+
+
+def _rows(x: Tensor, patches: Booleans, num_prefix_tokens: int) -> Tensor:
+    """Rows (T, C) of the patch tokens (B, N) that are True. x: (B, P+N, C)."""
+    image, token = patches.nonzero()
+    rows = from_host(image * x.shape[1] + token + num_prefix_tokens, x.device)
+    return x.reshape(-1, x.shape[2]).index_select(0, rows)
+
+
+def _mean_of_active(x: Tensor, active: Booleans, num_prefix_tokens: int) -> Tensor:
+    """Mean (B, C) of the active patch tokens (B, N), zero where there is none. x: (B, P+N, C)."""
+    image, token = active.nonzero()
+    rows = from_host(image * x.shape[1] + token + num_prefix_tokens, x.device)
+    counts = active.sum(axis=1)
+    starts = from_host(counts.cumsum() - counts, x.device)
+    return F.embedding_bag(rows, x.reshape(-1, x.shape[2]), starts, mode="mean")
+
+
+def _rounded_up(kept: Booleans, scores: NDArray[Any], num_prefix_tokens: int, multiple: int) -> Booleans:
+    """`kept` (B, N) and the best of the other tokens that have a score, as many as make the rows a multiple."""
+    count = kept.sum(axis=1)
+    wanted = -(-(count + num_prefix_tokens) // multiple) * multiple - num_prefix_tokens
+    short = np.flatnonzero((wanted > count) & (count > 0))
+    if not len(short):
+        return kept
+    kept = kept.copy()
+    for image in short:
+        best = np.argsort(-scores[image], kind="stable")[: max(int(wanted[image]), 0)]
+        kept[image, best] = np.isfinite(scores[image, best])
+    return kept

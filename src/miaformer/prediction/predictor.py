@@ -1,0 +1,153 @@
+"""What a model says of pictures and what it spent on each: shared by the command line, the server and Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from miaformer.data.images import MAX_PIXELS, open_image
+from miaformer.model.model import MIAFormer
+from miaformer.model.output import Output, Trace
+from miaformer.model.policy import Policy
+from miaformer.model.prices import Budget
+
+if TYPE_CHECKING:
+    from miaformer.data.transforms import Transform
+
+
+@dataclass(frozen=True)
+class Guess:
+    label: int
+    name: str | None  # of the class, where the model or the user gave names
+    probability: float  # softmax
+
+    @property
+    def title(self) -> str:
+        """The class in words."""
+        return f"class {self.label}" if self.name is None else self.name
+
+    def to_json(self) -> dict[str, Any]:
+        return {"label": self.label, "class": self.name, "probability": self.probability}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one picture. Shares of heads and tokens are of executed blocks, 0 where there is none."""
+
+    top_k: tuple[Guess, ...]  # likeliest first
+    macs_fraction: float  # of the dense model's
+    depth_kept: float
+    heads_kept: float
+    tokens_kept: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.top_k[0].to_json(),
+            "top_k": [guess.to_json() for guess in self.top_k],
+            "macs_fraction": self.macs_fraction,
+            "depth_kept": self.depth_kept,
+            "heads_kept": self.heads_kept,
+            "tokens_kept": self.tokens_kept,
+        }
+
+
+class Predictor:
+    """A classifier with what belongs to it: how pictures are prepared, and what its classes are called."""
+
+    def __init__(self, model: MIAFormer, names: Sequence[str] | None = None) -> None:
+        """names: of the classes, in the order of labels; by default the model's own.
+
+        Raises ValueError where the model has no classifier, or names are not as many as its classes.
+        """
+        from miaformer.data import build_transform
+
+        if not model.num_classes:
+            raise ValueError("the model has no classifier (num_classes=0)")
+        if names is not None and len(names) != model.num_classes:
+            raise ValueError(f"{len(names)} names for {model.num_classes} classes")
+        known = names or model.label_names
+        self.model = model.eval()
+        self.names = list(known) if known and len(known) == model.num_classes else None
+        self.transform: Transform = build_transform(model.data_config())
+
+    def prepare(
+        self, source: str | Path | bytes | BinaryIO, name: str | None = None, max_pixels: int = MAX_PIXELS
+    ) -> Tensor:
+        """A picture as the model takes it, (3, H, W). Raises ImageError as `open_image` does."""
+        return self.prepare_picture(open_image(source, name, max_pixels))
+
+    def prepare_picture(self, picture: Image.Image) -> Tensor:
+        """The same of a picture that `open_image` gave."""
+        return self.transform(picture)
+
+    def pixels(
+        self, source: str | Path | bytes | BinaryIO, name: str | None = None, max_pixels: int = MAX_PIXELS
+    ) -> Tensor:
+        """What `prepare` gives before normalisation, (3, H, W) uint8. `run` takes it as well, and normalises a whole
+        batch in the time of one picture.
+        """
+        return self.transform.pixels(open_image(source, name, max_pixels))
+
+    def run(
+        self,
+        images: Sequence[Tensor] | Tensor,
+        budget: Budget | None = None,
+        price: Budget | None = None,
+        cap: Budget | None = None,
+        policy: Policy | None = None,
+    ) -> Output:
+        """`MIAFormer.run` on the model's device, of pictures that are all prepared or all still pixels.
+
+        budget, price and cap: one, or one each.
+        """
+        batch = images if isinstance(images, Tensor) else torch.stack(list(images))
+        weights = next(self.model.parameters())
+        with torch.inference_mode():
+            on_device = batch.to(weights.device)
+            if batch.dtype == torch.uint8:
+                on_device = self.transform.normalize(on_device)
+            return self.model.run(on_device.to(weights.dtype), policy=policy, budget=budget, price=price, cap=cap)
+
+    def read(self, output: Output, top_k: int = 5) -> list[Prediction]:
+        """What an output says of each picture."""
+        guesses = self.guesses(output.logits, top_k)
+        return [Prediction(best, *spent) for best, spent in zip(guesses, kept_shares(output.trace), strict=True)]
+
+    def guesses(self, logits: Tensor, top_k: int = 5) -> list[tuple[Guess, ...]]:
+        """The likeliest classes of logits (B, classes), best first."""
+        likeliest = logits.float().softmax(dim=1).topk(min(top_k, self.model.num_classes), dim=1)
+        labels, probabilities = likeliest.indices.tolist(), likeliest.values.tolist()
+        return [
+            tuple(self._guess(*guess) for guess in zip(*best, strict=True))
+            for best in zip(labels, probabilities, strict=True)
+        ]
+
+    def try_once(self, **spend: Any) -> None:
+        """Run an empty picture, so that a budget or a cap that cannot be is told before anything else is done.
+
+        Raises ValueError or TypeError as `MIAFormer.run` does.
+        """
+        self.run(torch.zeros(1, self.model.backbone.in_chans, *self.model.image_size()), **spend)
+
+    def _guess(self, label: int, probability: float) -> Guess:
+        return Guess(label, self.names[label] if self.names else None, probability)
+
+
+def kept_shares(trace: Trace) -> list[tuple[float, float, float, float]]:
+    """For each image: its MACs as a fraction, and the shares kept of blocks, of heads and of tokens."""
+    blocks = trace.depth.sum(dim=1).clamp(min=1)
+    columns = (
+        trace.macs_fraction,
+        trace.depth.double().mean(dim=1),
+        trace.heads.double().mean(dim=2).sum(dim=1) / blocks,
+        trace.tokens.double().mean(dim=2).sum(dim=1) / blocks,
+    )
+    return cast(
+        list[tuple[float, float, float, float]], list(zip(*(column.tolist() for column in columns), strict=True))
+    )
