@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ def add_command(subparsers: Any, name: str, help: str, description: str, epilog:
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser, about: str = "model directory, hub id, or timm:NAME") -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, and what goes with timm:NAME: --weights, --pretrained and --image-size; --classes goes with any model."""
-    parser.add_argument("model", metavar="MODEL", help=about)
+    parser.add_argument("model", metavar="MODEL", help="model directory, hub id, name of a bundled model, or timm:NAME")
     group = parser.add_argument_group("your own model")
     group.add_argument(
         "--weights", metavar="FILE", help="checkpoint for timm:NAME: .safetensors, .pth, .pt, .bin or .ckpt"
@@ -49,7 +50,10 @@ def own_model(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("weights", "pretrained", "image_size", "classes")}
 
 
-def add_data(parser: argparse.ArgumentParser, about: str, required: bool = False) -> None:
+DATA_SET = "data set: digits, a folder, a CSV file, or a name that timm knows"
+
+
+def add_data(parser: argparse.ArgumentParser, about: str = DATA_SET, required: bool = False) -> None:
     """--data, and what names the columns of tables in it: `named_columns` makes one of the three."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", required=required, metavar="DATA", help=about)
@@ -82,14 +86,55 @@ def seed_number(text: str) -> int:
     return int(text)
 
 
+def add_seed(parser: argparse.ArgumentParser, of: str) -> None:
+    parser.add_argument("--seed", type=seed_number, default=0, help=f"seed of {of} (default: 0)")
+
+
+def add_cap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cap", type=float, metavar="C", help="hard limit on the MACs of one image, as a fraction of the dense model's"
+    )
+
+
+def add_top_k(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="number of classes to name (default: 5)")
+
+
+def add_several(
+    parser: argparse.ArgumentParser, option: str, metavar: str, kind: Any, default: Sequence[Any], about: str
+) -> None:
+    """An option of one value or more, whose help tells the default."""
+    shown = f"{about} (default: {' '.join(map(str, default))})"
+    parser.add_argument(option, nargs="+", type=kind, default=list(default), metavar=metavar, help=shown)
+
+
+def add_budgets(parser: argparse.ArgumentParser, default: Sequence[float] = (0.35, 0.5, 0.7)) -> None:
+    add_several(parser, "--budgets", "B", float, default, "mean MACs, as fractions of the dense model's")
+
+
+def add_outputs(parser: argparse.ArgumentParser, json: str, plot: str) -> None:
+    """--json and --plot, for `output.write_outputs`. plot: what is drawn."""
+    parser.add_argument("--json", metavar="FILE", help=f"write {json} to this file")
+    parser.add_argument("--plot", metavar="FILE.png", help=f"plot {plot} to this file")
+
+
+def add_device(parser: Any) -> None:
+    """--device and --threads, for `open_device`."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
+    add_threads(parser)
+
+
+def add_threads(parser: Any) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+
+
 def add_compute(parser: argparse.ArgumentParser, batch_size: int | None) -> None:
-    """--batch-size (unless None), --device, --dtype and --threads."""
+    """--batch-size (unless None), --dtype, --device and --threads."""
     group = parser.add_argument_group("execution")
     if batch_size is not None:
         group.add_argument(
             "--batch-size", type=int, default=batch_size, metavar="N", help=f"images per batch (default: {batch_size})"
         )
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     group.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -97,7 +142,15 @@ def add_compute(parser: argparse.ArgumentParser, batch_size: int | None) -> None
         metavar="T",
         help=f"data type: {', '.join(DTYPES)} (default: float32)",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+    add_device(group)
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for an option that must be at least 1 and is not; one that was not given is none."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 def open_device(name: str, threads: int | None = None) -> torch.device:
@@ -162,28 +215,17 @@ def open_model(
 
 
 def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
-    """The images in their order, as the model's backbone expects them.
+    """`ordered_batches`; a line says where the model's classes are taken in the data's order."""
+    from miaformer.evaluation.on_data import ordered_batches
 
-    Classes are matched by name; a model without names is taken to answer in the data's order, which a line says, and
-    has these names from then on.
-
-    Raises ValueError where model and data have different classes.
-    """
-    from miaformer.data import Batches, build_transform
-    from miaformer.data.source import check_classes
-
-    check_classes(data)
-    if not model.num_classes:
-        raise ValueError(f"the model has no classifier for the classes of {data.name}: train it on them first")
-    data = model.in_own_order(data)
-    if model.label_names is None:
+    has_names = model.label_names is not None
+    batches = ordered_batches(model, data, batch_size)
+    if not has_names:
         shown = ", ".join(data.classes[:3]) + (", ..." if len(data.classes) > 3 else "")
         sys.stderr.write(
             f"miaformer: the model does not name its classes: taken in the order of {data.name}: {shown}\n"
         )
-        model.label_names = list(data.classes)
-    transform = build_transform(model.data_config())
-    return Batches(data, transform, batch_size, seed=0, shuffle=False, drop_last=False)
+    return batches
 
 
 def radius(option: str, text: str) -> float:

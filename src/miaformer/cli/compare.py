@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_data, open_device, seed_number
+from miaformer.cli.arguments import (
+    add_budgets,
+    add_command,
+    add_data,
+    add_device,
+    add_outputs,
+    add_several,
+    open_device,
+    seed_number,
+)
 from miaformer.cli.processes import (
     STOPPED,
     add_processes,
@@ -20,8 +29,6 @@ from miaformer.cli.processes import (
 if TYPE_CHECKING:
     from miaformer.lab.comparison import Comparison, Table
     from miaformer.lab.comparison.harness import Run
-
-BUDGETS = (0.25, 0.35, 0.5, 0.7)
 
 DESCRIPTION = """\
 Train and measure methods that adapt one backbone, and plot their curves together: accuracy over MACs and over time.
@@ -78,30 +85,9 @@ def add_parser(subparsers: Any) -> None:
         "--out", required=True, metavar="DIR", help="directory for runs; existing runs in it are reused"
     )
     parser.add_argument("--methods", nargs="+", metavar="M", help="methods listed above (default: all but ablations)")
-    parser.add_argument(
-        "--seeds",
-        type=seed_number,
-        nargs="+",
-        default=[0, 1, 2],
-        metavar="N",
-        help="seeds of `learned` (default: 0 1 2)",
-    )
-    parser.add_argument(
-        "--rival-seeds",
-        type=seed_number,
-        nargs="+",
-        default=[0],
-        metavar="N",
-        help="seeds of all other methods (default: 0)",
-    )
-    parser.add_argument(
-        "--budgets",
-        type=float,
-        nargs="+",
-        default=list(BUDGETS),
-        metavar="B",
-        help=f"mean MACs to run each method at, fractions (default: {' '.join(map(str, BUDGETS))})",
-    )
+    add_several(parser, "--seeds", "N", seed_number, (0, 1, 2), "seeds of `learned`")
+    add_several(parser, "--rival-seeds", "N", seed_number, (0,), "seeds of all other methods")
+    add_budgets(parser, (0.25, 0.35, 0.5, 0.7))
     parser.add_argument(
         "--epochs-scale", type=float, default=1.0, metavar="X", help="make every stage X times as long (default: 1)"
     )
@@ -115,15 +101,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--only-times", action="store_true", help="time what is measured and not timed yet; its models must be in DIR"
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--plot", metavar="FILE.png", help="plot the curves to this file")
+    add_outputs(parser, "all figures", "the curves")
     parser.add_argument(
         "--pictures",
         metavar="FILE.png",
         help="draw the cheapest and the most expensive images of each class to this file",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: an accelerator if available)")
-    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+    add_device(parser)
     add_processes(parser)
     parser.add_argument("--train", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)  # of its own processes
     parser.set_defaults(run=run)
@@ -238,54 +222,47 @@ def _train(comparison: Comparison, what: list[str], device: str | None) -> int:
 def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run], missing: list[Run]) -> None:
     from dataclasses import asdict
 
-    from miaformer.cli.output import console, print_table, write_json
+    import torch
+
+    from miaformer.cli.output import console, print_table, say, write_outputs
     from miaformer.evaluation.environment import describe_environment
     from miaformer.lab.comparison.results import read_points, summarise
+    from miaformer.reports.comparison_plot import plot_comparison
 
     table = summarise(*read_points([comparison.directory(one) for one in measured]))
-    out = console()
-    print_table(out, _table(table))
+    print_table(console(), _table(table))
     for name, fraction in table.at_equal_accuracy.items():
-        out.print(f"{name}: half a point below dense at {fraction:.3f} of the MACs", markup=False)
+        say(f"{name}: half a point below dense at {fraction:.3f} of the MACs")
     for line in _one_point_below(table.one_point_below):
-        out.print(line, markup=False, soft_wrap=True)
+        say(line)
     for at in table.adaptivity:
-        out.print(
+        say(
             f"Does compute follow difficulty? At {at['budget']:g}: rank correlation of MACs with the backbone's loss "
-            f"{at['loss']:+.3f}, with its margin {at['margin']:+.3f}.",
-            soft_wrap=True,
+            f"{at['loss']:+.3f}, with its margin {at['margin']:+.3f}."
         )
     seconds = comparison.core_seconds(measured)
     if "backbone" in seconds and "learned" in seconds:
         share = seconds["learned"] / seconds["backbone"]
-        out.print(f"Adapting took {share:.2f} of the time that training the backbone took.")
+        say(f"Adapting took {share:.2f} of the time that training the backbone took.")
     for one in missing:
-        out.print(f"not measured: {one.method.name}, seed {one.seed}", markup=False)
-    if args.json:
-        import torch
-
-        report = {
-            "recipe": comparison.recipe.to_json(),
-            "data": Path(comparison.data).name,
-            **asdict(table),
-            "seeds": _seeds(measured),
-            "core_seconds": seconds,
-            "adaptation": _adaptation(seconds),
-            "environment": describe_environment(torch.device("cpu"), 0),
-        }
-        write_json(args.json, report)
-        out.print(f"wrote {args.json}", markup=False)
-    if args.plot:
-        from miaformer.reports.comparison_plot import plot_comparison
-
-        plot_comparison(table.rows, args.plot, f"{comparison.recipe.name}, {table.num_images:,} test images")
-        out.print(f"wrote {args.plot}", markup=False)
+        say(f"not measured: {one.method.name}, seed {one.seed}")
+    report = {
+        "recipe": comparison.recipe.to_json(),
+        "data": Path(comparison.data).name,
+        **asdict(table),
+        "seeds": _seeds(measured),
+        "core_seconds": seconds,
+        "adaptation": _adaptation(seconds),
+        "environment": describe_environment(torch.device("cpu"), 0),
+    }
+    title = f"{comparison.recipe.name}, {table.num_images:,} test images"
+    write_outputs(args, report, lambda file: plot_comparison(table.rows, file, title))
     learned = next((one for one in measured if one.method.name == "learned"), None)
     if args.pictures and learned is None:
         raise ValueError("--pictures shows what `learned` does, which is not measured yet")
     if args.pictures and learned is not None:
         _draw_classes(comparison, learned, args.pictures)
-        out.print(f"wrote {args.pictures}", markup=False)
+        say(f"wrote {args.pictures}")
 
 
 def _draw_classes(comparison: Comparison, learned: Run, path: str) -> None:

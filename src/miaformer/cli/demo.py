@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, open_batches, open_device, seed_number
+from miaformer.cli.arguments import add_command, add_device, add_seed, open_batches, open_device
 from miaformer.cli.demo_pictures import BUNDLED_MODEL, show_pictures
 from miaformer.cli.processes import (
     STOPPED,
@@ -54,15 +54,12 @@ TIMED_PAIRS = 3  # of each
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "demo", "train, evaluate and plot a small model", DESCRIPTION, EPILOG)
     parser.add_argument("--out", default="demo", metavar="DIR", help="output directory (default: demo)")
-    parser.add_argument(
-        "--seed", type=seed_number, default=0, help="seed of training and of the random policy (default: 0)"
-    )
+    add_seed(parser, "training and of the random policy")
     parser.add_argument("--recipe", default="digits", metavar="R", help="recipe with data of its own (default: digits)")
     parser.add_argument(
         "--epochs-scale", type=float, default=1.0, metavar="X", help="train X times as long (default: 1)"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if available)")
-    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+    add_device(parser)
     add_processes(parser)
     parser.add_argument(
         "--pictures",
@@ -109,7 +106,7 @@ def _train_and_show(args: argparse.Namespace, out: Path, device: torch.device) -
 
 def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
     """Evaluate and time a calibrated model on the test split, print the table, and write report and pictures."""
-    from miaformer.cli.output import LiveProgress, console, print_table, report_notes, report_table, write_json
+    from miaformer.cli.output import LiveProgress, console, print_table, report_notes, report_table, say, write_json
     from miaformer.data import open_data
     from miaformer.evaluation import compare, contenders
     from miaformer.reports.plots import plot_adaptivity, plot_tradeoff
@@ -126,16 +123,13 @@ def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
     timings: dict[tuple[str, float], dict[int, float]] = {}
     for row in rows:
         timings.setdefault((row["policy"], row["budget"]), {})[row["batch"]] = row["time_fraction"]
-    terminal = console()
-    print_table(terminal, report_table(report, timings))
+    print_table(console(), report_table(report, timings))
     for note in report_notes(report):
-        terminal.print(note, soft_wrap=True, markup=False)
-
+        say(note)
     if max(row["time_fraction"] for row in rows) > 1:
-        terminal.print(
+        say(
             "Time is that of eager PyTorch. A model this small spends it on the overhead of each operation, not on "
-            "MACs: here skipping saves little or nothing.",
-            soft_wrap=True,
+            "MACs: here skipping saves little or nothing."
         )
 
     write_json(out / "report.json", report)
@@ -151,7 +145,7 @@ def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
         ("tradeoff.png", "accuracy over MACs"),
         ("digits.png", "the images that get the least and the most compute"),
     ):
-        terminal.print(f"{out / name}: {what}", soft_wrap=True, markup=False)
+        say(f"{out / name}: {what}")
 
 
 def _timed(model: MIAFormer, found: list[Contender], test: Batches, on_progress: Any) -> list[dict[str, Any]]:

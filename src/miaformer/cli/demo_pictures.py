@@ -33,7 +33,7 @@ def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> in
     import torch
 
     from miaformer import load
-    from miaformer.cli.output import console
+    from miaformer.cli.output import console, say
     from miaformer.data import build_transform
     from miaformer.data.images import ImageError, open_image
     from miaformer.model.policy import Full
@@ -56,19 +56,18 @@ def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> in
         outputs = {budget: model.run(images, budget=budget) for budget in BUDGETS}
         outputs[1.0] = model.run(images, policy=Full())
     names = model.label_names or [str(label) for label in range(model.num_classes)]
-    terminal = console()
-    terminal.print(_table([path.name for path in pictures], outputs, names))
+    console().print(_table([path.name for path in pictures], outputs, names))
     for name, reason in failed.items():
-        terminal.print(f"{name}: {reason}", markup=False)
+        say(f"{name}: {reason}")
     if len(paths) > MOST_PICTURES:
         more = f"{len(paths) - MOST_PICTURES:,} more pictures"
-        terminal.print(f"{more}: `miaformer predict {BUNDLED_MODEL} PATH ... --out FILE` takes them all", markup=False)
+        say(f"{more}: `miaformer predict {BUNDLED_MODEL} PATH ... --out FILE` takes them all")
     if len(pictures) > 1:
         out.mkdir(parents=True, exist_ok=True)
         batch = _Unlabelled(images, torch.full((len(images),), -1))
         picture = out / "pictures.png"
         plot_adaptivity(model, [batch], picture, BUDGETS[1], data_config=model.data_config(), classes=names)
-        terminal.print(f"{picture}: who gets the least and the most compute", markup=False)
+        say(f"{picture}: who gets the least and the most compute")
     return 1 if failed else 0
 
 

@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import os
 
-    from miaformer.cli.output import console
+    from miaformer.cli.output import say
 
     if args.static is None and args.data is not None:
         raise ValueError("--data is for --static; the adaptive file needs no images")
@@ -59,12 +59,11 @@ def run(args: argparse.Namespace) -> int:
         export_onnx(model, args.out, price=args.price, trace=args.trace)
     else:
         export_static(model, args.out, _decisions(model, args.data, args.static))
-    out = console()
     size = os.path.getsize(args.out) / 2**20
-    out.print(f"wrote {args.out}: {size:.1f} MiB", soft_wrap=True, markup=False)
+    say(f"wrote {args.out}: {size:.1f} MiB")
     if args.static is None and model.calibration is not None:
         least, most = model.calibration.range
-        out.print(f"budgets from {least:.2f} to {most:.2f} of {model.cost().backbone / 1e6:,.0f} M MACs")
+        say(f"budgets from {least:.2f} to {most:.2f} of {model.cost().backbone / 1e6:,.0f} M MACs")
     return 0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +41,21 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write a whole file or none: a report is never left half written."""
     with whole_file(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def say(text: str, stderr: bool = False) -> None:
+    """A line for people, as it is: neither wrapped nor marked up."""
+    console(stderr).print(text, soft_wrap=True, markup=False)
+
+
+def write_outputs(args: argparse.Namespace, report: Any, draw: Callable[[str], None]) -> None:
+    """Write what --json and --plot ask for, and say so. draw: draws the report to a file."""
+    if args.json:
+        write_json(args.json, report)
+        say(f"wrote {args.json}")
+    if args.plot:
+        draw(args.plot)
+        say(f"wrote {args.plot}")
 
 
 class LiveProgress:
@@ -110,6 +126,20 @@ def print_table(out: Console, table: Table) -> None:
 def _width(out: Console, table: Table) -> int:
     """Columns that it takes when nothing is cut off."""
     return Measurement.get(out, out.options.update(width=10_000), table).maximum
+
+
+def list_failed(failed: Mapping[str, str], count: int | None = None) -> None:
+    """Tell of pictures that failed, with the reason by path; count: of all, where these are the first."""
+    count = len(failed) if count is None else count
+    more = count - len(failed)
+    table = Table(title=f"{count:,} failed", title_justify="left", title_style="bold red", caption_justify="left")
+    table.add_column("path", overflow="fold")
+    table.add_column("why", overflow="fold")
+    for path, why in failed.items():
+        table.add_row(Text(path), Text(why))
+    if more:
+        table.caption = f"... and {more:,} more: see the error column"
+    console(stderr=True).print(table)
 
 
 def report_table(

@@ -62,7 +62,7 @@ _LIMITS = (
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "serve", "classify images over HTTP", DESCRIPTION, EPILOG)
-    add_model(parser, "model directory, hub id, name of a bundled model, or timm:NAME")
+    add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument(
         "--port", type=int, default=8000, metavar="N", help="port to listen on; 0 picks a free one (default: 8000)"

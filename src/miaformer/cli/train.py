@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import add_command, add_data, radius, seed_number
+from miaformer.cli.arguments import add_command, add_data, add_seed, add_threads, radius
 from miaformer.cli.processes import STOPPED, check_processes, is_one_of_several, run_in_processes, say_stopped
 from miaformer.data.files import check_holds_no_run
 
@@ -64,12 +64,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of this run")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in DIR")
-    parser.add_argument(
-        "--seed",
-        type=seed_number,
-        default=0,
-        help="seed of weights, data order, augmentation and decisions (default: 0)",
-    )
+    add_seed(parser, "weights, data order, augmentation and decisions")
     parser.add_argument(
         "--epochs-scale", type=float, default=1.0, metavar="X", help="make every stage X times as long (default: 1)"
     )
@@ -92,7 +87,7 @@ def add_parser(subparsers: Any) -> None:
         default="auto",
         help="cpu: train on the CPU even if there is an accelerator (default: auto)",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+    add_threads(parser)
     parser.add_argument(
         "--processes",
         type=int,

@@ -12,6 +12,7 @@ from miaformer.evaluation.controls import (
 )
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.evaluate import compare, evaluate, spearman
+from miaformer.evaluation.on_data import bench_data, evaluate_data, ordered_batches
 from miaformer.evaluation.timing import PairTimes, time_against_dense, time_pairs
 
 __all__ = [
@@ -21,13 +22,16 @@ __all__ = [
     "LeftOut",
     "PairTimes",
     "Simulation",
+    "bench_data",
     "calibrate",
     "cls_attention_policy",
     "compare",
     "contenders",
     "describe_environment",
     "evaluate",
+    "evaluate_data",
     "macs_of",
+    "ordered_batches",
     "random_policy",
     "spearman",
     "static_policy",
