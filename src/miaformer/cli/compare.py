@@ -312,7 +312,7 @@ def _seeds(measured: list[Run]) -> dict[str, list[int]]:
 def _table(table: Table) -> Any:
     from rich.table import Table as RichTable
 
-    from miaformer.evaluation.comparison_rows import COLUMNS, OURS, written
+    from miaformer.reports.comparison_rows import COLUMNS, OURS, written
 
     shown = RichTable(
         caption=f"{table.num_images:,} test images; intervals of 95 % over images; hardest: the tenth with the "

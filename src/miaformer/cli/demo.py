@@ -136,9 +136,7 @@ def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
     plot_tradeoff(report, out / "tradeoff.png")
     middle = [contender.budget for contender in found if contender.name == "learned"]
     budget = middle[len(middle) // 2] if middle else None
-    plot_adaptivity(
-        model, test.epoch(0), out / "digits.png", budget, data_config=model.data_config(), classes=test.data.classes
-    )
+    plot_adaptivity(model, test.epoch(0), out / "digits.png", budget, classes=test.data.classes)
     for name, what in (
         ("model", "the model"),
         ("report.json", "all numbers"),

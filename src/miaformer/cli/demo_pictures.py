@@ -66,7 +66,7 @@ def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> in
         out.mkdir(parents=True, exist_ok=True)
         batch = _Unlabelled(images, torch.full((len(images),), -1))
         picture = out / "pictures.png"
-        plot_adaptivity(model, [batch], picture, BUDGETS[1], data_config=model.data_config(), classes=names)
+        plot_adaptivity(model, [batch], picture, BUDGETS[1], classes=names)
         say(f"{picture}: who gets the least and the most compute")
     return 1 if failed else 0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from miaformer.evaluation.comparison_rows import COLUMNS, OURS, Row, written
 from miaformer.reports.chart import Chart, Level, Series, coloured, figure
+from miaformer.reports.comparison_rows import COLUMNS, OURS, Row, written
 from miaformer.reports.page import Markup, facts, join, percent, table, tag
 from miaformer.reports.training import duration
 
