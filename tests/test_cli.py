@@ -349,7 +349,7 @@ def test_no_terminal_is_too_narrow_for_a_table(width: int) -> None:
     table.add_row("another", *values)
     shown = io.StringIO()
     terminal = Console(file=shown, width=width)
-    output.print_table(terminal, table)
+    output.print_table(table, terminal)
     lines = shown.getvalue().splitlines()
     assert [line for line in lines if all(value in line for value in values)] == [
         line for line in lines if "7" in line

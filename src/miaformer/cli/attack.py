@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from miaformer.cli.arguments import (
-    add_cap,
     add_command,
-    add_compute,
-    add_data,
-    add_model,
-    add_outputs,
-    add_seed,
-    add_several,
     check_positive,
     open_batches,
     open_device,
@@ -72,10 +65,10 @@ JSON:
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "attack", "measure accuracy and compute under attack", DESCRIPTION, EPILOG)
-    add_model(parser)
-    add_data(parser, required=True)
-    add_several(parser, "--attacks", "A", str, DEFAULT_ATTACKS, "attacks listed above")
-    add_several(parser, "--eps", "E", str, ("4/255",), "attack radii, in pixel values from 0 to 1")
+    parser.add_model()
+    parser.add_data(required=True)
+    parser.add_several("--attacks", "A", str, DEFAULT_ATTACKS, "attacks listed above")
+    parser.add_several("--eps", "E", str, ("4/255",), "attack radii, in pixel values from 0 to 1")
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="norm of the radii (default: linf)")
     parser.add_argument("--targets", nargs="+", metavar="T", help="targets listed above (default: backbone adaptive)")
     parser.add_argument(
@@ -84,42 +77,32 @@ def add_parser(subparsers: Any) -> None:
         metavar="B",
         help="budget of all targets except backbone (default: the model's, else 0.5)",
     )
-    add_cap(parser)
-    parser.add_argument(
-        "--images", type=int, default=1000, metavar="N", help="number of images, evenly spaced (default: 1000)"
-    )
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps of gradient attacks (default: 50)")
-    parser.add_argument(
-        "--restarts", type=int, default=1, metavar="N", help="random starts of gradient attacks (default: 1)"
-    )
+    parser.add_cap()
+    parser.add_number("--images", 1000, "number of images, evenly spaced")
+    parser.add_number("--steps", 50, "steps of gradient attacks")
+    parser.add_number("--restarts", 1, "random starts of gradient attacks")
     parser.add_argument(
         "--cascade",
         action="store_true",
         help="attack only images that withstood the attacks before: same `worst` in less time, other rows are "
         "cumulative",
     )
-    parser.add_argument(
-        "--patch-area",
-        type=float,
-        default=0.02,
-        metavar="A",
-        help="area of the patch, as a fraction of the image (default: 0.02)",
-    )
-    parser.add_argument(
-        "--patch-steps", type=int, default=200, metavar="N", help="steps to learn the patch (default: 200)"
-    )
+    parser.add_number("--patch-area", 0.02, "area of the patch, as a fraction of the image", "A")
+    parser.add_number("--patch-steps", 200, "steps to learn the patch")
     parser.add_argument("--no-masking-check", action="store_true", help="skip the check for gradient masking")
-    add_seed(parser, "everything random")
+    parser.add_seed("everything random")
     parser.add_argument("--out", metavar="DIR", help="keep finished results in this directory, and continue from them")
-    add_outputs(parser, "the report", "accuracy over the radius")
-    add_compute(parser, batch_size=250)
+    parser.add_outputs("the report", "accuracy over the radius")
+    parser.add_number("--batch-size", 250, "images per batch")
+    parser.add_dtype()
+    parser.add_device()
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from miaformer.cli.output import LiveProgress, console, print_table, say, write_outputs
+    from miaformer.cli.output import LiveProgress, print_table, say, write_outputs
     from miaformer.data import open_data, spread
     from miaformer.lab.attacks import Ball, Climb, attack, check_attacks, needs_held_out
     from miaformer.reports.robustness_plot import plot_robustness
@@ -162,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt(kept) from None
     report = {"model": args.model, **report}
     say(f"{args.model} on {len(data):,} images of {data.name}")
-    print_table(console(), _table(report["rows"]))
+    print_table(_table(report["rows"]))
     signs = report["masking"]
     for sign in signs:
         if not sign["passed"]:

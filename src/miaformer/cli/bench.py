@@ -5,21 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import (
-    DTYPES,
-    add_budgets,
-    add_command,
-    add_data,
-    add_device,
-    add_model,
-    add_outputs,
-    add_seed,
-    add_several,
-    check_positive,
-    open_device,
-    open_model,
-    own_model,
-)
+from miaformer.cli.arguments import DTYPES, add_command, check_positive, open_device, open_model, own_model
 
 ENGINES = ("eager", "packed", "compile", "graphs", "onnx")
 GRAINS = ("all", "depth", "heads", "tokens")
@@ -64,10 +50,10 @@ JSON:
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "bench", "time sparse against dense execution", DESCRIPTION, EPILOG)
-    add_model(parser)
-    add_data(parser, "images: digits, any folder of images, or a name that timm knows")
-    add_several(parser, "--batch-sizes", "N", int, (1, 8, 32), "batch sizes")
-    add_budgets(parser)
+    parser.add_model()
+    parser.add_data("images: digits, any folder of images, or a name that timm knows")
+    parser.add_several("--batch-sizes", "N", int, (1, 8, 32), "batch sizes")
+    parser.add_budgets()
     parser.add_argument(
         "--engines",
         nargs="+",
@@ -91,25 +77,13 @@ def add_parser(subparsers: Any) -> None:
         metavar="G",
         help="what the controllers of timm:NAME decide: all, depth, heads or tokens (default: all)",
     )
-    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="maximum rounds per batch (default: 15)")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=20.0,
-        metavar="S",
-        help="seconds of timing per dtype and batch size (default: 20)",
-    )
-    parser.add_argument(
-        "--calibration-images",
-        type=int,
-        default=32,
-        metavar="N",
-        help="images for calibration, if MODEL is not calibrated (default: 32)",
-    )
+    parser.add_number("--repeats", 15, "maximum rounds per batch")
+    parser.add_number("--seconds", 20.0, "seconds of timing per dtype and batch size", "S")
+    parser.add_number("--calibration-images", 32, "images for calibration, if MODEL is not calibrated")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in separate processes")
-    add_device(parser)
-    add_seed(parser, "images, weights and controllers")
-    add_outputs(parser, "the report", "time over MACs")
+    parser.add_device()
+    parser.add_seed("images, weights and controllers")
+    parser.add_outputs("the report", "time over MACs")
     parser.set_defaults(run=run)
 
 
@@ -117,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from miaformer.cli.bench_output import bench_notes, bench_tables
-    from miaformer.cli.output import LiveProgress, console, print_table, say, write_outputs
+    from miaformer.cli.output import LiveProgress, print_table, say, write_outputs
     from miaformer.evaluation.bench import stage_of
     from miaformer.evaluation.on_data import bench_data
     from miaformer.reports.speed_plot import plot_speed
@@ -145,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         )
     report = {"model": args.model, **found}
     for table in bench_tables(report):
-        print_table(console(), table)
+        print_table(table)
     for note in bench_notes(report):
         say(note)
     if not report["rows"]:

@@ -6,16 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import (
-    add_budgets,
-    add_command,
-    add_data,
-    add_device,
-    add_outputs,
-    add_several,
-    open_device,
-    seed_number,
-)
+from miaformer.cli.arguments import add_command, open_device, seed_number
 from miaformer.cli.processes import (
     STOPPED,
     add_processes,
@@ -75,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--recipe", required=True, metavar="R", help="recipe with adaptation stages, and usually with a backbone stage"
     )
-    add_data(parser, "data set: a folder, a CSV file, or a name that timm knows (default: the recipe's)")
+    parser.add_data("data set: a folder, a CSV file, or a name that timm knows (default: the recipe's)")
     parser.add_argument(
         "--backbone",
         metavar="MODELDIR",
@@ -85,12 +76,10 @@ def add_parser(subparsers: Any) -> None:
         "--out", required=True, metavar="DIR", help="directory for runs; existing runs in it are reused"
     )
     parser.add_argument("--methods", nargs="+", metavar="M", help="methods listed above (default: all but ablations)")
-    add_several(parser, "--seeds", "N", seed_number, (0, 1, 2), "seeds of `learned`")
-    add_several(parser, "--rival-seeds", "N", seed_number, (0,), "seeds of all other methods")
-    add_budgets(parser, (0.25, 0.35, 0.5, 0.7))
-    parser.add_argument(
-        "--epochs-scale", type=float, default=1.0, metavar="X", help="make every stage X times as long (default: 1)"
-    )
+    parser.add_several("--seeds", "N", seed_number, (0, 1, 2), "seeds of `learned`")
+    parser.add_several("--rival-seeds", "N", seed_number, (0,), "seeds of all other methods")
+    parser.add_budgets((0.25, 0.35, 0.5, 0.7))
+    parser.add_number("--epochs-scale", 1.0, "make every stage X times as long", "X")
     parser.add_argument(
         "--test-images", type=int, metavar="N", help="measure on the first N test images (default: all)"
     )
@@ -101,13 +90,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--only-times", action="store_true", help="time what is measured and not timed yet; its models must be in DIR"
     )
-    add_outputs(parser, "all figures", "the curves")
+    parser.add_outputs("all figures", "the curves")
     parser.add_argument(
         "--pictures",
         metavar="FILE.png",
         help="draw the cheapest and the most expensive images of each class to this file",
     )
-    add_device(parser)
+    parser.add_device()
     add_processes(parser)
     parser.add_argument("--train", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)  # of its own processes
     parser.set_defaults(run=run)
@@ -224,13 +213,13 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
 
     import torch
 
-    from miaformer.cli.output import console, print_table, say, write_outputs
+    from miaformer.cli.output import print_table, say, write_outputs
     from miaformer.evaluation.environment import describe_environment
     from miaformer.lab.comparison.results import read_points, summarise
     from miaformer.reports.comparison_plot import plot_comparison
 
     table = summarise(*read_points([comparison.directory(one) for one in measured]))
-    print_table(console(), _table(table))
+    print_table(_table(table))
     for name, fraction in table.at_equal_accuracy.items():
         say(f"{name}: half a point below dense at {fraction:.3f} of the MACs")
     for line in _one_point_below(table.one_point_below):
@@ -276,9 +265,7 @@ def _draw_classes(comparison: Comparison, learned: Run, path: str) -> None:
 
 def _one_point_below(found: dict[str, Any]) -> list[str]:
     """What the MACs at one point below dense come to, in words."""
-
-    def between(interval: list[float]) -> str:
-        return f"({interval[0]:.3f}, {interval[1]:.3f})"
+    from miaformer.reports.comparison_rows import between
 
     lines = [
         f"{name}: one point below dense at {one['macs_fraction']:.3f} {between(one['interval'])} of the MACs"

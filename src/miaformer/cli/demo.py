@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_device, add_seed, open_batches, open_device
+from miaformer.cli.arguments import add_command, open_batches, open_device
 from miaformer.cli.demo_pictures import BUNDLED_MODEL, show_pictures
 from miaformer.cli.processes import (
     STOPPED,
@@ -54,12 +54,10 @@ TIMED_PAIRS = 3  # of each
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "demo", "train, evaluate and plot a small model", DESCRIPTION, EPILOG)
     parser.add_argument("--out", default="demo", metavar="DIR", help="output directory (default: demo)")
-    add_seed(parser, "training and of the random policy")
+    parser.add_seed("training and of the random policy")
     parser.add_argument("--recipe", default="digits", metavar="R", help="recipe with data of its own (default: digits)")
-    parser.add_argument(
-        "--epochs-scale", type=float, default=1.0, metavar="X", help="train X times as long (default: 1)"
-    )
-    add_device(parser)
+    parser.add_number("--epochs-scale", 1.0, "train X times as long", "X")
+    parser.add_device()
     add_processes(parser)
     parser.add_argument(
         "--pictures",
@@ -106,7 +104,7 @@ def _train_and_show(args: argparse.Namespace, out: Path, device: torch.device) -
 
 def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
     """Evaluate and time a calibrated model on the test split, print the table, and write report and pictures."""
-    from miaformer.cli.output import LiveProgress, console, print_table, report_notes, report_table, say, write_json
+    from miaformer.cli.output import LiveProgress, print_table, report_notes, report_table, say, write_json
     from miaformer.data import open_data
     from miaformer.evaluation import compare, contenders
     from miaformer.reports.plots import plot_adaptivity, plot_tradeoff
@@ -123,7 +121,7 @@ def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
     timings: dict[tuple[str, float], dict[int, float]] = {}
     for row in rows:
         timings.setdefault((row["policy"], row["budget"]), {})[row["batch"]] = row["time_fraction"]
-    print_table(console(), report_table(report, timings))
+    print_table(report_table(report, timings))
     for note in report_notes(report):
         say(note)
     if max(row["time_fraction"] for row in rows) > 1:

@@ -5,22 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import (
-    add_budgets,
-    add_cap,
-    add_command,
-    add_compute,
-    add_data,
-    add_model,
-    add_outputs,
-    add_seed,
-    add_several,
-    check_positive,
-    open_batches,
-    open_device,
-    open_model,
-    own_model,
-)
+from miaformer.cli.arguments import add_command, check_positive, open_batches, open_device, open_model, own_model
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
 
@@ -63,8 +48,8 @@ JSON:
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "eval", "measure accuracy per compute, against controls", DESCRIPTION, EPILOG)
-    add_model(parser)
-    add_data(parser, required=True)
+    parser.add_model()
+    parser.add_data(required=True)
     parser.add_argument(
         "--split",
         default="test",
@@ -72,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="S",
         help="split of DATA: train, calibration or test (default: test)",
     )
-    add_budgets(parser)
+    parser.add_budgets()
     parser.add_argument(
         "--policy",
         nargs="+",
@@ -86,23 +71,19 @@ def add_parser(subparsers: Any) -> None:
         metavar="C",
         help="also evaluate under the 15 common corruptions of ImageNet-C, or only under those named",
     )
-    add_several(parser, "--severities", "S", int, (1, 2, 3, 4, 5), "severities of the corruptions")
-    parser.add_argument(
-        "--corrupted-images",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="number of images to corrupt, evenly spaced (default: 1000)",
-    )
-    add_cap(parser)
+    parser.add_several("--severities", "S", int, (1, 2, 3, 4, 5), "severities of the corruptions")
+    parser.add_number("--corrupted-images", 1000, "number of images to corrupt, evenly spaced")
+    parser.add_cap()
     parser.add_argument(
         "--calibrate",
         action="store_true",
         help="first measure the table from budgets to prices on the calibration split of DATA; MODEL stays unchanged",
     )
-    add_seed(parser, "the random policy and of random weights")
-    add_outputs(parser, "the report", "accuracy over MACs")
-    add_compute(parser, batch_size=64)
+    parser.add_seed("the random policy and of random weights")
+    parser.add_outputs("the report", "accuracy over MACs")
+    parser.add_number("--batch-size", 64, "images per batch")
+    parser.add_dtype()
+    parser.add_device()
     parser.set_defaults(run=run)
 
 
@@ -111,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
 
     from miaformer.cli.output import (
         LiveProgress,
-        console,
         print_table,
         report_notes,
         report_table,
@@ -159,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
                 model, some, args.budgets, policies, names, args.severities, **settings
             )
     say(f"{args.model} on {images.name}")
-    print_table(console(), report_table(report))
+    print_table(report_table(report))
     for note in report_notes(report):
         say(note)
     if model.calibration is None:
@@ -167,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.calibrate:
         say(f"Calibrated for this evaluation on {model.calibration.data}.")
     if "corruptions" in report:
-        print_table(console(), _corruption_table(report["corruptions"]))
+        print_table(_corruption_table(report["corruptions"]))
     write_outputs(args, report, lambda file: plot_tradeoff(report, file))
     return 0
 

@@ -7,17 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import (
-    add_cap,
-    add_command,
-    add_compute,
-    add_model,
-    add_top_k,
-    check_positive,
-    open_device,
-    open_model,
-    own_model,
-)
+from miaformer.cli.arguments import add_command, check_positive, open_device, open_model, own_model
 
 if TYPE_CHECKING:
     from miaformer.reports.explained import Explained
@@ -51,7 +41,7 @@ MOST_ROWS = 40  # of the table on the terminal
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "explain", "show what a model executes for images", DESCRIPTION, EPILOG)
-    add_model(parser)
+    parser.add_model()
     parser.add_argument("paths", nargs="+", metavar="PATH", help="images and folders of images")
     parser.add_argument("--out", required=True, metavar="DIR", help="output directory for pages and PNGs")
     parser.add_argument(
@@ -61,10 +51,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="B",
         help="mean MACs, as fractions of the dense model's; one strip per budget",
     )
-    add_cap(parser)
-    add_top_k(parser)
+    parser.add_cap()
+    parser.add_top_k()
     parser.add_argument("--json", metavar="FILE", help="write all explanations to this file")
-    add_compute(parser, batch_size=16)
+    parser.add_number("--batch-size", 16, "images per batch")
+    parser.add_dtype()
+    parser.add_device()
     parser.set_defaults(run=run)
 
 

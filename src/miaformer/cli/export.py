@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import add_command, add_data, add_model, open_device, open_model, own_model
+from miaformer.cli.arguments import add_command, open_device, open_model, own_model
 
 DESCRIPTION = """\
 Write MODEL to OUT.onnx, weights included. In ONNX Runtime, the file skips at run time: blocks by If, tokens by
@@ -30,14 +30,14 @@ examples/onnx_inference.py runs a file with onnxruntime, numpy and pillow alone.
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "export", "write a model for ONNX Runtime", DESCRIPTION, EPILOG)
-    add_model(parser)
+    parser.add_model()
     parser.add_argument("out", metavar="OUT.onnx", help="output file")
     parser.add_argument("--trace", action="store_true", help="also output which blocks, heads and tokens were executed")
     parser.add_argument(
         "--price", type=float, metavar="P", help="decide at this price, and ignore the requested budget"
     )
     parser.add_argument("--static", type=float, metavar="B", help="write one policy for all images, at this budget")
-    add_data(parser, "for --static: images on which to find the policy")
+    parser.add_data("for --static: images on which to find the policy")
     parser.set_defaults(run=run)
 
 

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from miaformer.data.files import whole_file
+from miaformer.reports.point_cells import DENSE_CELLS, spent_cells
 
 PIPED_WIDTH = 120  # columns, where no terminal says how many there are
 
@@ -43,9 +44,9 @@ def write_json(path: str | Path, content: Any) -> None:
         unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def say(text: str, stderr: bool = False) -> None:
+def say(text: str) -> None:
     """A line for people, as it is: neither wrapped nor marked up."""
-    console(stderr).print(text, soft_wrap=True, markup=False)
+    console().print(text, soft_wrap=True, markup=False)
 
 
 def write_outputs(args: argparse.Namespace, report: Any, draw: Callable[[str], None]) -> None:
@@ -105,22 +106,20 @@ class _Rate(ProgressColumn):
         return Text("" if task.speed is None else f"{task.speed:.1f} {self.unit}/s", style="cyan")
 
 
-def print_table(out: Console, table: Table) -> None:
+def print_table(table: Table, out: Console | None = None) -> None:
     """Print it whole, however narrow the terminal: without a frame where that does not fit, then closer together, and
     at last beyond the edge.
     """
+    out = out or console()
     if _width(out, table) > out.width:
         table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, (0, 1, 0, 0)
         for column in table.columns:
             column.header = str(column.header).replace(" ", "\n")
     if _width(out, table) > out.width:
         table.padding = 0
-    terminal = out.width
-    out.width = max(terminal, _width(out, table))
-    try:
-        out.print(table, crop=False)
-    finally:
-        out.width = terminal
+    terminal, out.width = out.width, max(out.width, _width(out, table))
+    out.print(table, crop=False)
+    out.width = terminal
 
 
 def _width(out: Console, table: Table) -> int:
@@ -157,18 +156,16 @@ def report_table(
         table.add_column(name, justify="right", no_wrap=True)
     for batch in batches:
         table.add_column(f"time, batch {batch}", justify="right")
-    dense = report["dense"]
-    row = ("dense", "", _percent(dense["accuracy"]), *["1.000"] * 3, *["1.00"] * 3)
-    table.add_row(*row, *["1.00"] * len(batches), end_section=True)
+    dense = f"{100 * report['dense']['accuracy']:.2f} %"
+    table.add_row("dense", "", dense, *DENSE_CELLS, *["1.00"] * len(batches), end_section=True)
     points = report["points"]
     for point, following in zip(points, [*points[1:], None], strict=True):
         times = (timings or {}).get((point["policy"], point["budget"]), {})
         table.add_row(
             point["policy"],
             f"{point['budget']:g}",
-            _percent(point["accuracy"]),
-            *(f"{point[name]:.3f}" for name in ("macs_fraction", "macs_fraction_p95", "macs_fraction_max")),
-            *(f"{point[name]:.2f}" for name in ("depth_kept", "heads_kept", "tokens_kept")),
+            f"{100 * point['accuracy']:.2f} %",
+            *spent_cells(point),
             *(f"{times[batch]:.2f}" if batch in times else "" for batch in batches),
             style="bold" if point["policy"] == "learned" else None,
             end_section=following is None or following["budget"] != point["budget"],
@@ -189,7 +186,3 @@ def report_notes(report: Mapping[str, Any]) -> list[str]:
     for left_out in report["left_out"]:
         notes.append(f"Left out: {left_out['policy']} at {left_out['budget']:g}: {left_out['reason']}.")
     return notes
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"

@@ -9,18 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import (
-    add_cap,
-    add_command,
-    add_compute,
-    add_image_column,
-    add_model,
-    add_top_k,
-    check_positive,
-    open_device,
-    open_model,
-    own_model,
-)
+from miaformer.cli.arguments import add_command, check_positive, open_device, open_model, own_model
 from miaformer.prediction.sources import Inputs, find_inputs
 from miaformer.prediction.unfinished import UnfinishedRun, check_out, is_finished
 
@@ -81,17 +70,19 @@ run repeats that work.
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "predict", "classify images", DESCRIPTION, EPILOG)
-    add_model(parser)
+    parser.add_model()
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help="images, folders, patterns, archives and parquet files"
     )
-    add_image_column(parser)
+    parser.add_image_column()
     parser.add_argument("--out", required=True, metavar="FILE", help="output file: .csv, .jsonl or .parquet")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished run, if there is one")
     parser.add_argument("--budget", type=float, metavar="B", help="mean MACs, as a fraction of the dense model's")
-    add_cap(parser)
-    add_top_k(parser)
-    add_compute(parser, batch_size=32)
+    parser.add_cap()
+    parser.add_top_k()
+    parser.add_number("--batch-size", 32, "images per batch")
+    parser.add_dtype()
+    parser.add_device()
     group = parser.add_argument_group("Ray (needs the extra `ray`)")
     group.add_argument(
         "--ray-workers",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_data, add_device, open_batches, open_device, open_model
+from miaformer.cli.arguments import add_command, open_batches, open_device, open_model
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--eval", nargs="+", default=[], metavar="FILE", help="files that `miaformer eval --json` wrote"
     )
-    add_data(parser, f"data set: show the cheapest and the most expensive of {MOST_IMAGES:,} test images")
-    add_device(parser)
+    parser.add_data(f"data set: show the cheapest and the most expensive of {MOST_IMAGES:,} test images")
+    parser.add_device()
     parser.set_defaults(run=run)
 
 

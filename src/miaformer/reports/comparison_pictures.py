@@ -14,12 +14,14 @@ from miaformer.model.model import MIAFormer
 from miaformer.reports.extremes import Ends, Extreme, as_picture, kept_share, run_each
 from miaformer.reports.looks import FAINT, INK, bare, new_figure, save, short
 
+COUNT = 5  # of a class's cheapest and of its most expensive
+
 
 class _OfClass(Ends):
     """What was seen of a class."""
 
-    def __init__(self, model: MIAFormer, count: int) -> None:
-        super().__init__(count)
+    def __init__(self, model: MIAFormer) -> None:
+        super().__init__(COUNT)
         self._model = model
         self.images = 0
         self.macs_fraction = 0.0  # sum
@@ -38,24 +40,23 @@ def plot_classes(
     path: str | Path,
     budget: float,
     classes: Sequence[str],
-    count: int = 5,
 ) -> None:
-    """One row per class: where its tokens are kept on average, its `count` cheapest and most expensive images, and the
+    """One row per class: where its tokens are kept on average, its `COUNT` cheapest and most expensive images, and the
     MACs that they take.
 
     batches: passed over once. classes: names of the labels; the twelve with the most images are drawn.
 
     Raises ValueError where there are no images.
     """
-    seen: dict[int, _OfClass] = defaultdict(lambda: _OfClass(model, count))
+    seen: dict[int, _OfClass] = defaultdict(lambda: _OfClass(model))
     for image in run_each(model, batches, budget):
         seen[image.label].add(image)
     if not seen:
         raise ValueError("plot_classes() was given no images")
     labels = sorted(sorted(seen, key=lambda label: -seen[label].images)[:12])
-    columns = 2 * count + 2  # the map, the cheapest, a gap, the most expensive
+    columns = 2 * COUNT + 2  # the map, the cheapest, a gap, the most expensive
     figure, _ = new_figure(1.0 * columns + 1.6, 1.08 * len(labels) + 0.8, axes=False)
-    widths = [1.15, *[1.0] * count, 0.25, *[1.0] * count]
+    widths = [1.15, *[1.0] * COUNT, 0.25, *[1.0] * COUNT]
     grid = figure.add_gridspec(
         len(labels), columns, width_ratios=widths,
         left=0.12, right=0.99, bottom=0.02, top=0.92, hspace=0.28, wspace=0.06,
@@ -74,7 +75,7 @@ def plot_classes(
         bare(cell)
         if row == 0 and high > low:
             cell.set_title("tokens kept", fontsize=8.5, color=INK, loc="left")
-        for start, found, title in ((1, one.least, "cheapest"), (count + 2, one.most, "most expensive")):
+        for start, found, title in ((1, one.least, "cheapest"), (COUNT + 2, one.most, "most expensive")):
             for place, shown in enumerate(found):
                 cell = figure.add_subplot(grid[row, start + place])
                 cell.imshow(as_picture(shown.image, config), interpolation="nearest")
