@@ -118,10 +118,7 @@ def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
         rows = _timed(model, found, test, on_progress)
     report = {"model": str(out / "model"), "data": test.data.name, **report, "timing": rows}
 
-    timings: dict[tuple[str, float], dict[int, float]] = {}
-    for row in rows:
-        timings.setdefault((row["policy"], row["budget"]), {})[row["batch"]] = row["time_fraction"]
-    print_table(report_table(report, timings))
+    print_table(report_table(report))
     for note in report_notes(report):
         say(note)
     if max(row["time_fraction"] for row in rows) > 1:

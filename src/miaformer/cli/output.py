@@ -141,14 +141,12 @@ def list_failed(failed: Mapping[str, str], count: int | None = None) -> None:
     console(stderr=True).print(table)
 
 
-def report_table(
-    report: Mapping[str, Any], timings: Mapping[tuple[str, float], Mapping[int, float]] | None = None
-) -> Table:
-    """A report of `evaluate`, dense first, then budget by budget.
-
-    timings: (policy, budget) to batch size to time against dense, for a column each.
+def report_table(report: Mapping[str, Any]) -> Table:
+    """A report of `evaluate`, dense first, then budget by budget; a column for each batch size of its `timing`, if it
+    has any.
     """
-    batches = sorted({batch for times in (timings or {}).values() for batch in times})
+    times = {(row["policy"], row["budget"], row["batch"]): row["time_fraction"] for row in report.get("timing", ())}
+    batches = sorted({batch for _, _, batch in times})
     measures = "MACs and time" if batches else "MACs"
     table = Table(caption=f"{measures}: fractions of the dense model's. Heads and tokens: of executed blocks.")
     table.add_column("policy", no_wrap=True)
@@ -160,13 +158,13 @@ def report_table(
     table.add_row("dense", "", dense, *DENSE_CELLS, *["1.00"] * len(batches), end_section=True)
     points = report["points"]
     for point, following in zip(points, [*points[1:], None], strict=True):
-        times = (timings or {}).get((point["policy"], point["budget"]), {})
+        at = point["policy"], point["budget"]
         table.add_row(
             point["policy"],
             f"{point['budget']:g}",
             f"{100 * point['accuracy']:.2f} %",
             *spent_cells(point),
-            *(f"{times[batch]:.2f}" if batch in times else "" for batch in batches),
+            *(f"{times[*at, batch]:.2f}" if (*at, batch) in times else "" for batch in batches),
             style="bold" if point["policy"] == "learned" else None,
             end_section=following is None or following["budget"] != point["budget"],
         )

@@ -187,11 +187,12 @@ def _settings(
     import miaformer
     from miaformer.prediction.classify import fingerprint
 
+    classes = args.classes and hashlib.blake2b(Path(args.classes).read_bytes(), digest_size=4).hexdigest()
     return {
         "--budget": args.budget,
         "--cap": args.cap,
         "--top-k": args.top_k,
-        "--classes": _digest(args.classes),
+        "--classes": classes and f"of content {classes}",
         "--batch-size": args.batch_size,
         "--dtype": args.dtype,
         "--device": str(device),
@@ -202,10 +203,6 @@ def _settings(
         "miaformer": miaformer.__version__,
         "torch": torch.__version__,
     }
-
-
-def _digest(file: str | None) -> str | None:
-    return None if file is None else f"of content {hashlib.blake2b(Path(file).read_bytes(), digest_size=4).hexdigest()}"
 
 
 def _pictures(count: int) -> str:

@@ -1,7 +1,7 @@
 """How good is it: calibration, accuracy per compute against controls of equal cost, time, pictures."""
 
 from miaformer.evaluation.calibration import calibrate
-from miaformer.evaluation.contenders import POLICIES, Contender, LeftOut, contenders
+from miaformer.evaluation.contenders import POLICIES, Contender, LeftOut, contenders, static_decisions
 from miaformer.evaluation.controls import (
     KeepRates,
     Simulation,
@@ -34,6 +34,7 @@ __all__ = [
     "ordered_batches",
     "random_policy",
     "spearman",
+    "static_decisions",
     "static_policy",
     "time_against_dense",
     "time_pairs",
