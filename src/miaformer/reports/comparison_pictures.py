@@ -86,9 +86,7 @@ def plot_classes(
 def _gathered(model: MIAFormer, batches: Iterable[LabelledBatch], budget: float, count: int) -> dict[int, _OfClass]:
     """By label."""
     parameter = next(model.parameters())
-    decides = torch.tensor(
-        [bool(controller.rank) for controller in model._controllers()] or [False] * model.cost().depth
-    )
+    decides = torch.tensor([bool(controller.rank) for controller in model.controllers] or [False] * model.cost().depth)
     seen: dict[int, _OfClass] = {}
     for batch in batches:
         trace = model.run(batch.images.to(parameter), budget=budget).trace

@@ -373,7 +373,7 @@ class Trainer:
 
         def mean_fraction(log_price: float) -> float:
             prices = torch.full((len(images),), log_price, device=device)
-            leaving = Leaving() if self.model.adapt_config.depth_choice == "nested" else None
+            leaving = Leaving() if self.model.adapt_config.rules.leaves else None
             policy = Relaxed(self.model.controllers, prices, draws.to(device), stage.temperature[0], leaving)
             with self.accelerator.autocast():
                 _, steps = self.model.walk(x, policy, Masked(cost), cost)
