@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from miaformer.engine.decisions import DepthChoice, HeadChoice, MlpWidth, Rules, TokenScope
-from miaformer.model.budget import check_fraction
 
 ControlledGrain = Literal["depth", "heads", "tokens"]  # what controllers decide
 Grain = Literal[ControlledGrain, "resolution"]
@@ -31,7 +30,6 @@ class AdaptConfig:
     token_multiple: int | None = None  # rows kept are rounded up to this; None: 16 from 128 patch tokens on, else 1
     looks: int = 1  # 2: an image whose first answer is not confident is looked at again (`miaformer.model.looks`)
     least_resolution: float = 0.5  # of the image's sides, of the smallest size that is looked at: grain "resolution"
-    default_budget: float | None = None  # used where a call names none; None: everything is executed
 
     @property
     def chooses_resolution(self) -> bool:
@@ -113,5 +111,3 @@ class AdaptConfig:
             raise ValueError(
                 f"least_resolution={self.least_resolution!r} must be a share of the sides, between 0 and 1"
             )
-        if self.default_budget is not None:
-            check_fraction("default_budget", self.default_budget)

@@ -96,7 +96,7 @@ class PricedModel(nn.Module):
             bool(self.calibration.looks) or self.adapt_config.chooses_resolution
         )
         if policy is None and price is None and may_look_twice:
-            spent = self._default_budget(cap, batch) if budget is None else budget
+            spent = self._allowed(cap, batch) if budget is None else budget
             looks = None if spent is None else self._two_looks(per_image("budget", spent, batch), batch)
             if looks is not None:
                 return looks
@@ -146,23 +146,20 @@ class PricedModel(nn.Module):
             return policy
         if price is None:
             if budget is None:
-                budget = self._default_budget(cap, batch)
+                budget = self._allowed(cap, batch)
                 if budget is None:
                     return Full()
             price = self.price_of(per_image("budget", budget, batch))
         return self.learned(price, batch)
 
-    def _default_budget(self, cap: Budget | None, batch: int) -> Budget | None:
-        """What is spent where nobody says it: the model's own budget, and no more than a cap allows. None: all."""
-        own = self.adapt_config.default_budget
+    def _allowed(self, cap: Budget | None, batch: int) -> Budget | None:
+        """What is spent where no budget is given: what the cap allows. None: everything."""
         if self.calibration is None or cap is None:
-            return None if self.calibration is None else own
-        least, most = self.calibration.range
+            return None
         caps = per_image("cap", cap, batch)
         for one in torch.atleast_1d(caps).tolist():
             check_fraction("cap", one)
-        allowed = caps.clamp(least, most)
-        return allowed if own is None else allowed.clamp(max=own)
+        return caps.clamp(*self.calibration.range)
 
     def learned(self, price: Budget, batch: int = 1) -> Learned:
         """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each.
