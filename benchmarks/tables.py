@@ -87,16 +87,6 @@ def onnx_agreement(report: Report, name: str) -> str:
     return f"{command}\n\n{_table(head, rows)}"
 
 
-def monitor(report: Report, name: str) -> str:
-    found = [key for key in report["rows"][0] if key.startswith("found_")]
-    rows = [
-        (f"{row['budget']:g}", f"{row['mean']:.3f} ± {row['std']:.3f}", *(row[k] for k in found))
-        for row in report["rows"]
-    ]
-    head = ("budget", "MACs (± between images)", *(f"{k.split('_')[1]} more" for k in found))
-    return f"`{report['command']}` ([JSON](../benchmarks/results/{name}))\n\n{_table(head, rows)}"
-
-
 def under_attack(report: Report, name: str) -> str:
     """What is right after each attack and those before it. Beside NAME, attack-MODEL-EPS.json, lie its other radii
     and the static model's.
@@ -437,7 +427,6 @@ TABLES: dict[str, Callable[[Report, str], str]] = {
         speed,
         speed_summary,
         onnx_agreement,
-        monitor,
         under_attack,
         carried_over,
         withstood,

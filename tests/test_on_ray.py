@@ -24,7 +24,6 @@ from miaformer.prediction.classify import BatchClassifier
 from miaformer.prediction.entries import BEGINNING, Entry, Position
 from miaformer.prediction.on_ray import Stretch, predict_on_ray, stretches
 from miaformer.prediction.predictor import Predictor
-from miaformer.prediction.rows import COLUMNS
 from miaformer.prediction.run import predict
 from miaformer.prediction.sources import Inputs, find_inputs
 from miaformer.prediction.unfinished import UnfinishedRun
@@ -99,11 +98,11 @@ def test_two_workers_of_which_one_is_killed_say_what_one_process_says(
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers look for `make_classifier` there
     inputs = find_inputs([photos])
-    with UnfinishedRun(tmp_path / "here.jsonl", COLUMNS, {}) as here:
+    with UnfinishedRun(tmp_path / "here.jsonl", {}) as here:
         predict(inputs, make_classifier(calibrated), here, batch_size=4)
     killed = tmp_path / "killed"
     make = partial(make_classifier, calibrated, killed)
-    with UnfinishedRun(tmp_path / "ray.jsonl", COLUMNS, {}) as there:
+    with UnfinishedRun(tmp_path / "ray.jsonl", {}) as there:
         predict_on_ray(inputs, make, there, batch_size=4, workers=2)
         assert (there.tally.pictures, there.tally.failed) == (59, 1)
     assert killed.exists()

@@ -23,7 +23,7 @@ from miaformer.engine import native
 from miaformer.prediction.classify import BatchClassifier
 from miaformer.prediction.entries import BEGINNING, Position
 from miaformer.prediction.predictor import Predictor
-from miaformer.prediction.rows import COLUMNS, Row
+from miaformer.prediction.rows import Row
 from miaformer.prediction.run import predict
 from miaformer.prediction.sources import find_inputs
 from miaformer.prediction.unfinished import UnfinishedRun, is_finished
@@ -59,7 +59,7 @@ def batches_of_rows(count: int = 40) -> list[list[Row]]:
 
 def write(out: Path, batches: Sequence[list[Row]], resume: bool = False, stop_after: int | None = None) -> int:
     """Add what a run does not have; returns how many it had. stop_after: batches, and then stop as a kill does."""
-    with UnfinishedRun(out, COLUMNS, {"--top-k": 2}, resume) as unfinished:
+    with UnfinishedRun(out, {"--top-k": 2}, resume) as unfinished:
         done = unfinished.position.entries
         assert unfinished.tally.rows == sum(len(batch) for batch in batches[:done])
         for number, batch in enumerate(batches[done:stop_after], done + 1):
@@ -172,15 +172,15 @@ def test_one_process_at_a_time_and_the_old_file_stays_until_the_new_one_is_whole
     out = tmp_path / "out.csv"
     out.write_text("what was there before")
     batches = batches_of_rows()
-    with UnfinishedRun(out, COLUMNS, {}) as first:
+    with UnfinishedRun(out, {}) as first:
         first.add(batches[0], Position(0, 1))
         for resume in (False, True):
             with pytest.raises(ValueError, match=r"another process is at work in .*out\.csv\.partial"):
-                UnfinishedRun(out, COLUMNS, {}, resume)
+                UnfinishedRun(out, {}, resume)
         first.add(batches[1], Position(0, 2))
-    with UnfinishedRun(out, COLUMNS, {}, resume=True) as second:
+    with UnfinishedRun(out, {}, resume=True) as second:
         assert second.position == Position(0, 2)
-    with UnfinishedRun(out, COLUMNS, {}) as third:  # without --resume all is dropped
+    with UnfinishedRun(out, {}) as third:  # without --resume all is dropped
         assert third.position == BEGINNING
         third.add(batches[0], Position(0, 1))
         assert out.read_text() == "what was there before"
@@ -332,9 +332,9 @@ def test_what_was_classified_before_ctrl_c_is_kept(
         if count == 12:
             raise KeyboardInterrupt
 
-    with UnfinishedRun(out, COLUMNS, {}) as unfinished, pytest.raises(KeyboardInterrupt):
+    with UnfinishedRun(out, {}) as unfinished, pytest.raises(KeyboardInterrupt):
         predict(find_inputs(pictures), classify, unfinished, 4, press)
-    with UnfinishedRun(out, COLUMNS, {}, resume=True) as unfinished:
+    with UnfinishedRun(out, {}, resume=True) as unfinished:
         assert unfinished.tally.rows == 12
         assert [path for path, _ in unfinished.tally.failures] == [str(pictures[0] / "010.png")]
     assert not out.exists()

@@ -318,7 +318,6 @@ def test_a_static_file_is_of_one_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (("profile", "MODEL", "--out", "OUT"), "this model chooses among sizes"),
         (("attack", "MODEL", "--data", "DATA", "--targets", "adaptive"), "attacks differentiate through controllers"),
         (("export", "MODEL", "OUT", "--price", "1"), "has no prices"),
     ],

@@ -28,7 +28,6 @@ COMMANDS = (
     "report",
     "serve",
     "bench",
-    "profile",
     "export",
     "demo",
 )
@@ -61,8 +60,6 @@ examples:
       classify over HTTP; under load, spend less on each image and still answer in time
   miaformer export demo/model model.onnx
       write one file for ONNX Runtime that skips at run time
-  miaformer profile demo/model --data digits --out latency.json
-      measure this machine's latency, for budgets in ms: predict ... --latency latency.json --budget-ms 5
 
 exit status: 0 on success; 1 if the command finished but some inputs failed; 2 on wrong usage or an error, reported
 in one line (MIAFORMER_DEBUG=1 shows where it came from); 130 if stopped by Ctrl-C

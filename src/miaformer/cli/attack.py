@@ -98,7 +98,7 @@ def add_parser(subparsers: Any) -> None:
         "--budget",
         type=float,
         metavar="B",
-        help="budget of all targets except backbone (default: the model's, else 0.5)",
+        help="budget of all targets except backbone (default: 0.5)",
     )
     parser.add_argument(
         "--cap", type=float, metavar="C", help="hard limit on the MACs of one image, as a fraction of the dense model's"
@@ -249,7 +249,7 @@ def _targets(model: MIAFormer, args: argparse.Namespace, on_progress: Any) -> li
         raise ValueError(f"unknown target {', '.join(unknown)}: use some of {', '.join(TARGETS)}")
     if args.budget is None and model.calibration is not None:
         least, most = model.calibration.range
-        args.budget = model.adapt_config.default_budget or min(max(0.5, least), most)
+        args.budget = min(max(0.5, least), most)
     if args.budget is None and set(names) != {"backbone"}:
         raise ValueError(f"{args.model} is not calibrated, so it knows no budget: attack its backbone alone")
     controls = [name for name in names if name in ("static", "random", "cls-attention")]

@@ -16,10 +16,9 @@ from miaformer.cli.arguments import (
     own_model,
     seed_number,
 )
-from miaformer.cli.budget_ms import MsBudget, add_budget_ms, open_budgets_ms
 
 if TYPE_CHECKING:
-    from miaformer.data import Batches, ImageData
+    from miaformer.data import ImageData
     from miaformer.evaluation import Contender
     from miaformer.model.model import MIAFormer
 
@@ -54,7 +53,6 @@ JSON:
                "macs_fraction_std", "depth_kept", "heads_kept", "tokens_kept"}],
    "adaptivity": {"spearman_difficulty_macs", "by_budget": [...]}, "left_out": [...], "controllers": {...},
    "environment": {...}, ...}
-  with --budget-ms also "latency": [{"budget_ms", "price", "budget", "predicted_ms"}]
   with --corruptions also "corruptions": [{"corruption", "severity", "policy", "budget", "accuracy", "macs_fraction",
                "macs_fraction_max"}]; its policies include the dense model
   macs_fraction is the mean over images, macs_fraction_p95 their 95th percentile. spearman_difficulty_macs is the rank
@@ -99,7 +97,6 @@ def add_parser(subparsers: Any) -> None:
                         help="severities of the corruptions (default: 1 2 3 4 5)")  # fmt: skip
     parser.add_argument("--corrupted-images", type=int, default=1000, metavar="N",
                         help="number of images to corrupt, evenly spaced (default: 1000)")  # fmt: skip
-    add_budget_ms(parser, several=True)
     parser.add_argument(
         "--cap", type=float, metavar="C", help="hard limit on the MACs of one image, as a fraction of the dense model's"
     )
@@ -128,16 +125,10 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     images = open_data(args.data, args.split)
     model = open_model(args.model, device, args.dtype, num_classes=len(images.classes), **own_model(args))
-    in_ms = []
-    if args.budget_ms is not None:
-        in_ms = open_budgets_ms(args.budget_ms, args.latency, model)
-        if set(args.policy or ()) - {"learned"} or args.calibrate:
-            raise ValueError("--budget-ms evaluates the learned policy alone, and needs no --calibrate or --policy")
     policies = args.policy or (
         ("random", "full") if args.model.startswith("timm:") else ("learned", "static", "random")
     )
-    wants_budgets = not in_ms and bool({"learned", "static"} & set(policies))
-    if model.calibration is None and wants_budgets and not args.calibrate:
+    if model.calibration is None and {"learned", "static"} & set(policies) and not args.calibrate:
         raise ValueError(
             f"{args.model} is not calibrated, so its learned policy knows no budget: add --calibrate to measure its "
             f"table on the calibration split of {args.data}, or choose other policies, e.g. --policy random full"
@@ -146,35 +137,23 @@ def run(args: argparse.Namespace) -> int:
     held_out = None
     if args.calibrate or model.calibration is not None:
         held_out = open_batches(model, open_data(args.data, "calibration"), args.batch_size)
-    if args.corruptions is not None and in_ms:
-        raise ValueError("--corruptions goes with --budgets, not with --budget-ms")
     totals = {"evaluate": len(images), "controls": len(held_out.data) if held_out is not None else 0}
     with LiveProgress(totals) as on_progress:
         if args.calibrate:
             assert held_out is not None
             calibrate(model, held_out.epoch(0), held_out.data.name, on_progress=on_progress)
-        if in_ms:
-            report = _evaluate_in_ms(model, batches, in_ms, args, on_progress)
-        else:
-            calibration = None if held_out is None else held_out.epoch(0)
-            found, left_out = contenders(model, args.budgets, policies, args.cap, calibration, args.seed, on_progress)
-            report = compare(model, batches.epoch(0), found, args.cap, args.seed, on_progress, left_out)
-            if args.corruptions is not None:
-                report["corruptions"] = _under_corruptions(model, images, found, args, on_progress)
+        calibration = None if held_out is None else held_out.epoch(0)
+        found, left_out = contenders(model, args.budgets, policies, args.cap, calibration, args.seed, on_progress)
+        report = compare(model, batches.epoch(0), found, args.cap, args.seed, on_progress, left_out)
+        if args.corruptions is not None:
+            report["corruptions"] = _under_corruptions(model, images, found, args, on_progress)
     report = {"model": args.model, "data": images.name, "calibration": _calibration(model), **report}
     out = console()
     out.print(f"{args.model} on {images.name}")
     print_table(out, report_table(report))
     for note in report_notes(report):
         out.print(note, soft_wrap=True, markup=False)
-    for row in report.get("latency", ()):
-        out.print(
-            f"Asked {row['budget_ms']:g} ms an image: predicted {row['predicted_ms']:.4g} ms on {images.name}, "
-            f"{row['budget']:.3f} of the MACs expected.",
-            soft_wrap=True,
-            markup=False,
-        )
-    if model.calibration is None and not in_ms:
+    if model.calibration is None:
         out.print("The model is not calibrated: it has no learned policy at a budget.", soft_wrap=True)
     elif args.calibrate and model.calibration is not None:
         out.print(f"Calibrated for this evaluation on {model.calibration.data}.", soft_wrap=True, markup=False)
@@ -189,37 +168,6 @@ def run(args: argparse.Namespace) -> int:
         plot_tradeoff(report, args.plot)
         out.print(f"wrote {args.plot}", soft_wrap=True, markup=False)
     return 0
-
-
-def _evaluate_in_ms(
-    model: MIAFormer, batches: Batches, in_ms: list[MsBudget], args: argparse.Namespace, on_progress: Any
-) -> dict[str, Any]:
-    """The learned policy's report at budgets in ms; a point's `budget` is the MACs fraction expected of it."""
-    import torch
-
-    from miaformer.evaluation import Contender, compare
-
-    in_ms = sorted(in_ms, key=lambda one: one.asked_ms)
-    found = [Contender("learned", one.macs_fraction, model.learned(one.price), one.price) for one in in_ms]
-    report = compare(model, batches.epoch(0), found, args.cap, args.seed, on_progress)
-    predicted = [0.0] * len(in_ms)
-    parameter = next(model.parameters())
-    with torch.inference_mode():
-        for done, batch in enumerate(batches.epoch(0), start=1):
-            for index, one in enumerate(in_ms):
-                trace = model.run(batch.images.to(parameter), price=one.price, cap=args.cap).trace
-                predicted[index] += one.table.predict(trace).sum().item()
-            on_progress("time", done)
-    report["latency"] = [
-        {
-            "budget_ms": one.asked_ms,
-            "price": one.price,
-            "budget": one.macs_fraction,
-            "predicted_ms": total / report["num_images"],
-        }
-        for one, total in zip(in_ms, predicted, strict=True)
-    ]
-    return report
 
 
 def _under_corruptions(

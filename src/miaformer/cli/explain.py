@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     device = open_device(args.device, args.threads)
     model = open_model(args.model, device, args.dtype, **own_model(args))
     predictor = Predictor(model)
-    budgets = list(dict.fromkeys(args.budget or [model.adapt_config.default_budget if model.calibration else None]))
+    budgets = list(dict.fromkeys(args.budget or [None]))
     for budget in budgets:
         predictor.try_once(budget=budget, cap=args.cap)
 

@@ -18,8 +18,6 @@ from miaformer.cli.arguments import (
     open_model,
     own_model,
 )
-from miaformer.cli.budget_ms import MsBudget, add_budget_ms, open_budgets_ms
-from miaformer.prediction.rows import COLUMNS, OF_TIME
 from miaformer.prediction.sources import Inputs, find_inputs
 from miaformer.prediction.unfinished import UnfinishedRun, check_out, is_finished
 
@@ -70,8 +68,6 @@ rows (columns of a .csv or .parquet file, keys of a .jsonl line):
   macs_fraction  the MACs that the image took, as a fraction of the dense model's
   depth_kept     share of blocks executed; heads_kept, tokens_kept: shares of heads and tokens in executed blocks
   error          why the image could not be classified
---budget-ms adds predicted_ms, from the table, and ms, measured: an image's share of the time of its batch, while
-other images are decoded.
 Class names come from --classes FILE, or else from the model; without either, `class` is empty.
 
 --resume refuses to continue with other arguments, another model, or other input files than the run began with. A kill
@@ -90,7 +86,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="output file: .csv, .jsonl or .parquet")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished run, if there is one")
     parser.add_argument("--budget", type=float, metavar="B", help="mean MACs, as a fraction of the dense model's")
-    add_budget_ms(parser)
     parser.add_argument(
         "--cap", type=float, metavar="C", help="hard limit on the MACs of one image, as a fraction of the dense model's"
     )
@@ -122,8 +117,6 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if args.ray_workers is not None and args.budget_ms is not None:
-        raise ValueError("--budget-ms is for one machine, on which it was measured: give --budget with --ray-workers")
     out = console()
     if args.resume and is_finished(args.out):
         out.print(f"{args.out} is whole: nothing to resume. Without --resume it is made anew.", markup=False)
@@ -132,13 +125,11 @@ def run(args: argparse.Namespace) -> int:
     _check_apart(inputs, args.out)
     device = open_device(args.device, args.threads)
     model = open_model(args.model, device, args.dtype, **own_model(args))
-    in_ms = _in_ms(args, model)
     settings = _settings(args, model, inputs, device)
-    classify = _classifier(args, model, in_ms)
+    classify = _classifier(args, model)
 
     total = inputs.total
-    columns = COLUMNS if in_ms is None else COLUMNS + OF_TIME
-    with UnfinishedRun(args.out, columns, settings, args.resume) as unfinished:
+    with UnfinishedRun(args.out, settings, args.resume) as unfinished:
         if unfinished.tally.rows:
             out.print(f"Resuming after {_pictures(unfinished.tally.rows)}.", markup=False)
         try:
@@ -153,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
             raise KeyboardInterrupt(f"interrupted: {kept} kept; the same command with --resume goes on") from None
         tally = unfinished.tally
         if tally.pictures:
-            summary = f"{_summary(unfinished, in_ms)} ({_asked(args, model)}) -> {args.out}"
+            summary = f"{_summary(unfinished)} ({_asked(args, model)}) -> {args.out}"
             out.print(summary, soft_wrap=True, markup=False)
     if tally.failed:
         list_failed(dict(tally.failures), tally.failed)
@@ -184,7 +175,7 @@ def _predict_on_ray(
 def _workers_classifier(args: argparse.Namespace) -> BatchClassifier:
     """For a worker, which opens the model by itself: a directory must be where all workers find it."""
     device = open_device(args.device, args.threads or 1)
-    return _classifier(args, open_model(args.model, device, args.dtype, **own_model(args)), None)
+    return _classifier(args, open_model(args.model, device, args.dtype, **own_model(args)))
 
 
 def _check_apart(inputs: Inputs, out: str) -> None:
@@ -193,7 +184,7 @@ def _check_apart(inputs: Inputs, out: str) -> None:
         raise ValueError(f"--out {out} is one of the files to classify: give the name of another")
 
 
-def _classifier(args: argparse.Namespace, model: MIAFormer, in_ms: MsBudget | None) -> BatchClassifier:
+def _classifier(args: argparse.Namespace, model: MIAFormer) -> BatchClassifier:
     from miaformer.prediction.classify import BatchClassifier
     from miaformer.prediction.predictor import Predictor
 
@@ -201,18 +192,7 @@ def _classifier(args: argparse.Namespace, model: MIAFormer, in_ms: MsBudget | No
         raise ValueError(f"{args.model} has no classifier (num_classes=0)")
     if next(model.parameters()).device.type == "cpu":
         model.prepack()  # 5 % of the time of a small model at the default batch size, more of a large one
-    predictor = Predictor(model)
-    if in_ms is not None:
-        return BatchClassifier(predictor, top_k=args.top_k, price=in_ms.price, cap=args.cap, latency=in_ms.table)
-    return BatchClassifier(predictor, top_k=args.top_k, budget=args.budget, cap=args.cap)
-
-
-def _in_ms(args: argparse.Namespace, model: MIAFormer) -> MsBudget | None:
-    if args.budget_ms is None:
-        return None
-    if args.budget is not None:
-        raise ValueError("give one of --budget and --budget-ms")
-    return open_budgets_ms([args.budget_ms], args.latency, model, args.batch_size)[0]
+    return BatchClassifier(Predictor(model), top_k=args.top_k, budget=args.budget, cap=args.cap)
 
 
 def _settings(
@@ -226,8 +206,6 @@ def _settings(
 
     return {
         "--budget": args.budget,
-        "--budget-ms": args.budget_ms,
-        "--latency": _digest(args.latency),
         "--cap": args.cap,
         "--top-k": args.top_k,
         "--classes": _digest(args.classes),
@@ -251,30 +229,21 @@ def _pictures(count: int) -> str:
     return "1 picture" if count == 1 else f"{count:,} pictures"
 
 
-def _summary(run: UnfinishedRun, in_ms: MsBudget | None) -> str:
+def _summary(run: UnfinishedRun) -> str:
     """How many pictures, how fast, and what they took."""
     tally, seconds = run.tally, run.seconds
-    text = (
+    return (
         f"{_pictures(tally.pictures)} in {seconds:.1f} s ({tally.pictures / seconds:.1f} a second), "
         f"{tally.macs / tally.pictures:.3f} of the dense MACs on average, {tally.most:.3f} at most"
     )
-    if in_ms is None:
-        return text
-    predicted, measured = tally.predicted_ms / tally.pictures, tally.ms / tally.pictures
-    return f"{text}; asked {in_ms.asked_ms:g} ms a picture, predicted {predicted:.4g}, measured {measured:.4g}"
 
 
 def _asked(args: argparse.Namespace, model: MIAFormer) -> str:
     """The budget and the cap that were in force."""
-    default = model.adapt_config.default_budget
-    if args.budget_ms is not None:
-        budget = f"budget {args.budget_ms:g} ms"
-    elif args.budget is not None:
+    if args.budget is not None:
         budget = f"budget {args.budget:g}"
     elif model.calibration is None:
         budget = "no budget: the model is not calibrated"
-    elif default is not None:
-        budget = f"the model's own budget {default:g}"
     elif args.cap is not None:
         return f"cap {args.cap:g}, which is the budget too"
     else:

@@ -12,33 +12,23 @@ from miaformer.evaluation.controls import (
 )
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.evaluate import compare, evaluate, spearman
-from miaformer.evaluation.latency import LatencyCalibration, LatencyTable
-from miaformer.evaluation.latency_files import Latency, read_latency
-from miaformer.evaluation.profiling import calibrate_latency, check_latency, measure_latency
 from miaformer.evaluation.timing import PairTimes, time_against_dense, time_pairs
 
 __all__ = [
     "POLICIES",
     "Contender",
     "KeepRates",
-    "Latency",
-    "LatencyCalibration",
-    "LatencyTable",
     "LeftOut",
     "PairTimes",
     "Simulation",
     "calibrate",
-    "calibrate_latency",
-    "check_latency",
     "cls_attention_policy",
     "compare",
     "contenders",
     "describe_environment",
     "evaluate",
     "macs_of",
-    "measure_latency",
     "random_policy",
-    "read_latency",
     "spearman",
     "static_policy",
     "time_against_dense",

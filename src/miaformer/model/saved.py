@@ -73,7 +73,7 @@ def read_model_files(directory: Path) -> ModelFiles:
     try:
         backbone = static.rebuild(content["backbone"])
         backbone.pretrained_cfg = backbone.default_cfg = content["pretrained_cfg"]
-        config = AdaptConfig(**_settings(content["adapt"]))
+        config = _read_config(content["adapt"])
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from error
     except (TypeError, ValueError) as error:
@@ -88,11 +88,18 @@ def read_model_files(directory: Path) -> ModelFiles:
     return ModelFiles(backbone, config, state, calibration, weights)
 
 
-def _settings(adapt: dict[str, Any]) -> dict[str, Any]:
-    """Without a setting that there was once. Raises ValueError where it was used."""
-    if adapt.get("default_budget") is not None:
-        raise ValueError("default_budget is no setting any more: set it to null, and give a budget to each call")
-    return {name: value for name, value in adapt.items() if name != "default_budget"}
+def _read_config(settings: Mapping[str, Any]) -> AdaptConfig:
+    """As `config.json` holds it, which older versions wrote with a `default_budget`. Raises ValueError for one that is
+    set, TypeError for settings that are unknown.
+    """
+    settings = dict(settings)
+    budget = settings.pop("default_budget", None)
+    if budget is not None:
+        raise ValueError(
+            f"default_budget={budget!r} is no setting of a model any more: set it to null, and pass budget={budget!r} "
+            "to each call"
+        )
+    return AdaptConfig(**settings)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

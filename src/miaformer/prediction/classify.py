@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from miaformer.prediction.rows import Row, writable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from miaformer.evaluation.latency import LatencyTable
     from miaformer.model.model import MIAFormer
     from miaformer.model.prices import Budget
     from miaformer.prediction.predictor import Predictor
@@ -46,16 +44,14 @@ class BatchClassifier:
         *,
         top_k: int = 5,
         budget: Budget | None = None,
-        price: Budget | None = None,
         cap: Budget | None = None,
-        latency: LatencyTable | None = None,
     ) -> None:
-        """budget, price, cap: as `MIAFormer.run` takes them. latency: with it rows have `OF_TIME` too.
+        """budget, cap: as `MIAFormer.run` takes them.
 
         Raises ValueError or TypeError as `MIAFormer.run` does.
         """
-        self.predictor, self.top_k, self.latency = predictor, top_k, latency
-        self._spend: dict[str, Any] = {"budget": budget, "price": price, "cap": cap}
+        self.predictor, self.top_k = predictor, top_k
+        self._spend: dict[str, Any] = {"budget": budget, "cap": cap}
         predictor.try_once(**self._spend)
 
     def __call__(self, batch: Sequence[Entry | tuple[str, Any]]) -> list[Row]:
@@ -85,11 +81,5 @@ class BatchClassifier:
     def _found(self, pictures: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
         if not pictures:
             return iter(())
-        start = time.perf_counter()
         output = self.predictor.run(pictures, **self._spend)
-        predictions = [prediction.to_json() for prediction in self.predictor.read(output, self.top_k)]
-        if self.latency is not None:
-            ms = (time.perf_counter() - start) * 1000 / len(pictures)  # results are on the host: nothing is under way
-            for prediction, predicted in zip(predictions, self.latency.predict(output.trace).tolist(), strict=True):
-                prediction.update(predicted_ms=predicted, ms=ms)
-        return iter(predictions)
+        return (prediction.to_json() for prediction in self.predictor.read(output, self.top_k))

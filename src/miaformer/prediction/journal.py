@@ -11,7 +11,7 @@ from typing import Any
 from miaformer.data.files import lock
 
 NAME = "run.jsonl"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Journal:

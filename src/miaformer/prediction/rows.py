@@ -28,7 +28,6 @@ COLUMNS = (
     "tokens_kept",
     "error",
 )
-OF_TIME = ("predicted_ms", "ms")  # more columns, with a latency table: by the table, and measured
 
 ROWS_IN_GROUP = 10_000  # of a parquet file
 # Rows of a parquet file are held until they are worth a part of their own: this long, and this share of the time so
@@ -59,9 +58,9 @@ class RowsFile(Protocol):
     def close(self) -> None: ...
 
 
-def open_rows(folder: Path, suffix: str, columns: Sequence[str]) -> RowsFile:
+def open_rows(folder: Path, suffix: str) -> RowsFile:
     """suffix: one of `SUFFIXES`."""
-    return _KINDS[suffix](folder, columns)
+    return _KINDS[suffix](folder)
 
 
 def writable(name: str) -> str:
@@ -99,21 +98,21 @@ class _Lines:
         self._file.close()
 
 
-def _csv(folder: Path, columns: Sequence[str]) -> _Lines:
+def _csv(folder: Path) -> _Lines:
     def lines(rows: Sequence[Row]) -> str:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, restval="")
+        writer = csv.DictWriter(text, COLUMNS, restval="")
         for row in rows:
             top_k = " ".join(f"{guess['label']}:{guess['probability']:.6g}" for guess in row.get("top_k", ()))
             writer.writerow({**row, "top_k": top_k})
         return text.getvalue()
 
-    return _Lines(folder / "rows.csv", f"{','.join(columns)}\r\n", lines)
+    return _Lines(folder / "rows.csv", f"{','.join(COLUMNS)}\r\n", lines)
 
 
-def _jsonl(folder: Path, columns: Sequence[str]) -> _Lines:
+def _jsonl(folder: Path) -> _Lines:
     def line(row: Row) -> str:
-        return json.dumps({name: row[name] for name in columns if name in row}, ensure_ascii=False) + "\n"
+        return json.dumps({name: row[name] for name in COLUMNS if name in row}, ensure_ascii=False) + "\n"
 
     return _Lines(folder / "rows.jsonl", "", lambda rows: "".join(map(line, rows)))
 
@@ -126,8 +125,8 @@ class _Parquet:
 
     name = "rows.parquet"
 
-    def __init__(self, folder: Path, columns: Sequence[str]) -> None:
-        self._folder, self._schema = folder, _arrow_schema(columns)
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._schema = folder, _arrow_schema()
         self._start = self._since = time.monotonic()
 
     def is_due(self, held: int) -> bool:
@@ -174,14 +173,14 @@ class _Parquet:
         return self._folder / f"part-{number:06}.parquet"
 
 
-def _arrow_schema(columns: Sequence[str]) -> Any:
+def _arrow_schema() -> Any:
     import pyarrow as pa
 
     guess = pa.struct([("label", pa.int64()), ("class", pa.string()), ("probability", pa.float64())])
     types = {"label": pa.int64(), "top_k": pa.list_(guess)}
     types |= dict.fromkeys(("path", "class", "error"), pa.string())
-    return pa.schema([(name, types.get(name, pa.float64())) for name in columns])
+    return pa.schema([(name, types.get(name, pa.float64())) for name in COLUMNS])
 
 
-_KINDS: dict[str, Callable[[Path, Sequence[str]], RowsFile]] = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _Parquet}
+_KINDS: dict[str, Callable[[Path], RowsFile]] = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _Parquet}
 SUFFIXES = tuple(_KINDS)

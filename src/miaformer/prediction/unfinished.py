@@ -17,7 +17,7 @@ from typing import Any
 
 from miaformer.prediction.entries import BEGINNING, Position
 from miaformer.prediction.journal import NAME, Journal
-from miaformer.prediction.rows import OF_TIME, SUFFIXES, Row, open_rows
+from miaformer.prediction.rows import SUFFIXES, Row, open_rows
 
 MOST_NAMED = 20  # failures that a tally names
 
@@ -30,8 +30,6 @@ class Tally:
     pictures: int = 0  # that were classified
     macs: float = 0.0  # sum over pictures of their fractions of the dense model's
     most: float = 0.0  # the largest of these
-    predicted_ms: float = 0.0  # sums over pictures, with a latency table
-    ms: float = 0.0
     failures: tuple[tuple[str, str], ...] = ()  # (path, error) of the first `MOST_NAMED`
 
     @property
@@ -49,7 +47,6 @@ class Tally:
             pictures=self.pictures + len(good),
             macs=self.macs + sum(spent),
             most=max([self.most, *spent]),
-            **{name: getattr(self, name) + sum(row.get(name, 0.0) for row in good) for name in OF_TIME},
             failures=(*self.failures, *failures)[:MOST_NAMED],
         )
 
@@ -67,9 +64,7 @@ class _Safe:
 class UnfinishedRun:
     """Takes rows a batch at a time, keeps them from being lost, and makes their file of them at the end."""
 
-    def __init__(
-        self, out: str | Path, columns: Sequence[str], settings: Mapping[str, Any], resume: bool = False
-    ) -> None:
+    def __init__(self, out: str | Path, settings: Mapping[str, Any], resume: bool = False) -> None:
         """out: the file, .csv, .jsonl or .parquet; what was there before stays until it is whole.
 
         settings: what must be the same to go on with a run, as JSON knows it, under the names that people give it.
@@ -86,7 +81,7 @@ class UnfinishedRun:
             if marks is None:
                 self._journal.begin(settings)
                 _remove_rows(self.folder)
-            self._rows = opened.enter_context(closing(open_rows(self.folder, self.out.suffix, columns)))
+            self._rows = opened.enter_context(closing(open_rows(self.folder, self.out.suffix)))
             self._safe, before_s = self._recovered(settings, marks or [])
             self._opened = opened.pop_all()
         self._start_s = time.monotonic() - before_s

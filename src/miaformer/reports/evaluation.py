@@ -68,8 +68,6 @@ def _facts(report: Mapping[str, Any]) -> dict[str, object]:
     for point in report["adaptivity"]["by_budget"]:
         name = f"Rank correlation of dense loss and MACs, budget {point['budget']:g}"
         found[name] = f"{point['spearman_difficulty_macs']:+.3f}"
-    for row in report.get("latency", ()):
-        found[f"Asked {row['budget_ms']:g} ms an image"] = f"{row['predicted_ms']:.4g} ms predicted"
     for left_out in report["left_out"]:
         found[f"Left out: {left_out['policy']} at {left_out['budget']:g}"] = left_out["reason"]
     return found
