@@ -48,10 +48,10 @@ def drawn(seed: int, rank: int = 5, nested: bool = True, scale: float = 1.0) -> 
 
 
 def logits(controller: Controller, x: Tensor, active: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Depth (B,), heads (B, H) and tokens (B, N)."""
+    """Depth (B,), heads (B, H) and tokens (B, N), without thresholds."""
     said = controller.logits(x, active, PREFIX, log_price, GRID, through_difficulty=True)
     assert said.tokens is not None
-    return said.depth, said.heads, said.tokens
+    return said.depth, said.heads, said.tokens - torch.tensor(controller.thresholds(GRID))
 
 
 def context(controller: Controller, x: Tensor, active: Tensor, log_price: Tensor) -> Tensor:
@@ -97,7 +97,8 @@ def test_predicted_difficulty_raises_every_logit_and_learns_from_nothing_else_in
     said = gates._logits(nn.ModuleList([controller]), state, prices)
     assert torch.equal(said.depth, before[0])
     (said.depth.sum() + said.heads.sum() + said.tokens.sum()).backward()
-    assert controller.difficulty.weight.grad is None
+    assert controller.difficulty.weight.grad is not None
+        assert not controller.difficulty.weight.grad.any()
     with torch.no_grad():
         controller.difficulty.bias += 1
     after = logits(controller, rows(0), everything, prices)
