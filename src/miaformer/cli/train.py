@@ -84,8 +84,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--adversarial",
         metavar="EPS",
-        help="adversarial training: every stage trains on images perturbed by up to EPS to increase its loss, e.g. 4/255; "
-        "takes twice the time (four times with --set adversarial_steps=3)",
+        help="adversarial training: every stage trains on images perturbed by up to EPS to increase its loss, e.g. "
+        "4/255; takes twice the time (four times with --set adversarial_steps=3)",
     )
     parser.add_argument(
         "--device",
