@@ -98,7 +98,7 @@ def test_predicted_difficulty_raises_every_logit_and_learns_from_nothing_else_in
     assert torch.equal(said.depth, before[0])
     (said.depth.sum() + said.heads.sum() + said.tokens.sum()).backward()
     assert controller.difficulty.weight.grad is not None
-        assert not controller.difficulty.weight.grad.any()
+    assert not controller.difficulty.weight.grad.any()
     with torch.no_grad():
         controller.difficulty.bias += 1
     after = logits(controller, rows(0), everything, prices)
