@@ -22,7 +22,7 @@ from miaformer.reports.comparison_rows import COLUMNS, OURS, written
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-CARD = "src/miaformer/models/cifar10-small/README.md"
+CARD = "src/miaformer/model/bundled/cifar10-small/README.md"
 PAGES = ("README.md", "docs/gain.md", "docs/speed.md", "docs/results.md", "docs/robustness.md", CARD)
 
 Report = dict[str, Any]

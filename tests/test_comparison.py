@@ -20,7 +20,8 @@ from miaformer.lab.comparison.harness import Run, runs
 from miaformer.lab.comparison.measuring import margin
 from miaformer.lab.comparison.method import Question, adaptation_epochs
 from miaformer.lab.comparison.results import Difficulty, Point, read_points, summarise
-from miaformer.model.model import MIAFormer, adapt
+from miaformer.model.adapt import adapt
+from miaformer.model.model import MIAFormer
 from miaformer.training import RECIPES, Recipe, get_recipe, new_backbone
 from miaformer.training.progress import DURATIONS, Duration, core_seconds
 

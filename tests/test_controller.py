@@ -21,16 +21,20 @@ from miaformer.engine.controller import (
     LOGIT_BOUND,
     PRICE_FEATURES,
     Controller,
+    Formula,
+    means,
     price_features,
+    token_scores,
 )
 from miaformer.engine.cost import count_macs
-from miaformer.engine.folded import Folded
+from miaformer.engine.decisions import likelier_heads
 from miaformer.engine.masked import Masked
 from miaformer.engine.walk import State
 from miaformer.training import gates
 from miaformer.training.gates import Draws, Relaxed
 
 BATCH, PREFIX, PATCHES, DIM, HEADS = 4, 2, 7, 12, 3
+GRID = (1, PATCHES)
 
 
 def drawn(seed: int, rank: int = 5, nested: bool = True, scale: float = 1.0) -> Controller:
@@ -44,12 +48,14 @@ def drawn(seed: int, rank: int = 5, nested: bool = True, scale: float = 1.0) -> 
 
 
 def logits(controller: Controller, x: Tensor, active: Tensor, log_price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Depth (B,), heads (B, H) and tokens (B, N)."""
-    context = controller.context(x, active, PREFIX, log_price)
-    shift = controller.shift(controller.predicted_difficulty(context), log_price)
-    query, shared = controller.token_query(context, shift)
-    tokens = controller.token_logits(x[:, PREFIX:], query[:, None], shared[:, None])
-    return (*controller.depth_and_heads(context, shift), tokens)
+    """Depth (B,), heads (B, H) and tokens (B, N), without thresholds."""
+    said = controller.logits(x, active, PREFIX, log_price, GRID, through_difficulty=True)
+    assert said.tokens is not None
+    return said.depth, said.heads, said.tokens - torch.tensor(controller.thresholds(GRID))
+
+
+def context(controller: Controller, x: Tensor, active: Tensor, log_price: Tensor) -> Tensor:
+    return Formula.of([controller], log_price)[0].twice_context(*means(x, active, PREFIX))
 
 
 def rows(seed: int) -> Tensor:
@@ -91,7 +97,8 @@ def test_predicted_difficulty_raises_every_logit_and_learns_from_nothing_else_in
     said = gates._logits(nn.ModuleList([controller]), state, prices)
     assert torch.equal(said.depth, before[0])
     (said.depth.sum() + said.heads.sum() + said.tokens.sum()).backward()
-    assert controller.difficulty.weight.grad is None
+    assert controller.difficulty.weight.grad is not None
+    assert not controller.difficulty.weight.grad.any()
     with torch.no_grad():
         controller.difficulty.bias += 1
     after = logits(controller, rows(0), everything, prices)
@@ -126,7 +133,7 @@ def test_the_least_price_keeps_everything_whatever_content_says(seed: int, scale
 
 def test_the_price_also_speaks_through_the_context() -> None:
     controller, everything = drawn(0), torch.ones(BATCH, PATCHES, dtype=torch.bool)
-    contexts = [controller.context(rows(0), everything, PREFIX, torch.full((BATCH,), p).double()) for p in (-1.0, 1.0)]
+    contexts = [context(controller, rows(0), everything, torch.full((BATCH,), p).double()) for p in (-1.0, 1.0)]
     assert ((contexts[0] - contexts[1]).abs().amax(dim=1) > 0).all()
 
 
@@ -143,14 +150,14 @@ def test_skipped_tokens_are_not_seen() -> None:
     active = torch.tensor([1, 0, 1, 1, 0, 0, 1]).bool().expand(BATCH, -1)
     other = torch.where(torch.cat([torch.ones(BATCH, PREFIX).bool(), active], dim=1)[..., None], x, x + 100)
     log_price = torch.zeros(BATCH, dtype=torch.float64)
-    assert torch.equal(*(controller.context(rows_, active, PREFIX, log_price) for rows_ in (x, other)))
+    assert torch.equal(*(context(controller, rows_, active, log_price) for rows_ in (x, other)))
 
 
 @pytest.mark.parametrize("prefix", [0, PREFIX])
 def test_a_context_without_any_active_token_is_finite(prefix: int) -> None:
     nothing = torch.zeros(BATCH, PATCHES + PREFIX - prefix, dtype=torch.bool)
-    context = drawn(2).context(rows(2), nothing, prefix, torch.zeros(BATCH, dtype=torch.float64))
-    assert bool(context.isfinite().all())
+    content, direction = Formula.of([drawn(2)], torch.zeros(1).double())[0].content(*means(rows(2), nothing, prefix))
+    assert bool(content.isfinite().all() and direction.isfinite().all())
 
 
 @given(st.integers(0, 2**32), st.booleans())
@@ -158,7 +165,8 @@ def test_a_context_without_any_active_token_is_finite(prefix: int) -> None:
 def test_at_least_one_head_is_most_likely_and_nested_ones_are_the_first(seed: int, nested: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     head_logits = torch.randn(6, HEADS, generator=generator) - 0.5
-    kept = drawn(0, nested=nested).most_likely_heads(head_logits)
+    kept = likelier_heads(head_logits, nested)
+    assert (likelier_heads(head_logits.numpy(), nested) == kept.numpy()).all()  # on the host
     for row, found in zip(head_logits.tolist(), kept.tolist(), strict=True):
         if nested:  # head j goes on only if all before it do; the first is always kept
             count = 1
@@ -172,15 +180,16 @@ def test_at_least_one_head_is_most_likely_and_nested_ones_are_the_first(seed: in
 @pytest.mark.parametrize("rank", [0, 5])
 def test_a_controller_costs_what_it_says(rank: int) -> None:
     controller, x = drawn(0, rank=rank), rows(0)
-    (folded,) = Folded.of([controller], torch.zeros(1, dtype=torch.float64))
+    (formula,) = Formula.of([controller], torch.zeros(1, dtype=torch.float64))
     patches = x[:, PREFIX:]
 
     @torch.no_grad()
     def decide() -> None:
-        logits, direction = folded.logits(patches.mean(dim=1), x[:, :PREFIX].mean(dim=1))
+        content, direction = formula.content(patches.mean(dim=1), x[:, :PREFIX].mean(dim=1))
+        formula.logits(content)
         if rank:
             image = torch.arange(BATCH).repeat_interleave(PATCHES)
-            folded.token_logits(patches.flatten(0, 1), direction[image], logits[image, -1])
+            token_scores(patches.flatten(0, 1)[:, None], direction[image])
 
     assert count_macs(decide) == BATCH * (controller.context_macs + PATCHES * controller.token_score_macs)
 
@@ -254,7 +263,12 @@ def test_even_tokens_are_told_apart_by_their_place_alone() -> None:
     for fewer, more in pairwise(tokens[order]):
         assert not (fewer & ~more).any(), "who keeps more keeps what others keep, too"
     controller = model.controllers[0]
-    rows, query, shared = torch.randn(3, 5, model.embed_dim), torch.randn(3, 1, controller.rank), torch.randn(3, 5)
-    torch.testing.assert_close(controller.token_logits(rows, query, shared), shared)
+    grid = model.cost().grid
+    x = torch.randn(3, 1 + grid[0] * grid[1], model.embed_dim)
+    active = torch.ones(3, x.shape[1] - 1, dtype=torch.bool)
+    said = controller.logits(x, active, 1, torch.zeros(3), grid, through_difficulty=True)
+    assert said.tokens is not None
+    alike = said.tokens - torch.tensor(controller.thresholds(grid))
+    torch.testing.assert_close(alike, alike[:, :1].expand_as(alike))
     with pytest.raises(ValueError, match="needs dither"):
         miaformer.adapt(vit(), token_choice="even", dither=False)

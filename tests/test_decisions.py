@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from miaformer.engine.decisions import Decisions, Gates, HostGates
+from miaformer.engine.decisions import Decisions, Gates, HostGates, Rules
 
 
 def draw_bools(generator: torch.Generator, keep: float, *shape: int) -> Tensor:
@@ -32,7 +32,7 @@ def asked(draw: st.DrawFn) -> tuple[Gates, Tensor]:
 
 
 def effective(gates: Gates, active: Tensor, num_prefix_tokens: int, head_choice: Any) -> Gates:
-    return HostGates.of(gates).effective(active.numpy(), num_prefix_tokens, head_choice).to("cpu")
+    return HostGates.of(gates).effective(active.numpy(), num_prefix_tokens, Rules(head_choice=head_choice)).to("cpu")
 
 
 @given(asked(), st.integers(0, 2), st.sampled_from(["nested", "subset"]))

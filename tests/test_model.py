@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ for directory in map(Path, sys.argv[1:]):
 
 def test_a_fresh_process_decides_and_answers_the_same(tmp_path: Path) -> None:
     made = {
-        "nested": calibrated(mlp_width="coupled", default_budget=0.7),
+        "nested": calibrated(mlp_width="coupled"),
         "subset": calibrated("swiglu_packed", 1, head_choice="subset", token_scope="per_block"),
         "pooled": calibrated("map_pool", 2, mlp_width="full", controller_rank=3, controller_hidden=9),
     }
@@ -99,9 +98,7 @@ def test_saving_over_another_model_leaves_nothing_of_it(tmp_path: Path) -> None:
 
 
 def test_settings_and_table_survive_saving(tmp_path: Path) -> None:
-    model = calibrated(
-        mlp_width="full", head_choice="subset", token_scope="per_block", first_token_block=2, default_budget=0.25
-    )
+    model = calibrated(mlp_width="full", head_choice="subset", token_scope="per_block", first_token_block=2)
     model.save_pretrained(tmp_path)
     loaded = MIAFormer.from_pretrained(str(tmp_path))
     assert loaded.adapt_config == model.adapt_config
@@ -159,16 +156,28 @@ def test_budgets_may_be_each_images_own() -> None:
         assert torch.equal(model(images, budget=one), model(images, price=1.0))
 
 
-def test_the_default_budget_is_used_where_none_is_named() -> None:
-    model = calibrated(default_budget=0.2)
+def test_without_a_budget_everything_is_executed() -> None:
+    model = calibrated()
     images = pictures(model.backbone, 4)
-    default = model.run(images)
-    assert torch.equal(default.trace.macs, model.run(images, budget=0.2).trace.macs)
-    assert torch.equal(model.forward_features(images), model.forward_features(images, budget=0.2))
-    assert not torch.equal(default.trace.macs, model.run(images, budget=0.8).trace.macs)
-    assert model.run(images, Full()).trace.tokens.all()
-    model.calibration = None
-    assert model.run(images).trace.tokens.all()
+    full = model.run(images, Full())
+    assert full.trace.tokens.all()
+    assert torch.equal(model.run(images).logits, full.logits)
+    assert torch.equal(model.run(images).trace.macs, full.trace.macs)
+    assert not torch.equal(model.run(images, budget=0.2).trace.macs, full.trace.macs)
+
+
+def test_files_of_older_versions_may_leave_the_default_budget_open(tmp_path: Path) -> None:
+    model = calibrated()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for value in (None, 0.4):
+        config["adapt"]["default_budget"] = value
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if value is None:
+            assert MIAFormer.from_pretrained(tmp_path).adapt_config == model.adapt_config
+        else:
+            with pytest.raises(ValueError, match=r"config\.json .*default_budget=0\.4 .*pass budget=0\.4"):
+                MIAFormer.from_pretrained(tmp_path)
 
 
 def test_an_uncalibrated_model_executes_everything() -> None:
@@ -359,8 +368,7 @@ def test_a_budget_without_calibration_is_named() -> None:
         ({"controller_rank": 0}, ValueError, "controller_rank=0 must be an integer of at least 1"),
         ({"controller_hidden": 2.5}, ValueError, r"controller_hidden=2\.5 must be an integer"),
         ({"first_token_block": -1}, ValueError, "first_token_block=-1 must be an integer of at least 0"),
-        ({"default_budget": 1.5}, ValueError, r"default_budget=1\.5 must be a fraction"),
-        ({"width": "full"}, TypeError, r"adapt\(\) does not know width; settings are grains, .*default_budget"),
+        ({"width": "full"}, TypeError, r"adapt\(\) does not know width; settings are grains, .*looks"),
     ],
 )
 def test_bad_settings_are_named(config: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -496,9 +504,6 @@ def test_a_cap_alone_is_spent_where_it_matters(cap: Any) -> None:
     alone, both = model.run(images, cap=cap), model.run(images, budget=torch.tensor(cap).clamp(0.2, 0.8), cap=cap)
     assert torch.equal(alone.trace.tokens, both.trace.tokens)
     assert torch.equal(alone.logits, both.logits)
-    model.adapt_config = replace(model.adapt_config, default_budget=0.5)
-    least = model.run(images, budget=torch.tensor(cap).clamp(0.2, 0.5), cap=cap)
-    assert torch.equal(model.run(images, cap=cap).logits, least.logits)
     with pytest.raises(ValueError, match="cap"):
         model.run(images, cap=-0.1)
     with pytest.raises(ValueError, match="cap"):

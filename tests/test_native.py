@@ -12,6 +12,7 @@ from vits import STRUCTURES, enliven, lively, pictures, vit
 import miaformer
 from miaformer import MIAFormer
 from miaformer.engine import native
+from miaformer.engine.controller import token_scores
 from miaformer.engine.cost import count_macs
 from miaformer.engine.dither import dither
 
@@ -64,15 +65,15 @@ def test_logits_of_tokens_are_those_of_operations(image: int) -> None:
     model = enliven(miaformer.adapt(vit(1)), 1).float().eval()
     with torch.inference_mode():
         x = model.embed(pictures(model.backbone, 4).float())
-        folded = model.controllers.folded(torch.zeros(1))[-1]
+        formula = model.controllers.formulas(torch.zeros(1))[-1]
         prefix, active = model.num_prefix_tokens, np.ones((4, x.shape[1] - model.num_prefix_tokens), bool)
         depth, _, _, scores = native.decide(
-            x, active, None, prefix, model.cost().num_heads, 1, folded, model.cost().grid
+            x, active, None, prefix, model.cost().num_heads, 1, formula, model.cost().grid
         )
-        logits, direction = folded.logits(x[:, prefix:].mean(dim=1), x[:, :prefix].mean(dim=1))
-        wanted = folded.token_logits(x[image, prefix:], direction[image : image + 1], logits[image, -1:]) + dither(
-            *model.cost().grid
-        )
+        content, direction = formula.content(x[:, prefix:].mean(dim=1), x[:, :prefix].mean(dim=1))
+        logits = formula.logits(content).numpy()
+        wanted = token_scores(x[image, prefix:], direction[image]).numpy() + logits[image, -1]
+        wanted = wanted + dither(*model.cost().grid)
     assert depth[image] == (logits[image, 0] > 0)
     if depth[image]:
         np.testing.assert_allclose(scores[image], wanted, rtol=1e-4, atol=1e-5)

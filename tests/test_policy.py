@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from plain_controller import plain
 from torch import Tensor
 from vits import STRUCTURES, lively, pictures, relative, vit
 
 import miaformer
 from miaformer import Decisions, MIAFormer
-from miaformer.engine.decisions import Gates
+from miaformer.engine.decisions import Gates, likelier_heads
 from miaformer.engine.dither import dither
 from miaformer.engine.walk import State
 from miaformer.model.policy import ClsAttention, Fixed, Full, Random, Sampling, Static
@@ -181,18 +182,16 @@ def test_learned_decisions_are_the_signs_of_the_controllers_logits() -> None:
     x = model.embed(images)
     controller = model.controllers[0]
     log_price = torch.zeros(6, dtype=torch.float64)
-    context = controller.context(x, torch.ones(6, 25, dtype=torch.bool), 1, log_price)
-    shift = controller.shift(controller.predicted_difficulty(context), log_price)
-    depth, heads = controller.depth_and_heads(context, shift)
-    assert torch.equal(trace.depth[:, 0], depth > 0)
-    assert torch.equal(trace.heads[:, 0], controller.most_likely_heads(heads) & (depth > 0)[:, None])
+    everything = torch.ones(6, 25, dtype=torch.bool)
+    wanted = plain(controller, x, everything, 1, log_price)
+    assert torch.equal(trace.depth[:, 0], wanted.depth > 0)
+    assert torch.equal(trace.heads[:, 0], likelier_heads(wanted.heads, True) & (wanted.depth > 0)[:, None])
     policy = model.learned(1.0)
     gates = policy.decide(State(1, x, torch.ones(6, 25, dtype=torch.bool), None, 1, 3, 4, (5, 5)))
     controller = model.controllers[1]
-    context = controller.context(x, torch.ones(6, 25, dtype=torch.bool), 1, log_price)
-    query, shared = controller.token_query(context, shift)
-    logits = controller.token_logits(x[:, 1:], query[:, None], shared[:, None])
-    logits = logits + torch.tensor(dither(5, 5))
+    tokens = plain(controller, x, everything, 1, log_price).tokens
+    assert tokens is not None
+    logits = tokens + torch.tensor(dither(5, 5))
     executed = torch.from_numpy(gates.depth)[:, None]
     assert torch.equal(torch.from_numpy(gates.tokens) & executed, (logits > 0) & executed)
 
@@ -241,10 +240,7 @@ def test_a_gate_is_drawn_as_often_as_its_logit_says() -> None:
     controller = model.controllers[0]
     x = model.embed(images[:1])
     log_price = torch.zeros(1, dtype=torch.float64)
-    context = controller.context(x, torch.ones(1, x.shape[1] - 1), 1, log_price)
-    logit, _ = controller.depth_and_heads(
-        context, controller.shift(controller.predicted_difficulty(context), log_price)
-    )
+    logit = plain(controller, x, torch.ones(1, x.shape[1] - 1, dtype=torch.bool), 1, log_price).depth
     kept = sampled(model, images, 0).trace.depth[:, 0].double().mean().item()
     assert 0.02 < torch.sigmoid(logit).item() < 0.98
     assert kept == pytest.approx(torch.sigmoid(logit).item(), abs=0.03)

@@ -172,20 +172,6 @@ def test_recipes_and_extras_are_all_told() -> None:
     assert told == extras.keys() - {"all", "dev", "docs"}
 
 
-def test_the_sharding_example_is_one_that_accelerate_takes() -> None:
-    pytest.importorskip("accelerate")
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    config = load_config_from_file(str(ROOT / "examples" / "fsdp.yaml"))
-    assert config.distributed_type.value == "FSDP"
-    known = {name.removeprefix("fsdp_") for name in config.fsdp_config}
-    fields = set(FullyShardedDataParallelPlugin.__dataclass_fields__)
-    assert known - {"version", "transformer_layer_cls_to_wrap", "offload_params"} <= fields
-    wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
-    assert {type(block).__name__ for block in timm.create_model("vit_tiny_patch16_224", depth=2).blocks} == {wrapped}
-
-
 # What is run ---------------------------------------------------------------------------------------------------------
 
 SMALL_VIT = "timm.create_model('vit_tiny_patch16_224', num_classes=3, **SMALL)"

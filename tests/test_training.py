@@ -189,6 +189,8 @@ def test_a_run_is_the_same_where_a_setting_came_later() -> None:
     older["stages"][1]["lr"] = 0.5
     assert with_defaults(older)["stages"][1]["lr"] == 0.5
     assert with_defaults({**saved, "weight_decay": 0.3}) != saved
+    assert with_defaults({**saved, "adversarial_apart": False}) == saved, "a setting that is gone since"
+    assert with_defaults({**saved, "adversarial_apart": True}) != saved
 
 
 def test_a_run_is_the_same_wherever_its_folder_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,10 +186,11 @@ def _told_apart(model: MIAFormer, images: Tensor, prices: Tensor) -> tuple[Tenso
     x, found, difficulties = model.embed(images), [], []
     for controller, block in zip(model.controllers, model.backbone.blocks, strict=True):
         everything = torch.ones(len(x), model.cost().num_patches, dtype=torch.bool)
-        context = controller.context(x.detach(), everything, model.num_prefix_tokens, prices)
-        difficulties.append(controller.predicted_difficulty(context))
-        shift = controller.shift(difficulties[-1], prices)
-        found.append(controller.depth_and_heads(context, shift)[0])
+        said = controller.logits(
+            x.detach(), everything, model.num_prefix_tokens, prices, model.cost().grid, through_difficulty=True
+        )
+        difficulties.append(said.difficulty)
+        found.append(said.depth)
         x = block(x)
     return torch.stack(found, dim=1), torch.stack(difficulties, dim=1)
 

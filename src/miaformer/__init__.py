@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from miaformer.engine.walk import State
     from miaformer.evaluation.calibration import calibrate
     from miaformer.model import policy
+    from miaformer.model.adapt import adapt
     from miaformer.model.budget import Calibration
     from miaformer.model.config import AdaptConfig
     from miaformer.model.loading import load
-    from miaformer.model.model import MIAFormer, adapt
+    from miaformer.model.model import MIAFormer
     from miaformer.model.output import Output, Trace
     from miaformer.prediction.explanation import Explanation, explain
     from miaformer.prediction.predictor import Prediction, Predictor
@@ -47,7 +48,7 @@ _HOME = {
     "Predictor": "prediction.predictor",
     "State": "engine.walk",
     "Trace": "model.output",
-    "adapt": "model.model",
+    "adapt": "model.adapt",
     "calibrate": "evaluation.calibration",
     "explain": "prediction.explanation",
     "load": "model.loading",

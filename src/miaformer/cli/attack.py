@@ -75,7 +75,7 @@ def add_parser(subparsers: Any) -> None:
         "--budget",
         type=float,
         metavar="B",
-        help="budget of all targets except backbone (default: the model's, else 0.5)",
+        help="budget of all targets except backbone (default: 0.5)",
     )
     parser.add_cap()
     parser.add_number("--images", 1000, "number of images, evenly spaced")

@@ -10,15 +10,15 @@ from miaformer.cli.arguments import add_command, check_positive, open_batches, o
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
 
 DESCRIPTION = """\
-Evaluate MODEL on DATA: the accuracy that each policy reaches at each budget, and the cost of its images.
+Evaluate MODEL on DATA: the accuracy of each policy at each budget, and the compute that images take.
 
 policies:
   learned        the model's controllers, which decide for each image
-  static         the mean decisions of the learned policy, the same for every image: what `learned` has to beat
+  static         the mean decisions of the learned policy, the same for every image: the baseline for `learned`
   random         keeps blocks, heads and tokens as often as the learned policy does, but at random
   cls-attention  keeps as many tokens as the budget allows: those that the class token attends to most (EViT)
   full           executes everything
-Static and random take the learned policy's means from the calibration split of DATA.
+`static` and `random` take the learned policy's means from the calibration split of DATA.
 
 MODEL may also be timm:NAME, an unadapted timm ViT. It has no learned policy, and it has random weights unless
 --weights FILE or --pretrained is given.

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     paths, missing = find_pictures(args.paths)
     device = open_device(args.device, args.threads)
     model = open_model(args.model, device, args.dtype, **own_model(args))
-    budgets = args.budget or [model.adapt_config.default_budget if model.calibration else None]
+    budgets = args.budget or [None]
     several = len(paths) + len(missing) > 1 or any(Path(given).is_dir() for given in args.paths)
     with LiveProgress({"explain": len(paths)}) as on_progress:
         found = write_explanations(

@@ -25,9 +25,9 @@ Serve a model over HTTP: POST /predict, GET /health, GET /metrics (Prometheus), 
 to try the model. Images of different requests share batches, each with its own budget.
 
 Compute adapts to load. While nothing waits, an image gets --budget. When requests arrive faster than the server can
-answer at that budget, it lowers the budget, down to --min-budget, so that answers arrive within --p95-ms. Only if
-that is not enough, it refuses requests, with 503 and Retry-After. Each answer says which budget the image got, and
-what it took.
+answer at that budget, it lowers the budget, down to --min-budget, so that answers arrive within --p95-ms. If that
+is not enough, it refuses requests, with 503 and Retry-After. Each answer says which budget the image got, and how
+much compute it took.
 """
 
 EPILOG = """\
@@ -35,7 +35,7 @@ examples:
   miaformer serve cifar10-small
       the bundled model, at http://127.0.0.1:8000
   miaformer serve runs/photos/model --host 0.0.0.0 --port 80 --budget 0.8 --min-budget 0.4 --p95-ms 300
-      answer within 0.3 s, for up to twice the requests
+      answer within 0.3 s, at up to twice the load
   miaformer serve runs/photos/model --replicas 1 8 --ray-address auto
       run the same application on a Ray cluster, in as many processes as the load requires
   curl --data-binary @cat.jpg 'http://127.0.0.1:8000/predict?budget=0.5&top_k=3'
@@ -47,7 +47,7 @@ SIGTERM and Ctrl-C stop the server. It first answers the requests that it has ad
 
 # Fields of `Settings`: unit, type, meaning.
 _LIMITS = (
-    ("p95_ms", "MS", float, "objective for the time from a request's arrival to its answer, in ms"),
+    ("p95_ms", "MS", float, "target for the 95th percentile of the time from a request's arrival to its answer, in ms"),
     ("max_batch", "N", int, "maximum images per batch"),
     ("max_queue", "N", int, "maximum images waiting"),
     ("max_pictures", "N", int, "maximum images per request"),
@@ -72,7 +72,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="B",
         help="mean MACs while nothing waits, and the most that a request may ask for",
     )
-    spending.add_argument("--min-budget", type=float, metavar="B", help="lowest budget under load")
+    spending.add_argument("--min-budget", type=float, metavar="B", help="lowest mean MACs under load")
     spending.add_argument("--cap", type=float, metavar="C", help="hard limit on the MACs of any image")
     spending.add_argument("--static", action="store_true", help="execute everything: the baseline to compare with")
     limits = parser.add_argument_group("limits")

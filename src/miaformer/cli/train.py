@@ -10,11 +10,12 @@ from miaformer.cli.processes import STOPPED, check_processes, is_one_of_several,
 from miaformer.data.files import check_holds_no_run
 
 DESCRIPTION = """\
-Train an adaptive ViT: (probe ->) backbone -> elastic -> supervised -> reinforce, then calibrate its budgets.
+Train an adaptive ViT in the stages of a recipe (such as backbone -> elastic -> supervised -> reinforce, or
+probe -> backbone -> resolution), then calibrate its budgets.
 
 DIR gets recipe.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/: a directory
 that eval, predict and MIAFormer.from_pretrained() take. Ctrl-C saves a checkpoint, and --resume continues from it,
-exactly. A start that fails before the first checkpoint does not block the next one in the same directory.
+exactly. If a run fails before its first checkpoint, another one can start in the same directory.
 """
 
 EPILOG = """\
@@ -26,12 +27,12 @@ examples:
   miaformer train --recipe finetune --data photos/ --out runs/photos
       adapt a pretrained DeiT-S to class folders (photos/CLASS/*.jpg, or photos/train/CLASS/*.jpg)
   miaformer train --recipe finetune --data labels.csv --out runs/photos --set batch_size=64
-      adapt it to the images that a CSV or TSV file lists with their labels, with a batch size of 64
+      the same for images and labels listed in a CSV or TSV file, with a batch size of 64
   miaformer train --recipe finetune --model vit_base_patch14_dinov2 --weights dinov2_vitb14_pretrain.pth \\
       --image-size 224 --data photos/ --out runs/photos
       start from your own model: a timm name, its checkpoint file and an image size
   miaformer train --recipe finetune --data photos/ --out runs/photos --resume
-      continue after Ctrl-C, a crash or a lost machine
+      continue after Ctrl-C, a crash or the loss of a machine
   accelerate launch --num_processes 4 -m miaformer train --recipe finetune --data photos/ --out runs/photos
       train on four GPUs
 """
@@ -76,8 +77,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--adversarial",
         metavar="EPS",
-        help="adversarial training: every stage learns on images perturbed by EPS against its loss, e.g. 4/255; "
-        "takes twice the time (four times with --set adversarial_steps=3)",
+        help="adversarial training: every stage trains on images perturbed by up to EPS to increase its loss, e.g. "
+        "4/255; takes twice the time (four times with --set adversarial_steps=3)",
     )
     parser.add_argument(
         "--device",

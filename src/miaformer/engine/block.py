@@ -24,6 +24,7 @@ from miaformer.engine.attention import attend_masked, attend_packed
 from miaformer.engine.cost import group_sizes
 from miaformer.engine.decisions import Gates, MlpWidth, from_host
 from miaformer.engine.products import Products
+from miaformer.vit.mlp import input_layers, mlp_inputs
 
 Index = slice | Tensor  # nested heads are slices (views), subsets are indices (gathers)
 
@@ -247,11 +248,6 @@ def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tens
     return x
 
 
-def input_layers(mlp: Any) -> list[Any]:
-    """The modules of an MLP that read its input."""
-    return [mlp.fc1_x, mlp.fc1_g] if hasattr(mlp, "fc1_g") else [mlp.fc1]
-
-
 def _hidden(mlp: Any, y: Tensor, call: Callable[[Any, Tensor], Tensor] = lambda layer, x: layer(x)) -> Tensor:
     """Activated hidden units of a plain or gated MLP. call: how its layers are."""
     if hasattr(mlp, "fc1_g"):
@@ -264,29 +260,6 @@ def _hidden(mlp: Any, y: Tensor, call: Callable[[Any, Tensor], Tensor] = lambda 
 
 def _gated(act: Any, values: Tensor, gates: Tensor, activate_value: bool) -> Tensor:
     return act(values) * gates if activate_value else values * act(gates)
-
-
-@dataclass(frozen=True)
-class LinearView:
-    """Rows of a linear layer, seen as a layer of its own."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-def mlp_inputs(mlp: Any) -> tuple[Any, Any, bool]:
-    """The input layers of timm's `Mlp`, `SwiGLU` and `GluMlp`: value, gate or None, and whether the value is activated.
-
-    Each has a weight and a bias.
-    """
-    if hasattr(mlp, "fc1_g"):
-        return mlp.fc1_x, mlp.fc1_g, False
-    if not hasattr(mlp, "gate_last"):
-        return mlp.fc1, None, True
-    weights = mlp.fc1.weight.chunk(2)
-    biases = (None, None) if mlp.fc1.bias is None else mlp.fc1.bias.chunk(2)
-    first, second = (LinearView(w, b) for w, b in zip(weights, biases, strict=True))
-    return first, second, not mlp.gate_last
 
 
 def _part(bias: Tensor | None, index: Index) -> Tensor | None:

@@ -10,6 +10,7 @@ learns to tell: where nothing else is known, harder images get more.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +31,7 @@ DIFFICULTY_GAIN = 0.5  # what a standard deviation of difficulty adds to every l
 STAY_GAIN = 1.5  # the same of nested depth
 HEAD_SLOPE = 0.4  # of nested depth: how much less than tokens and depth heads mind the price, to begin with
 PRICE_FEATURES = 8
+SQRT_HALF = 0.5**0.5
 LOG_PRICE_RANGE = (-6.0, 12.0)  # where training sets prices, and features tell them apart
 LEAST_LOG_PRICE = -16.0  # below that range the straight path to each logit goes on, until everything is kept
 
@@ -107,9 +109,7 @@ class Controller(nn.Module):
 
     @cached_property
     def context_macs(self) -> int:
-        """For each image: the products of context, difficulty, gates, and, as inference has them, of what tokens are
-        compared with (see `folded`).
-        """
+        """For each image: the products of context, difficulty, gates, and of what tokens are compared with."""
         layers = [self.pooled, self.difficulty, self.gates]
         products = sum(layer.in_features * layer.out_features for layer in layers)
         return products + (self.query.in_features * (1 + self.embed_dim) if self.rank else 0)
@@ -119,60 +119,9 @@ class Controller(nn.Module):
         """For each token scored."""
         return self.embed_dim if self.rank else 0
 
-    def context(self, x: Tensor, active: Tensor, num_prefix_tokens: int, log_price: Tensor) -> Tensor:
-        """What the logits are read from. x: (B, P+N, C); active: (B, N); log_price: (B,) -> (B, hidden)."""
-        patches = x[:, num_prefix_tokens:]
-        weight = active.to(x.dtype).unsqueeze(-1)
-        pooled = (patches * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-        prefix = x[:, :num_prefix_tokens].mean(dim=1) if num_prefix_tokens else pooled
-        seen = torch.cat([_normalise(pooled), _normalise(prefix)], dim=1)
-        return F.gelu(self.pooled(seen) + self.price_part(log_price))
-
-    def price_part(self, log_price: Tensor) -> Tensor:
-        """The price's part (B, hidden) of contexts, before their activation; no product: no image is in it."""
-        features = price_features(log_price).to(self.price.weight.dtype)
-        return (features[:, None] * self.price.weight).sum(dim=2)
-
-    def predicted_difficulty(self, context: Tensor) -> Tensor:
-        """How hard the images are for the dense model, standardised: (B,), within -3 and 3."""
-        return DIFFICULTY_BOUND * torch.tanh(self.difficulty(context).squeeze(1) / DIFFICULTY_BOUND)
-
-    def shift(self, difficulty: Tensor, log_price: Tensor) -> Tensor:
-        """What difficulty (B,) and price (B,) add to the logits of depth, heads and tokens: (B, 3)."""
-        return F.softplus(self.gain) * difficulty[:, None] - F.softplus(self.slope) * log_price[:, None]
-
-    def depth_and_heads(self, context: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B,) of executing the block and (B, H) of its heads; the first nested head is always kept."""
-        logits = _bounded(self.gates(context))
-        depth, heads, _ = self.keep_logits
-        return logits[:, 0] + depth + shift[:, 0], logits[:, 1:] + heads + shift[:, 1:2]
-
-    def most_likely_heads(self, logits: Tensor) -> Tensor:
-        """The heads (B, H) bool that are kept rather than not, at least one. logits: (B, H)."""
-        kept = logits > 0
-        best = torch.zeros_like(kept)
-        if self.nested:
-            best[:, 0] = True
-            return (kept | best).cumprod(dim=1).bool()
-        return kept | best.scatter_(1, logits.argmax(dim=1, keepdim=True), True)
-
-    def token_query(self, context: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """What tokens are compared with, (B, rank), and the part of their logits that they share, (B,)."""
-        query = self.query(context)
-        return query[:, :-1], KEEP_LOGIT + _bounded(query[:, -1]) + shift[:, 2]
-
     def thresholds(self, grid: tuple[int, int]) -> NDArray[np.float32]:
         """What their place adds to the logits of patch tokens, (N,), in a grid of so many rows and columns."""
         return dither(*grid) if self.dithers else np.zeros(grid[0] * grid[1], np.float32)
-
-    def token_logits(self, tokens: Tensor, query: Tensor, shared: Tensor) -> Tensor:
-        """Logits (...) of keeping tokens (..., C), given query (..., rank) and shared part (...) of their images.
-
-        Without `thresholds`: these belong to the shared part.
-        """
-        if self.even:
-            return shared.expand(tokens.shape[:-1])
-        return _bounded((self.key(_normalise(tokens)) * query).sum(dim=-1)) + shared
 
     def logits(
         self,
@@ -188,25 +137,135 @@ class Controller(nn.Module):
         through_difficulty: whether gradients of gates lead to the prediction of difficulty. Not in training: it learns
         from what is hard, not from what pays; what pays sets its gain.
         """
-        context = self.context(x, active, num_prefix_tokens, log_price)
-        difficulty = self.predicted_difficulty(context)
-        shift = self.shift(difficulty if through_difficulty else difficulty.detach(), log_price)
-        depth, heads = self.depth_and_heads(context, shift)
+        x = x.to(torch.promote_types(self.gates.weight.dtype, torch.float32))
+        formula = Formula.of([self], log_price)[0]
+        content, direction = formula.content(*means(x, active, num_prefix_tokens))
+        logits = formula.logits(content, through_difficulty)
+        num_heads = self.gates.out_features - 1
         tokens = None
         if self.rank:
-            query, shared = self.token_query(context, shift)
-            shared = shared[:, None] + torch.tensor(self.thresholds(grid), dtype=shared.dtype, device=shared.device)
-            tokens = self.token_logits(x[:, num_prefix_tokens:], query[:, None], shared)
-        return Logits(depth, heads, tokens, difficulty)
+            thresholds = torch.tensor(self.thresholds(grid), dtype=logits.dtype, device=logits.device)
+            tokens = logits[:, -1:] + thresholds
+            if not self.even:
+                tokens = tokens + token_scores(x[:, num_prefix_tokens:], direction)
+        return Logits(logits[:, 0], logits[:, 1 : 1 + num_heads], tokens, DIFFICULTY_BOUND * content[:, -1])
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A controller at given prices, in the fewest operations.
+
+    J logits: of depth, of the H heads, and where tokens are decided the part of their logits that they share. Each
+    operation on a block's few numbers takes as long as a small matrix product, so the linear layers that read one
+    context are one, and what depends on the price alone is computed for all blocks at once. Token query and keys are
+    one layer too: tokens are compared, not by a product of low rank for each, but with the direction that the query has
+    among them, one for an image.
+    """
+
+    nested: bool
+    decides_tokens: bool
+    thresholds: Callable[[tuple[int, int]], NDArray[np.float32]]  # `Controller.thresholds`
+    pooled: Tensor  # (2C, hidden)
+    pooled_bias: Tensor  # (B or 1, hidden), the price's part in it
+    outputs: Tensor  # (hidden, J + 1 or, where tokens are decided, J + 1 + C): see `content`
+    outputs_bias: Tensor
+    bounds: Tensor  # (J + 1,), of logits and difficulty
+    gain: Tensor  # (J,), what difficulty adds to each
+    shift: Tensor  # (B or 1, J), what does not depend on the image
+
+    @staticmethod
+    def of(controllers: Sequence[Controller], log_price: Tensor) -> list[Formula]:
+        """log_price: (B,) or (1,)."""
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for c in controllers:
+            weights += [c.gates.weight, c.difficulty.weight]
+            biases += [c.gates.bias, c.difficulty.bias]
+            if c.rank:  # its last row is a logit, which belongs before difficulty
+                key = c.key.weight.t()[:, :, None]  # products are sums here: who counts those of images finds no others
+                weights[-1:] = [c.query.weight[-1:], c.difficulty.weight, (key * c.query.weight[:-1]).sum(dim=1)]
+                biases[-1:] = [c.query.bias[-1:], c.difficulty.bias, (key * c.query.bias[:-1, None]).sum(dim=(1, 2))]
+        rows = [c.gates.out_features + 1 + (1 + c.embed_dim if c.rank else 0) for c in controllers]
+        exact = torch.promote_types(weights[0].dtype, torch.float32)  # half precision could tip a decision
+        outputs = (0.5 * torch.cat(weights).to(exact)).split(rows)  # of a context that comes doubled, see `content`
+        outputs_bias = torch.cat(biases).to(exact).split(rows)
+        log_price = log_price.to(exact)
+        features = price_features(log_price)  # (B, features)
+        price = torch.stack([c.price.weight for c in controllers])
+        pooled_bias = torch.stack([c.pooled.bias for c in controllers])[:, None]
+        pooled_bias = pooled_bias + (features[:, None] * price[:, None]).sum(dim=3)  # (L, B, hidden)
+        slopes, gains = (
+            F.softplus(torch.stack([getattr(c, name) for c in controllers]).to(exact))  # (L, 3)
+            for name in ("slope", "gain")
+        )
+        made = []
+        for index, c in enumerate(controllers):
+            grains = [0] + [1] * (c.gates.out_features - 1) + [2] * bool(c.rank)
+            keep = log_price.new_tensor([c.keep_logits[grain] for grain in grains])
+            made.append(
+                Formula(
+                    c.nested,
+                    bool(c.rank),
+                    c.thresholds,
+                    c.pooled.weight.t().to(exact),
+                    pooled_bias[index],
+                    outputs[index].t(),
+                    outputs_bias[index],
+                    log_price.new_tensor([LOGIT_BOUND] * len(grains) + [DIFFICULTY_BOUND]),
+                    gains[index, grains] * DIFFICULTY_BOUND,
+                    keep - log_price[:, None] * slopes[index, grains],
+                )
+            )
+        return made
+
+    def content(self, pooled: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        """What images whose active patch tokens and whose prefix tokens have these means, (B, C), say: (B, J + 1), from
+        -1 to 1, of each logit and last of difficulty; and the direction (B, C) that their tokens are compared with,
+        (B, 0) where none are.
+        """
+        out = torch.addmm(self.outputs_bias, self.twice_context(pooled, prefix), self.outputs)
+        count = len(self.bounds)
+        return torch.tanh(out[:, :count] / self.bounds), out[:, count:]
+
+    def twice_context(self, pooled: Tensor, prefix: Tensor) -> Tensor:
+        """(B, hidden)."""
+        read = torch.addmm(self.pooled_bias.expand(len(pooled), -1), seen(pooled, prefix), self.pooled)
+        # Twice GELU, in three operations of 3 us; on CPU that of PyTorch sets up oneDNN, which takes 30.
+        return torch.addcmul(read, read, torch.erf(read * SQRT_HALF))
+
+    def logits(self, content: Tensor, through_difficulty: bool = True) -> Tensor:
+        """(B, J) from `content`."""
+        difficulty = content[:, -1:] if through_difficulty else content[:, -1:].detach()
+        return content[:, :-1] * self.bounds[:-1] + difficulty * self.gain + self.shift
+
+    @cached_property
+    def arrays(self) -> tuple[NDArray[np.float32], ...]:
+        """What `native` is given of it."""
+        parts = self.pooled, self.pooled_bias, self.outputs, self.outputs_bias, self.bounds, self.gain, self.shift
+        return tuple(np.ascontiguousarray(part.detach().float().cpu().numpy()) for part in parts)
+
+
+def means(x: Tensor, active: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """Of the active patch tokens and of the prefix tokens, (B, C) each. x: (B, P+N, C); active: (B, N)."""
+    weight = active.to(x.dtype).unsqueeze(-1)
+    pooled = (x[:, num_prefix_tokens:] * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+    return pooled, x[:, :num_prefix_tokens].mean(dim=1) if num_prefix_tokens else pooled
+
+
+def seen(pooled: Tensor, prefix: Tensor) -> Tensor:
+    """What the context is made from: both means (B, C) normalised, (B, 2C)."""
+    return torch.layer_norm(torch.stack([pooled, prefix], dim=1), pooled.shape[1:]).flatten(1)
+
+
+def token_scores(tokens: Tensor, direction: Tensor) -> Tensor:
+    """What their content adds to the logits of tokens (..., n, C): (..., n). direction: (..., C), of their images."""
+    normalised = torch.layer_norm(tokens, tokens.shape[-1:])
+    return bounded((normalised @ direction.unsqueeze(-1)).squeeze(-1))
 
 
 def _inverse_softplus(value: float) -> float:
     return math.log(math.expm1(value))
 
 
-def _normalise(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:])
-
-
-def _bounded(logits: Tensor) -> Tensor:
+def bounded(logits: Tensor) -> Tensor:
     return LOGIT_BOUND * torch.tanh(logits / LOGIT_BOUND)

@@ -8,7 +8,7 @@ they are boolean where decisions are carried out, and floating point where train
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +25,24 @@ DepthChoice = Literal["nested", "any"]
 class Rules:
     """Which decisions there can be (DESIGN.md, section 3)."""
 
-    depth_choice: DepthChoice = "any"  # nested: an image that skips a block skips all that follow, it leaves
+    depth_choice: DepthChoice = "any"
     head_choice: HeadChoice = "nested"
     token_scope: TokenScope = "progressive"
+
+    @property
+    def leaves(self) -> bool:
+        """Whether an image that skips a block skips all that follow: early exit."""
+        return self.depth_choice == "nested"
+
+    @property
+    def nested_heads(self) -> bool:
+        """Whether the kept heads are always the first ones."""
+        return self.head_choice == "nested"
+
+    @property
+    def progressive(self) -> bool:
+        """Whether a token that was skipped once stays skipped."""
+        return self.token_scope == "progressive"
 
 
 @dataclass(frozen=True)
@@ -103,8 +118,10 @@ class HostGates:
     is_effective: bool = False  # whether `effective` would change nothing
 
     @staticmethod
-    def of(gates: Gates) -> HostGates:
+    def of(gates: Gates | HostGates) -> HostGates:
         """The same gates. On CPU no copy, from other devices one."""
+        if isinstance(gates, HostGates):
+            return gates
         if gates.depth.device.type == "cpu" == gates.tokens.device.type:
             depth, heads, tokens = gates.depth.numpy(), gates.heads.numpy(), gates.tokens.numpy()
         else:
@@ -119,7 +136,7 @@ class HostGates:
         depth, heads, tokens = (torch.from_numpy(part) for part in (self.depth, self.heads, self.tokens))
         return Gates(depth.to(device), heads.to(device), tokens.to(device))
 
-    def effective(self, active: Booleans, num_prefix_tokens: int, head_choice: HeadChoice) -> HostGates:
+    def effective(self, active: Booleans, num_prefix_tokens: int, rules: Rules) -> HostGates:
         """What the gates mean, once the semantics' rules are applied. Idempotent.
 
         Only active tokens can be kept; nested heads are the first k, k the number of heads asked for; an executed
@@ -132,7 +149,7 @@ class HostGates:
             return self
         tokens = self.tokens & active
         depth = self.depth if num_prefix_tokens else self.depth & tokens.any(axis=1)
-        if head_choice == "nested":
+        if rules.nested_heads:
             heads = np.arange(self.heads.shape[1]) < np.maximum(self.heads.sum(axis=1), 1)[:, None]
         else:
             heads = self.heads.copy()
@@ -151,6 +168,22 @@ def from_host(values: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
 def _numpy(tensor: Tensor) -> NDArray[Any]:
     tensor = tensor.detach()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
+Logits = TypeVar("Logits", Tensor, NDArray[Any])
+
+
+def likelier_heads(logits: Logits, nested: bool) -> Logits:
+    """The heads (B, H) bool that are kept rather than not, at least one. logits: (B, H), on the host or as a tensor.
+
+    nested: head j is kept only if head j-1 is.
+    """
+    kept = logits > 0
+    if nested:
+        kept[:, 0] = True
+        return kept.cumprod(1) > 0
+    kept[list(range(len(kept))), logits.argmax(1)] = True
+    return kept
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

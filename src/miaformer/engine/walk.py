@@ -48,7 +48,7 @@ class Policy(Protocol):
 
 
 class Execution(Protocol):
-    """Carries out the gates of block `index`: x (B, P+N, C) -> (B, P+N, C).
+    """Executes the gates of block `index`: x (B, P+N, C) -> (B, P+N, C).
 
     Boolean gates come in effective form, on the host; floating-point ones only to masked execution.
     """
@@ -60,7 +60,7 @@ class Execution(Protocol):
 class Steps:
     """What a walk did: the gates of every block and the MACs (B,) of everything, floating point if gates were."""
 
-    gates: list[Gates | HostGates]
+    gates: Sequence[Gates | HostGates]
     macs: Tensor
 
     def decisions(self) -> Decisions:
@@ -84,66 +84,82 @@ def walk(
     rules: Rules,
     cap_macs: Counts | None = None,
 ) -> tuple[Tensor, Steps]:
-    """Take embedded tokens x (B, P+N, C) through all blocks. cap_macs: (B,) int64.
+    """Take embedded tokens x (B, P+N, C) through all blocks, by boolean gates. cap_macs: (B,) int64.
 
-    Boolean gates are brought into effective form (`HostGates.effective`) and cut to the cap; floating-point gates
-    (training) are the policy's own responsibility.
+    Gates are brought into effective form (`HostGates.effective`) and cut to the cap. Sparse execution may write into x.
     """
-    progressive, leaving = rules.token_scope == "progressive", rules.depth_choice == "nested"
-    ledger = _Ledger(cost, policy, len(x), progressive, cap_macs)
-    active: Booleans | Tensor = np.ones((len(x), cost.num_patches), dtype=bool)  # a tensor where gates are numbers
-    taken: list[Gates | HostGates] = []
+    ledger = _Ledger(cost, policy, len(x), rules, cap_macs)
+    active: Booleans = np.ones((len(x), cost.num_patches), dtype=bool)
+    taken: list[HostGates] = []
     for index, block in enumerate(blocks):
-        affordable = ledger.affordable(index, active) if isinstance(active, np.ndarray) else None
-        if leaving and taken and isinstance(taken[-1], HostGates):
+        affordable = ledger.affordable(index, active)
+        if rules.leaves and taken:
             stayed = taken[-1].depth
             affordable = stayed if affordable is None else affordable & stayed
-        shown = torch.from_numpy(active) if isinstance(active, np.ndarray) else active
         pays = None if affordable is None else torch.from_numpy(affordable)
-        gates = policy.decide(
-            State(index, x, shown, pays, cost.num_prefix_tokens, cost.num_heads, cost.depth, cost.grid),
-        )
-        if isinstance(gates, HostGates) or gates.depth.dtype == torch.bool:
-            assert isinstance(active, np.ndarray)
-            asked = gates if isinstance(gates, HostGates) else HostGates.of(gates)
-            if affordable is not None:
-                asked = replace(asked, depth=asked.depth & affordable, is_effective=False)
-            ledger.score(index, active, asked.depth)
-            gates = ledger.cut(index, asked.effective(active, cost.num_prefix_tokens, rules.head_choice))
-            if progressive:
-                active = gates.tokens if gates.depth.all() else np.where(gates.depth[:, None], gates.tokens, active)
-        else:
-            active = shown.to(gates.depth)
-            ledger.enter_numbers(index, active, gates)
-            if progressive:
-                kept = gates.depth[:, None]
-                active = kept * gates.tokens + (1 - kept) * active
+        asked = HostGates.of(policy.decide(_state(index, x, torch.from_numpy(active), pays, cost)))
+        if affordable is not None:
+            asked = replace(asked, depth=asked.depth & affordable, is_effective=False)
+        ledger.pay_for_scores(index, active, asked.depth)
+        gates = ledger.cut(index, asked.effective(active, cost.num_prefix_tokens, rules))
+        if rules.progressive:
+            active = gates.tokens if gates.depth.all() else np.where(gates.depth[:, None], gates.tokens, active)
         x = execution(index, block, x, gates)
         taken.append(gates)
-    if isinstance(active, np.ndarray):
-        ledger.settle(cast(list[HostGates], taken))
-    return x, Steps(taken, torch.as_tensor(ledger.macs).to(x.device))
+    return x, Steps(taken, torch.from_numpy(ledger.macs + cost.of_blocks(taken)).to(x.device))
+
+
+def relaxed_walk(
+    blocks: nn.Sequential, x: Tensor, policy: Policy, execution: Execution, cost: Cost, rules: Rules
+) -> tuple[Tensor, Steps]:
+    """The same by gates that are numbers, through which training differentiates: their MACs too.
+
+    The semantics' rules are the policy's own responsibility, and there is no cap.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)  # counts are summed up
+    active = x.new_ones((len(x), cost.num_patches), dtype=exact)
+    macs: Tensor | int = cost.fixed + _context_macs(policy, cost)
+    taken: list[Gates] = []
+    for index, block in enumerate(blocks):
+        gates = cast(Gates, policy.decide(_state(index, x, active, None, cost)))
+        scored = active.sum(dim=1) if rules.progressive else cost.num_patches
+        scoring = scored * policy.token_score_macs(cost, index) * gates.depth
+        macs = macs + scoring + cost.block(index, gates)
+        if rules.progressive:
+            kept = gates.depth[:, None]
+            active = kept * gates.tokens + (1 - kept) * active
+        x = execution(index, block, x, gates)
+        taken.append(gates)
+    return x, Steps(taken, torch.as_tensor(macs))
+
+
+def _state(index: int, x: Tensor, active: Tensor, affordable: Tensor | None, cost: Cost) -> State:
+    return State(index, x, active, affordable, cost.num_prefix_tokens, cost.num_heads, cost.depth, cost.grid)
+
+
+def _context_macs(policy: Policy, cost: Cost) -> int:
+    return sum(policy.context_macs(cost, index) for index in range(cost.depth))
 
 
 class _Ledger:
-    """What the images have spent so far, in MACs, and under a cap what is left to them."""
+    """What deciding has taken so far, in MACs, and under a cap what is left to each image."""
 
-    def __init__(self, cost: Cost, policy: Policy, batch: int, progressive: bool, cap_macs: Counts | None) -> None:
-        self.cost, self.progressive = cost, progressive
+    def __init__(self, cost: Cost, policy: Policy, batch: int, rules: Rules, cap_macs: Counts | None) -> None:
+        self.cost, self.rules = cost, rules
         self.scores = [policy.token_score_macs(cost, index) for index in range(cost.depth)]
-        contexts = sum(policy.context_macs(cost, index) for index in range(cost.depth))
+        contexts = _context_macs(policy, cost)
         self.purse = None if cap_macs is None else Purse(cost, cap_macs, contexts)
-        self.macs: Counts | Tensor = np.full(batch, cost.fixed + contexts, dtype=np.int64)
+        self.macs: Counts = np.full(batch, cost.fixed + contexts, dtype=np.int64)
 
     def _scoring(self, index: int, active: Booleans) -> Counts:
         """MACs (B,) of scoring the tokens of an image that executes the block."""
-        scored = active.sum(axis=1, dtype=np.int64) if self.progressive else np.full(len(active), active.shape[1])
+        scored = active.sum(axis=1, dtype=np.int64) if self.rules.progressive else np.full(len(active), active.shape[1])
         return scored * self.scores[index]
 
     def affordable(self, index: int, active: Booleans) -> Booleans | None:
         return None if self.purse is None else self.purse.affordable(index, self._scoring(index, active))
 
-    def score(self, index: int, active: Booleans, asked: Booleans) -> None:
+    def pay_for_scores(self, index: int, active: Booleans, asked: Booleans) -> None:
         """Take what scoring the tokens took, for the images (B,) whose policy asked for the block."""
         if self.scores[index]:
             scoring = self._scoring(index, active) * asked
@@ -152,19 +168,9 @@ class _Ledger:
                 self.purse.pay(scoring)
 
     def cut(self, index: int, gates: HostGates) -> HostGates:
-        """The gates, cut to what can be paid. What they come to, `settle` takes from all blocks at once."""
+        """The gates, cut to what can be paid, and paid."""
         if self.purse is None:
             return gates
         gates = self.purse.limit(index, gates)
         self.purse.pay(self.cost.of_host(index, gates))
         return gates
-
-    def settle(self, gates: Sequence[HostGates]) -> None:
-        """Take the MACs of all blocks."""
-        self.macs = self.macs + self.cost.of_blocks(gates)
-
-    def enter_numbers(self, index: int, active: Tensor, gates: Gates) -> None:
-        """Take the MACs of a block, and of deciding it, by floating-point gates, which know no cap."""
-        scored = active.sum(dim=1) if self.progressive else active.shape[1]
-        scoring = scored * self.scores[index] * gates.depth
-        self.macs = torch.as_tensor(self.macs).to(gates.depth.device) + scoring + self.cost.block(index, gates)

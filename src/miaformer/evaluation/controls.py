@@ -120,7 +120,7 @@ def random_policy(
     def policy(logit: float) -> Random:
         moved = rates.shifted(logit)
         depth, heads, tokens = moved.depth, moved.heads.mean(dim=1), moved.tokens.mean(dim=1)
-        if simulation.rules.depth_choice == "nested":  # of the images that execute the block before
+        if simulation.rules.leaves:  # of the images that execute the block before
             depth = (depth / torch.cat([torch.ones_like(depth[:1]), depth[:-1]])).clamp(max=1)
         return Random(depth.tolist(), heads.tolist(), tokens.tolist(), seed)
 
@@ -143,7 +143,7 @@ def static_policy(simulation: Simulation, budget: float, trace: Decisions) -> St
     Raises ValueError where the budget is below what an image costs at the least.
     """
     rates = KeepRates.of(trace)
-    progressive = simulation.rules.token_scope == "progressive"
+    progressive = simulation.rules.progressive
 
     def decisions(logit: float, share: float) -> Decisions:
         moved = rates.shifted(logit)

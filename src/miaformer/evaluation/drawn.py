@@ -15,9 +15,10 @@ from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from miaformer.engine.controller import KEEP_LOGIT, LOGIT_BOUND, Controller
+from miaformer.engine.controller import KEEP_LOGIT, LOGIT_BOUND, Controller, Formula, bounded, means, seen
+from miaformer.engine.controllers import Controllers
 from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import HostGates
 from miaformer.engine.sparse import Sparse
@@ -77,7 +78,7 @@ def draw_controllers(model: MIAFormer, images: Tensor, seed: int = 0, grains: Gr
 class _Drawing:
     """Draws each controller when its block is reached, then decides as it does."""
 
-    controllers: nn.ModuleList
+    controllers: Controllers
     generator: torch.Generator
     grains: Grains
 
@@ -105,15 +106,16 @@ def _draw(controller: Controller, state: State, generator: torch.Generator, grai
     controller.difficulty.bias.zero_()
     controller.slope.copy_(torch.where(torch.tensor(decides), _SLOPE, _NO_SLOPE).to(controller.slope))
 
-    seen = _seen(state)
-    weight = _apart_from_mean(normal(controller.pooled.weight), seen)
-    shown = seen @ weight.T  # (B, hidden)
+    pooled, prefix = means(state.x, _active(state), state.num_prefix_tokens)
+    read = seen(pooled, prefix)
+    weight = _apart_from_mean(normal(controller.pooled.weight), read)
+    shown = read @ weight.T  # (B, hidden)
     scale, offset = 1 / _spread(shown, state.index), -shown.mean(dim=0) / _spread(shown, state.index)
     controller.pooled.weight.copy_(weight * scale[:, None])
     controller.pooled.bias.copy_(offset)
 
     log_price = state.x.new_full((len(state.x),), DRAWN_AT_LOG_PRICE)
-    context = controller.context(state.x, _active(state), state.num_prefix_tokens, log_price)
+    context = 0.5 * Formula.of([controller], log_price)[0].twice_context(pooled, prefix)
     weight = normal(controller.gates.weight)
     weight[1:] += normal(weight[:1])  # heads agree half of the way: images differ in how many they want
     centres = torch.full_like(controller.gates.bias, HEADS_CENTRE - KEEP_LOGIT)
@@ -147,7 +149,7 @@ def _draw_tokens(
     scale, _ = _fit(product / _spread(product, state.index), None, own_spread)
     scale = scale / _spread(product, state.index)
     query.weight[:-1], query.bias[:-1] = weight * scale, bias * scale
-    rest = _bounded(product * scale).mean(dim=0)
+    rest = bounded(product * scale).mean(dim=0)
     shared, offset = _fitted(normal(query.weight[-1:]), context, TOKENS_CENTRE - KEEP_LOGIT - rest, SHARED_SPREAD)
     query.weight[-1:], query.bias[-1:] = shared, offset
 
@@ -155,15 +157,6 @@ def _draw_tokens(
 def _active(state: State) -> Tensor:
     """(B, N) bool where the tokens are: a walk keeps it on the host."""
     return (state.active > 0).to(state.x.device)
-
-
-def _seen(state: State) -> Tensor:
-    """What a controller's context is made from: active tokens pooled, and the prefix: (B, 2 C)."""
-    patches, prefix = state.x[:, state.num_prefix_tokens :], state.x[:, : state.num_prefix_tokens]
-    weight = _active(state).to(patches.dtype).unsqueeze(-1)
-    pooled = (patches * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-    pooled_prefix = prefix.mean(dim=1) if state.num_prefix_tokens else pooled
-    return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in (pooled, pooled_prefix)], dim=1)
 
 
 def _apart_from_mean(weight: Tensor, rows: Tensor) -> Tensor:
@@ -191,7 +184,7 @@ def _fit(standard: Tensor, centres: Tensor | None, spread: float) -> tuple[Tenso
     """
     scale, offset = standard.new_full(standard.shape[1:], spread), standard.new_zeros(standard.shape[1:])
     for _ in range(_FIT_STEPS):
-        logits = _bounded(standard * scale + offset)
+        logits = bounded(standard * scale + offset)
         scale = scale * spread / logits.std(dim=0, correction=0).clamp(min=1e-12)
         if centres is not None:
             offset = offset + centres - logits.mean(dim=0)
@@ -204,7 +197,3 @@ def _spread(values: Tensor, index: int) -> Tensor:
     if not bool((found > 1e-6 * values.abs().max()).all()) or not bool(found.isfinite().all()):
         raise ValueError(f"to block {index} all images look alike: draw_controllers() needs pictures that differ")
     return found
-
-
-def _bounded(logits: Tensor) -> Tensor:
-    return LOGIT_BOUND * torch.tanh(logits / LOGIT_BOUND)

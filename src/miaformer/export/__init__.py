@@ -129,8 +129,8 @@ def export_static(model: MIAFormer, path: str | Path, decisions: Decisions | Siz
     macs = cost.fixed
     for index, block in enumerate(model.backbone.blocks):
         asked = HostGates.of(decisions.block(index))
-        gates = asked.effective(active, cost.num_prefix_tokens, config.head_choice)
-        if config.depth_choice == "nested" and not gates.depth[0]:
+        gates = asked.effective(active, cost.num_prefix_tokens, config.rules)
+        if config.rules.leaves and not gates.depth[0]:
             break
         macs += int(cost.of_host(index, gates)[0])
         if not gates.depth[0]:
@@ -141,7 +141,7 @@ def export_static(model: MIAFormer, path: str | Path, decisions: Decisions | Siz
         changed = BlockWriter.of(graph, cost, block, index).write(graph, part, kept)
         changed_rows = prefix if cost.trims(index) else where
         rows = graph.op("ScatterND", rows, graph.constant(changed_rows[:, None]), changed)
-        if config.token_scope == "progressive":
+        if config.rules.progressive:
             active = gates.tokens
     if cost.trims_last_block:
         rows = graph.op("Slice", rows, graph.ints(0), graph.ints(cost.num_prefix_tokens))
@@ -208,7 +208,7 @@ def run_session(
 def _check_exportable(model: MIAFormer) -> None:
     """Raises ValueError, naming it, for what cannot be exported."""
     config, cost, parameter = model.adapt_config, model.cost(), next(model.parameters())
-    if config.head_choice == "subset":
+    if not config.rules.nested_heads:
         if cost.num_heads > MOST_SUBSET_HEADS:
             raise ValueError(
                 f"a file needs a branch for each subset of heads, so at most {MOST_SUBSET_HEADS} heads; this backbone "
@@ -246,7 +246,7 @@ class _Head(nn.Module):
         self.model = model
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self.model._head(self.model.backbone.norm(rows[None]))
+        return self.model.answer(self.model.backbone.norm(rows[None]))
 
 
 def _embedded(graph: Graph, model: MIAFormer) -> str:

@@ -55,10 +55,8 @@ class AdaptiveWriter:
     def __init__(self, graph: Graph, model: Any, log_price: str) -> None:
         self.model, self.cost = model, model.cost()
         config = model.adapt_config
-        self.packed = config.token_scope == "progressive" and self.cost.trims_last_block
-        self.progressive = config.token_scope == "progressive"
-        self.nested = config.head_choice == "nested"
-        self.leaves = config.depth_choice == "nested"
+        self.rules = config.rules
+        self.packed = self.rules.progressive and self.cost.trims_last_block
         self.multiple = config.rows_multiple(self.cost.num_patches)
         self.controllers: list[Controller] = list(model.controllers)
         self.log_price = log_price
@@ -103,7 +101,7 @@ class AdaptiveWriter:
                         image.rows,
                         image.active,
                         macs,
-                        g.ints(-1) if self.leaves else left,
+                        g.ints(-1) if self.rules.leaves else left,
                         g.constant([False]),
                         *nothing,
                     ],
@@ -111,14 +109,14 @@ class AdaptiveWriter:
             return self._execute(inner, writer, replace(image, macs=macs, left=left), logits, ranked, count)
 
         def skip(inner: Graph) -> list[str]:
-            left = inner.ints(-1) if self.leaves else image.left  # who left can pay for no block
+            left = inner.ints(-1) if self.rules.leaves else image.left  # who left can pay for no block
             return [image.rows, image.active, image.macs, left, inner.constant([False]), *nothing]
 
         rows, active, macs, left, *done = graph.choose(depth, execute, skip)
         return Image(rows, active, macs, left), Done(*done)
 
     def _logits(self, graph: Graph, index: int, image: Image) -> tuple[str, str]:
-        """Logits (1, J) and the direction (1, C) that tokens are compared with, as in `Folded.logits`."""
+        """Logits (1, J) and the direction (1, C) that tokens are compared with: those of `Formula`."""
         c, prefix = self.controllers[index], self.cost.num_prefix_tokens
         weights: list[Tensor] = [c.gates.weight]
         biases: list[Tensor] = [c.gates.bias]
@@ -130,7 +128,7 @@ class AdaptiveWriter:
         outputs = torch.cat([*weights, c.difficulty.weight]).float() / bounds[:, None]
         outputs_bias = torch.cat([*biases, c.difficulty.bias]).float() / bounds
         if c.rank:
-            key = c.key.weight.t().float()  # what tokens are compared with is one layer of the context, as in `Folded`
+            key = c.key.weight.t().float()  # what tokens are compared with is one layer of the context, as in `Formula`
             outputs = torch.cat([outputs, key @ c.query.weight[:-1].float()])
             outputs_bias = torch.cat([outputs_bias, key @ c.query.bias[:-1].float()])
         first = graph.op("Slice", image.rows, graph.ints(0), graph.ints(prefix)) if prefix else ""
@@ -201,7 +199,7 @@ class AdaptiveWriter:
         return places, count
 
     def _rounded_up(self, graph: Graph, count: str, available: str) -> str:
-        """As `policy._rounded_up`: rows up to a multiple, where any token is kept."""
+        """As `deciding.rounded_up`: rows up to a multiple, where any token is kept."""
         prefix, multiple = self.cost.num_prefix_tokens, graph.ints(self.multiple)
         rows = graph.op("Add", count, graph.ints(prefix + self.multiple - 1))
         wanted = graph.op("Sub", graph.op("Mul", graph.op("Div", rows, multiple), multiple), graph.ints(prefix))
@@ -218,7 +216,7 @@ class AdaptiveWriter:
         num_heads, count = self._capped(graph, table, image, num_heads, count)
         macs = graph.op("GatherND", table, graph.op("Concat", num_heads, count, axis=0))
         macs = graph.op("Reshape", macs, graph.ints(1))
-        if self.nested:
+        if self.rules.nested_heads:
             kept_heads = graph.op("Less", graph.constant(np.arange(cost.num_heads)), num_heads)
         else:  # the first of those asked for
             order = graph.op("CumSum", graph.op("Cast", heads, to=TensorProto.INT64), graph.constant(0, INT))
@@ -242,7 +240,7 @@ class AdaptiveWriter:
             if cost.trims(index):
                 where = graph.constant(np.arange(cost.num_prefix_tokens))
             after = graph.op("ScatterND", image.rows, graph.op("Unsqueeze", where, graph.ints(1)), changed)
-        next_active = active if self.progressive else image.active
+        next_active = active if self.rules.progressive else image.active
         spent = graph.op("Add", image.macs, macs)
         return [
             after,
@@ -274,7 +272,7 @@ class AdaptiveWriter:
         own = graph.op("Slice", logits, graph.ints(1), graph.ints(1 + count), graph.ints(1))
         own = graph.op("Reshape", own, graph.ints(count))
         kept = graph.op("Greater", own, graph.constant(0.0, FLOAT))
-        if self.nested:
+        if self.rules.nested_heads:
             first = graph.constant(np.arange(count) == 0)
             stops = graph.op("Not", graph.op("Or", kept, first))
             stops = graph.op("CumSum", graph.op("Cast", stops, to=TensorProto.INT64), graph.constant(0, INT))
@@ -304,7 +302,7 @@ class AdaptiveWriter:
     def _block(self, graph: Graph, writer: BlockWriter, rows: str, kept_heads: str, num_heads: str) -> str:
         """The block under the heads that are kept, each choice a branch with its own constants."""
         total = self.cost.num_heads
-        if self.nested:
+        if self.rules.nested_heads:
             return self._nested(graph, writer, rows, num_heads, total)
         return self._subset(graph, writer, rows, kept_heads, 0, [])
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from miaformer.engine.block import Width, mlp_inputs
+from miaformer.engine.block import Width
 from miaformer.engine.cost import Cost
 from miaformer.engine.products import gelu_kind
 from miaformer.export.graph import MICROSOFT, Graph, array
+from miaformer.vit.mlp import mlp_inputs
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from miaformer.engine.controller import Controller
+from miaformer.engine.controllers import Controllers
 from miaformer.engine.decisions import DepthChoice, HeadChoice, MlpWidth, Rules, TokenScope
-from miaformer.model.budget import check_fraction
 
 ControlledGrain = Literal["depth", "heads", "tokens"]  # what controllers decide
 Grain = Literal[ControlledGrain, "resolution"]
@@ -31,7 +32,6 @@ class AdaptConfig:
     token_multiple: int | None = None  # rows kept are rounded up to this; None: 16 from 128 patch tokens on, else 1
     looks: int = 1  # 2: an image whose first answer is not confident is looked at again (`miaformer.model.looks`)
     least_resolution: float = 0.5  # of the image's sides, of the smallest size that is looked at: grain "resolution"
-    default_budget: float | None = None  # used where a call names none; None: everything is executed
 
     @property
     def chooses_resolution(self) -> bool:
@@ -51,6 +51,29 @@ class AdaptConfig:
     @property
     def rules(self) -> Rules:
         return Rules(self.depth_choice, self.head_choice, self.token_scope)
+
+    def controllers(self, depth: int, embed_dim: int, num_heads: int) -> Controllers:
+        """Untrained ones for a backbone of so many blocks, channels and heads; none where sizes are chosen instead."""
+        if self.chooses_resolution:
+            return Controllers()
+        hidden = self.controller_hidden or min(32, max(8, embed_dim // 3))
+        rank = self.controller_rank or min(16, max(4, embed_dim // 12))
+        rules, token_blocks = self.rules, self.token_blocks(depth)
+        return Controllers(
+            Controller(
+                embed_dim,
+                num_heads,
+                hidden,
+                rank if index in token_blocks else 0,
+                nested=rules.nested_heads,
+                depth="depth" in self.grains and not (rules.leaves and index == 0),  # nobody leaves before the first
+                heads="heads" in self.grains,
+                dithers=self.dither,
+                leaves=rules.leaves,
+                even=self.token_choice == "even",
+            )
+            for index in range(depth)
+        )
 
     def token_blocks(self, depth: int) -> range:
         """The blocks, of so many, whose tokens are decided.
@@ -113,5 +136,3 @@ class AdaptConfig:
             raise ValueError(
                 f"least_resolution={self.least_resolution!r} must be a share of the sides, between 0 and 1"
             )
-        if self.default_budget is not None:
-            check_fraction("default_budget", self.default_budget)

@@ -2,48 +2,54 @@
 
 `MIAFormer` holds the backbone as timm made it (`model.backbone(images)` is the static model at any time), decides per
 image which blocks, heads and tokens to execute, or in which size to look at it, executes that alone, and says what it
-did.
+did. What a call asks for becomes decisions in `prices`; `running` executes them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any, Literal, Self, cast
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from miaformer.engine.block import check_plain
 from miaformer.engine.cap import Purse
-from miaformer.engine.controller import Controller
+from miaformer.engine.controller import LEAST_LOG_PRICE, LOG_PRICE_RANGE
 from miaformer.engine.cost import Cost, Counts, cost_of
-from miaformer.engine.folded import Controllers
 from miaformer.engine.masked import Masked
 from miaformer.engine.products import Packed
 from miaformer.engine.sparse import Sparse
-from miaformer.engine.walk import Execution, Steps, walk
-from miaformer.model.budget import check_fraction
-from miaformer.model.classes import ClassifyingModel
+from miaformer.engine.walk import Execution, Policy, Steps, relaxed_walk, walk
+from miaformer.model.budget import Calibration, check_fraction
+from miaformer.model.classes import in_own_order
 from miaformer.model.config import AdaptConfig
-from miaformer.model.output import Output, Trace, in_turn, merged
-from miaformer.model.policy import AnyPolicy, Look, Policy, Sampling, TwoLooks
-from miaformer.model.prices import Budget, PricedModel, drawing, per_image
-from miaformer.model.resolution import Size, image_sizes, resized, take_any_size, within_cap
-from miaformer.model.saved import SavedModel
+from miaformer.model.output import Output
+from miaformer.model.policy import AnyPolicy, Learned, Look, Sampling, TwoLooks
+from miaformer.model.prices import Budget, at_budget, drawing, one_policy, per_image, requested
+from miaformer.model.resolution import Size, image_sizes
+from miaformer.model.running import cap_too_low, run_looks
+from miaformer.model.saved import ModelFiles, SavedModel, write_model_files
 from miaformer.vit import backbone as static
-from miaformer.vit.from_transformers import is_of_transformers, to_timm
-from miaformer.vit.importance import identity_orders, importance_orders
+from miaformer.vit.checkpoint_files import at_least_float32
+from miaformer.vit.importance import identity_orders
+
+if TYPE_CHECKING:
+    from miaformer.data import ImageData
+
+
+NOT_SAVED = "saved, for it would not come back: merge adapters into the weights first, and quantise afterwards"
 
 
 class MIAFormer(
-    ClassifyingModel,
-    PricedModel,
     SavedModel,
+    nn.Module,
     library_name="miaformer",
     tags=["image-classification", "dynamic-inference", "vision-transformer"],
     license="apache-2.0",
@@ -55,10 +61,13 @@ class MIAFormer(
         super().__init__()
         self.backbone = backbone
         self.adapt_config = config
+        self.calibration: Calibration | None = None
         self._packed: Packed | None = None
-        self._describes_itself()
+        self._describe()
         block = static.transformer_blocks(backbone)[0]
-        self.controllers = Controllers.of(config, len(backbone.blocks), backbone.embed_dim, block.attn.num_heads)
+        self.controllers = config.controllers(len(backbone.blocks), backbone.embed_dim, block.attn.num_heads)
+        self.price_scale: Tensor  # (2,): controllers see price_scale[0] * log(price) + price_scale[1]
+        self.register_buffer("price_scale", torch.tensor([1.0, 0.0]))
         self.order_channels: Tensor
         for name, order in orders.items():
             self.register_buffer(f"order_{name}", order)
@@ -70,7 +79,7 @@ class MIAFormer(
         """Of the backbone as it is: one whose classifier was changed is saved as it was changed."""
         return static.describe(self.backbone)
 
-    def _describes_itself(self) -> None:
+    def _describe(self) -> None:
         self._meta = [static.check_describes(self._description, self.backbone)]  # a list: not a submodule
         self._costs: dict[tuple[int, int], Cost] = {}
         self._described_size = static.image_size(self.backbone)
@@ -105,9 +114,6 @@ class MIAFormer(
             config.update(input_size=size, crop_pct=1.0)
         return config
 
-    def orders(self) -> dict[str, Tensor]:
-        return {name: cast(Tensor, getattr(self, f"order_{name}")) for name in ("heads", "hidden", "channels")}
-
     def image_size(self) -> tuple[int, int]:
         """(H, W) of the images that the backbone was made for."""
         return static.image_size(self.backbone)
@@ -122,7 +128,7 @@ class MIAFormer(
     def cost(self, image_size: tuple[int, int] | None = None) -> Cost:
         """What decisions cost for images of this size (H, W); the backbone's own size by default."""
         if self._described_size != self.image_size():  # timm's set_input_size
-            self._describes_itself()
+            self._describe()
         size = image_size or self.image_size()
         if size not in self._costs:
             self._costs[size] = cost_of(self._meta[0].eval(), size, self.adapt_config.mlp_width)
@@ -131,13 +137,17 @@ class MIAFormer(
     def controller_macs(self, image_size: tuple[int, int] | None = None) -> int:
         """MACs an image of all controllers when everything is executed: the most they can take."""
         patches = self.cost(image_size).num_patches
-        return sum(c.context_macs + patches * c.token_score_macs for c in self._controllers())
+        return sum(c.context_macs + patches * c.token_score_macs for c in self.controllers)
 
     def least_macs(self, image_size: tuple[int, int] | None = None) -> int:
         """MACs that every image takes, whatever is decided: no cap can be lower."""
         if self.adapt_config.chooses_resolution:
             return min(self.macs_of_sizes().values())
         return self.cost(image_size).fixed + self._context_macs()
+
+    def macs_of_sizes(self) -> dict[Size, int]:
+        """What executing everything takes in each of `image_sizes`."""
+        return {size: self.cost(size).everything for size in self.image_sizes()}
 
     def check_cap(self, cap: Budget, image_size: tuple[int, int] | None = None) -> None:
         """Raises ValueError for a cap that `run` refuses, without running anything."""
@@ -147,13 +157,125 @@ class MIAFormer(
         if not self.adapt_config.chooses_resolution:
             Purse(cost, caps, self._context_macs())
         elif caps.min() < self.least_macs():
-            raise self._cap_too_low()
+            raise cap_too_low(self)
 
     def _context_macs(self) -> int:
-        return sum(controller.context_macs for controller in self._controllers())
+        return sum(controller.context_macs for controller in self.controllers)
 
-    def _controllers(self) -> list[Controller]:
-        return [cast(Controller, controller) for controller in self.controllers]
+    # What it answers in -----------------------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes, saved with the model; None where nobody gave them."""
+        names = self.pretrained_cfg.get("label_names")
+        return list(names) if names is not None and len(names) == self.num_classes else None
+
+    @label_names.setter
+    def label_names(self, names: list[str]) -> None:
+        if len(names) != self.num_classes:
+            raise ValueError(f"{len(names)} label names for a classifier of {self.num_classes} classes")
+        self.backbone.pretrained_cfg = {**self.pretrained_cfg, "label_names": list(names)}  # type: ignore[assignment]
+
+    def in_own_order(self, data: ImageData) -> ImageData:
+        """The data, labelled as the model's classifier is: by name, where the model's classes have names.
+
+        Raises ValueError where they are others, naming the difference, or others in number.
+        """
+        return in_own_order(data, self.num_classes, self.label_names)
+
+    def answers_other_classes(self, names: Sequence[str]) -> bool:
+        """Whether the classifier is for other classes than these: another number of them, or others by name."""
+        own = self.label_names
+        return len(names) != self.num_classes or (own is not None and set(own) != set(names))
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """The layer that gives logits; of a distilled ViT both, as timm has it."""
+        return cast("nn.Module | tuple[nn.Module, ...]", self.backbone.get_classifier())
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Another number of classes, by a new layer to be trained; 0 for none: features instead of logits.
+
+        What is pooled stays as it is. So do controllers and the calibration table, which tell images apart without the
+        classifier. Names of classes go. Raises ValueError for fewer classes than none, and for another pooling.
+        """
+        if num_classes < 0:
+            raise ValueError(f"num_classes={num_classes} must be at least 0")
+        if global_pool not in (None, self.backbone.global_pool):
+            raise ValueError(
+                f"global_pool={global_pool!r}: this model pools by {self.backbone.global_pool!r}; change it in timm, "
+                "before the backbone is adapted"
+            )
+        parameter = next(self.parameters())
+        self.backbone.reset_classifier(num_classes)
+        self.backbone.to(device=parameter.device, dtype=parameter.dtype)
+        known = {name: value for name, value in self.pretrained_cfg.items() if name != "label_names"}
+        self.backbone.pretrained_cfg = {**known, "num_classes": num_classes}  # type: ignore[assignment]
+        self._describe()
+
+    # What it spends --------------------------------------------------------------------------------------------
+
+    def set_price_scale(self, slope: float, shift: float) -> None:
+        """Give prices their unit: controllers see slope * log(price) + shift."""
+        if not slope > 0:
+            raise ValueError(f"slope={slope!r} must be positive: a higher price means less compute")
+        self.price_scale.copy_(torch.tensor([slope, shift]))
+
+    def log_price(self, price: Tensor) -> Tensor:
+        """What controllers see of prices (B,), within the range that they know."""
+        slope, shift = self.price_scale
+        return (slope * price.to(slope.device).clamp(min=1e-30).log() + shift).clamp(
+            LEAST_LOG_PRICE, LOG_PRICE_RANGE[1]
+        )
+
+    def price_range(self) -> tuple[float, float]:
+        """The prices between which controllers differ."""
+        slope, shift = self.price_scale.tolist()
+        low, high = (math.exp((end - shift) / slope) for end in (LEAST_LOG_PRICE, LOG_PRICE_RANGE[1]))
+        return low, high
+
+    def price_of(self, budget: Budget) -> Budget:
+        """The price that brings a budget, by the calibration table.
+
+        Raises ValueError for an uncalibrated model, and for a budget below the least that the table reaches.
+        """
+        table = self.check_budget(budget)
+        budgets = per_image("budget", budget).tolist()
+        return [table.price(b) for b in budgets] if isinstance(budgets, list) else table.price(budgets)
+
+    def check_budget(self, budget: Budget) -> Calibration:
+        """The table that a budget is looked up in.
+
+        Raises ValueError for an uncalibrated model, and for a budget below the least that the table reaches.
+        """
+        if self.calibration is None:
+            raise ValueError(
+                "This model is not calibrated, so it knows no budget: train it (miaformer.train), calibrate it "
+                "(miaformer.calibrate), or pass price= or policy="
+            )
+        for one in torch.atleast_1d(per_image("budget", budget)).tolist():
+            self.calibration.check(one)
+        return self.calibration
+
+    def at_budget(self, budget: float) -> Look | TwoLooks:
+        """What `run` executes at a budget, as a policy. Raises ValueError as `check_budget` does."""
+        return at_budget(self, budget)
+
+    def learned(self, price: Budget, batch: int = 1) -> Learned:
+        """The controllers' policy at a price >= 0 in units of loss, one for all images or one for each.
+
+        Raises ValueError for a price below 0, and for a model without controllers.
+        """
+        if self.adapt_config.chooses_resolution:
+            raise ValueError("this model chooses resolutions and has no controllers to give a price: give a budget")
+        prices = torch.atleast_1d(per_image("price", price, batch)).float()
+        if not bool((prices >= 0).all()):
+            raise ValueError(f"price={price!r} must be at least 0: a number, or one for each of {batch} images")
+        multiple = self.adapt_config.rows_multiple(self.cost().num_patches)
+        return Learned(self.controllers, self.log_price(prices), multiple)
 
     # What it does ----------------------------------------------------------------------------------------------
 
@@ -170,7 +292,7 @@ class MIAFormer(
         In training mode without budget and price this is the backbone, so that any training loop can fine-tune it.
         """
         if self.training and budget is None and price is None and cap is None and not sample:
-            return self._head(self.backbone.forward_features(static.check_images(images, self.backbone)))
+            return self.answer(self.backbone.forward_features(static.check_images(images, self.backbone)))
         return self.run(images, budget=budget, price=price, cap=cap, sample=sample).logits
 
     def run(
@@ -204,88 +326,11 @@ class MIAFormer(
         images = static.check_images(images, self.backbone)
         if execution not in ("sparse", "masked"):
             raise ValueError(f"execution={execution!r} must be 'sparse' or 'masked'")
-        cap_macs = None if cap is None else _cap_macs(cap, len(images), self._cost_of(images))
-        chosen = self._chosen(policy, budget, price, cap, len(images))
+        cap_macs = None if cap is None else _cap_macs(cap, len(images), self.cost((images.shape[-2], images.shape[-1])))
+        looks = requested(self, policy, budget, price, cap, len(images))
         if sample:
-            chosen = drawing(chosen, Sampling() if sample is True else sample)
-        if isinstance(chosen, Look):
-            return self._look(images, chosen, cap_macs, execution)
-        output = self._look(images, chosen.first, cap_macs, execution)
-        again, left = self._open_images(images, output, chosen, cap_macs)
-        if not len(again):
-            return output
-        return merged(output, again, self._look(images[again], chosen.second.of(again), left, execution))
-
-    def _look(self, images: Tensor, look: Look, cap_macs: Counts | None, execution: str) -> Output:
-        """One look. cap_macs: (B,), the most MACs of each image."""
-        whole = self._cost_of(images)
-        if not look.sizes:
-            return self._executed(images, look.policy, cap_macs, execution, whole)
-        sizes = self._sizes_of(look, images, cap_macs)
-        parts = []
-        for size in dict.fromkeys(sizes):
-            if size is None:
-                raise self._cap_too_low()
-            own = torch.tensor([place for place, one in enumerate(sizes) if one == size])
-            small = resized(images if len(own) == len(images) else images[own], size)
-            parts.append((own, self._executed(small, look.of(own).policy, None, execution, whole)))
-        return in_turn(parts)
-
-    def _sizes_of(self, look: Look, images: Tensor, cap_macs: Counts | None) -> Sequence[Size | None]:
-        """In which size each image is looked at: a cap makes it smaller, None where it allows none. Raises ValueError
-        for images that are smaller, or larger, already.
-        """
-        if tuple(images.shape[-2:]) != self.image_size():
-            height, width = self.image_size()
-            raise ValueError(
-                f"images are {images.shape[-2]} x {images.shape[-1]}: a model that chooses resolutions takes "
-                f"{height} x {width} and makes them smaller itself"
-            )
-        asked = look.sizes * len(images) if len(look.sizes) == 1 else look.sizes
-        return asked if cap_macs is None else within_cap(asked, cap_macs, self.macs_of_sizes())
-
-    def macs_of_sizes(self) -> dict[Size, int]:
-        """What executing everything takes in each of `image_sizes`."""
-        return {size: self.cost(size).everything for size in self.image_sizes()}
-
-    def _cap_too_low(self) -> ValueError:
-        least = self.least_macs() / self.cost().backbone
-        return ValueError(f"the cap is below {least:.4f}, what an image takes in the smallest size: give a larger one")
-
-    def _executed(self, images: Tensor, policy: Policy, cap_macs: Counts | None, execution: str, whole: Cost) -> Output:
-        """whole: of the images before they were made smaller."""
-        cost = self._cost_of(images)
-        x, steps = self._walk(images, cost, policy, cap_macs, execution)
-        if cost.trims_last_block:  # nothing else is read
-            x = x[:, : cost.num_prefix_tokens]
-        logits = self._head(self.backbone.norm(x))
-        taken = steps.decisions()
-        tokens = F.pad(taken.tokens, (0, whole.num_patches - cost.num_patches))
-        fraction = (steps.macs.double() / whole.backbone).float()
-        grid = torch.tensor(cost.grid).expand(len(images), 2)
-        return Output(logits, Trace(taken.depth, taken.heads, tokens, steps.macs, fraction, _ones(steps.macs), grid))
-
-    def _cost_of(self, images: Tensor) -> Cost:
-        return self.cost((images.shape[-2], images.shape[-1]))
-
-    def _open_images(
-        self, images: Tensor, output: Output, looks: TwoLooks, cap_macs: Counts | None
-    ) -> tuple[Tensor, Counts | None]:
-        """The images (n,) to look at again, on the host: those whose cap pays for more than the first look took. And
-        what it leaves.
-        """
-        again = looks.open_images(output.logits).cpu()
-        if cap_macs is None:
-            return again, None
-        spent = output.trace.macs.cpu().numpy()
-        left = cap_macs - spent
-        more = left > spent
-        if looks.second.sizes:  # a larger size wants all of its MACs
-            macs = self.macs_of_sizes()
-            sizes = self._sizes_of(looks.second, images, left)
-            more = np.array([0 if size is None else macs[size] for size in sizes]) > spent
-        again = again[torch.from_numpy(more[again.numpy()])]
-        return again, left[again.numpy()]
+            looks = drawing(looks, Sampling() if sample is True else sample)
+        return run_looks(self, images, looks, cap_macs, execution)
 
     def forward_features(
         self,
@@ -307,17 +352,18 @@ class MIAFormer(
             raise ValueError(
                 "the features of a model that chooses resolutions are of one size: give smaller images, and no budget"
             )
-        cost = replace(self._cost_of(images), trims_last_block=False)
+        cost = replace(self.cost((images.shape[-2], images.shape[-1])), trims_last_block=False)
         cap_macs = None if cap is None else _cap_macs(cap, len(images), cost)
-        x, _ = self._walk(images, cost, self._policy(None, budget, price, cap, len(images)), cap_macs, "sparse")
+        policy = one_policy(self, None, budget, price, cap, len(images))
+        x, _ = self.walk_images(images, cost, policy, cap_macs, "sparse")
         return self._in_first_order(self.backbone.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits, or pooled features, of what `forward_features` gives."""
-        return self._head(x[..., self.order_channels] if self._orders_channels else x, pre_logits)
+        return self.answer(x[..., self.order_channels] if self._orders_channels else x, pre_logits)
 
-    def _head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The same of tokens whose channels stand in the blocks' order."""
+    def answer(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of tokens whose channels stand in the blocks' order."""
         out = self.backbone.forward_head(x, pre_logits=pre_logits)
         pooled_channels = (pre_logits or not self.num_classes) and self.backbone.attn_pool is None
         return self._in_first_order(out) if pooled_channels else out
@@ -330,30 +376,28 @@ class MIAFormer(
 
     @property
     def _orders_channels(self) -> bool:
-        return self.adapt_config.head_choice == "nested" and self.adapt_config.mlp_width == "coupled"
+        return self.adapt_config.rules.nested_heads and self.adapt_config.mlp_width == "coupled"
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens (B, P+N, C) that enter the first block: all of them; leaving some out is a decision."""
         backbone = self.backbone
         return cast(Tensor, backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images))))
 
-    def walk(
-        self, x: Tensor, policy: Policy, execution: Execution, cost: Cost, cap_macs: Counts | None = None
-    ) -> tuple[Tensor, Steps]:
-        """Take embedded tokens through the blocks, leaving x itself as it is: what `run` and training share."""
-        return self._through_blocks(x.clone(), policy, execution, cost, cap_macs)
+    def walk(self, x: Tensor, policy: Policy, execution: Execution, cost: Cost) -> tuple[Tensor, Steps]:
+        """Take embedded tokens x (B, P+N, C) through the blocks, leaving x itself as it is: for training.
 
-    def _through_blocks(
-        self, x: Tensor, policy: Policy, execution: Execution, cost: Cost, cap_macs: Counts | None
-    ) -> tuple[Tensor, Steps]:
-        """The same of an x that nobody needs afterwards: sparse execution writes in place where it may."""
-        return walk(self.backbone.blocks, x, policy, execution, cost, self.adapt_config.rules, cap_macs)
+        A policy whose attribute `relaxed` is true gives gates that are numbers.
+        """
+        go = relaxed_walk if getattr(policy, "relaxed", False) else walk
+        return go(self.backbone.blocks, x.clone(), policy, execution, cost, self.adapt_config.rules)
 
-    def _walk(
+    def walk_images(
         self, images: Tensor, cost: Cost, policy: Policy, cap_macs: Counts | None, execution: str
     ) -> tuple[Tensor, Steps]:
-        carried_out = Sparse(cost, self._packed) if execution == "sparse" else Masked(cost)
-        return self._through_blocks(self.embed(images), policy, carried_out, cost, cap_macs)
+        """Take images through embedding and blocks, by boolean gates."""
+        executed = Sparse(cost, self._packed) if execution == "sparse" else Masked(cost)
+        x = self.embed(images)
+        return walk(self.backbone.blocks, x, policy, executed, cost, self.adapt_config.rules, cap_macs)
 
     def prepack(self) -> Self:
         """Keep copies of the blocks' weights in the layout that this processor's fastest products read.
@@ -380,6 +424,28 @@ class MIAFormer(
 
     # What it becomes -------------------------------------------------------------------------------------------
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        check_plain(static.transformer_blocks(self.backbone), NOT_SAVED)
+        static.check_describes(self._description, self.backbone)
+        write_model_files(
+            save_directory,
+            self._description,
+            self.adapt_config,
+            self.pretrained_cfg,
+            self.state_dict(),
+            self.calibration,
+        )
+
+    @classmethod
+    def of_files(cls, files: ModelFiles) -> Self:
+        model = cls(files.backbone, files.config, identity_orders(files.backbone)).to(at_least_float32())
+        try:
+            model.load_state_dict(files.state)
+        except RuntimeError as error:
+            raise ValueError(f"{files.weights} does not fit config.json beside it: {error}") from error
+        model.calibration = files.calibration
+        return model.eval()
+
     def to_timm(self, image_size: Size | None = None) -> VisionTransformer:
         """The (fine-tuned) backbone as a timm model of its own, heads, units and channels in their first order.
 
@@ -395,7 +461,8 @@ class MIAFormer(
         for name in ("pretrained_cfg", "default_cfg"):
             if hasattr(self.backbone, name):
                 setattr(twin, name, getattr(self.backbone, name))
-        static.apply_orders(twin, static.inverse_orders(self.orders()))
+        orders = {name: self.get_buffer(f"order_{name}") for name in ("heads", "hidden", "channels")}
+        static.apply_orders(twin, static.inverse_orders(orders))
         if image_size is not None:
             twin.set_input_size(img_size=image_size)
         return twin.train(self.training)
@@ -409,55 +476,8 @@ def _check_is_not_transformed() -> None:
         )
 
 
-@torch.inference_mode(False)  # a model that learns, wherever it was made
-def adapt(
-    backbone: nn.Module, calibration_images: Tensor | None = None, image_processor: Any = None, **config: Any
-) -> MIAFormer:
-    """Make a ViT adaptive. Its weights are kept; executing everything gives the backbone's output.
-
-    backbone: any timm VisionTransformer of `Block` + `Attention` + `Mlp` (or a gated MLP). It is taken over, no copy:
-    with nested heads its heads, MLP units and channels are reordered by importance, which changes no output. Or a ViT,
-    DeiT or DINOv2 of transformers, which stays as it is: its weights are copied (`miaformer.vit.from_transformers`).
-    calibration_images: (B, 3, H, W), to measure that importance on; without them it is read off the weights.
-    image_processor: of a transformers model; says how pictures are prepared, and their size. Without it that is the
-    size in the model's configuration, and the preparation that published models of its kind use.
-    config: fields of `AdaptConfig`.
-
-    Raises TypeError or ValueError naming the part of the backbone, or the setting, that is not supported.
-    """
-    known = [field.name for field in fields(AdaptConfig)]
-    unknown = sorted(set(config) - set(known))
-    if unknown:
-        raise TypeError(f"adapt() does not know {', '.join(unknown)}; settings are {', '.join(known)}")
-    settings = AdaptConfig(**config)
-    if is_of_transformers(backbone):
-        backbone = to_timm(backbone, image_processor)
-    elif image_processor is not None:
-        raise TypeError("image_processor goes with a transformers model; timm's have their pretrained_cfg")
-    vit = static.learning(static.check_supported(backbone))
-    if settings.chooses_resolution:
-        take_any_size(vit)
-    static.check_describes(static.describe(vit), vit)
-    if calibration_images is not None:
-        static.check_images(calibration_images, vit, "calibration_images")
-    if "heads" in settings.grains:
-        check_plain(static.transformer_blocks(vit), "left out of in part: leave 'heads' out of the grains")
-    orders = importance_orders(vit, calibration_images) if settings.cuts_heads else identity_orders(vit)
-    if settings.mlp_width != "coupled":  # nothing chooses among channels
-        orders["channels"] = identity_orders(vit)["channels"]
-    static.apply_orders(vit, orders)
-    parameter = next(vit.parameters())
-    model = MIAFormer(vit, settings, orders).to(parameter.device)
-    model.controllers.to(parameter.dtype)
-    return model
-
-
 def _cap_macs(cap: Budget, batch: int, cost: Cost) -> Counts:
     """(B,), the most that each image may take."""
     caps = [cap] if isinstance(cap, str | int | float) else per_image("cap", cap, batch).reshape(-1).tolist()
     limits = [int(check_fraction("cap", one) * cost.backbone) for one in caps]
     return np.broadcast_to(np.array(limits, dtype=np.int64), batch)
-
-
-def _ones(counts: Tensor) -> Tensor:
-    return torch.ones_like(counts)

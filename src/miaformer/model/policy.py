@@ -14,15 +14,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from miaformer.engine import native
-from miaformer.engine.controller import Controller
+from miaformer.engine.controller import Controller, Formula
+from miaformer.engine.controllers import Controllers
 from miaformer.engine.cost import Cost
-from miaformer.engine.decisions import Booleans, Decisions, Gates, HostGates, from_host
-from miaformer.engine.folded import Controllers, Folded
+from miaformer.engine.deciding import decide
+from miaformer.engine.decisions import Decisions, Gates, HostGates
 from miaformer.engine.walk import Policy, State
 from miaformer.model.resolution import Size
 
@@ -246,68 +245,17 @@ class Learned(AsksControllers):
     are any (see `AdaptConfig`). sampling: how decisions are drawn; None: they are not.
     """
 
-    controllers: nn.ModuleList
+    controllers: Controllers
     log_price: Tensor
     token_multiple: int = 1
     sampling: Sampling | None = None
-    _folded: list[Folded] = field(default_factory=list, init=False, repr=False, compare=False)
+    _formulas: list[Formula] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def decide(self, state: State) -> HostGates:
-        x, prefix = state.x, state.num_prefix_tokens
-        if state.index == 0 or not self._folded:
-            log_price = self.log_price.to(x.device)
-            self._folded = (
-                self.controllers.folded(log_price)
-                if isinstance(self.controllers, Controllers)
-                else Folded.of(cast(list[Controller], list(self.controllers)), log_price)
-            )
-        folded, active = self._folded[state.index], state.active.numpy()
-        affordable = None if state.affordable is None else state.affordable.numpy()
-        effective = bool(prefix) and affordable is None  # otherwise an image may have no row left, or not pay
-        if self.sampling is None and native.can_decide(x):
-            return HostGates(
-                *native.decide(x, active, affordable, prefix, state.num_heads, self.token_multiple, folded, state.grid),
-                effective,
-            )
-        return self._decide(state, folded, active, affordable, effective)
-
-    @torch.no_grad()
-    def _decide(
-        self, state: State, folded: Folded, active: Booleans, affordable: Booleans | None, effective: bool
-    ) -> HostGates:
-        """The same by operations of PyTorch and numpy."""
-        x, prefix = state.x.to(folded.pooled.dtype), state.num_prefix_tokens
-        everything = bool(active.all())
-        if len(x) == 1:  # one gather serves twice
-            rows = x[0, prefix:] if everything else _rows(x, active, prefix)
-            pooled = rows.sum(dim=0, keepdim=True) / max(len(rows), 1)
-        else:
-            pooled = x[:, prefix:].mean(dim=1) if everything else _mean_of_active(x, active, prefix)
-        means = pooled if not prefix else x[:, 0] if prefix == 1 else x[:, :prefix].mean(dim=1)
-        logits, direction = folded.logits(pooled, means)
-        if self.sampling is not None:  # not of what tokens share: they are drawn one by one
-            logits[:, : 1 + state.num_heads] += self.sampling.noise(len(logits), 1 + state.num_heads)
-        depth = logits[:, 0] > 0
-        if affordable is not None:
-            depth &= affordable
-        heads = folded.heads(logits[:, 1 : 1 + state.num_heads])
-        if not depth.all():
-            heads, active = heads & depth[:, None], active & depth[:, None]
-        if not folded.decides_tokens or not depth.any():
-            return HostGates(depth, heads, active, None, effective)
-        image, token = active.nonzero()
-        if len(x) > 1:
-            rows = _rows(x, active, prefix)
-            direction = direction[from_host(image, x.device)]
-        shared = logits[image, -1] + folded.thresholds(state.grid)[token]
-        if self.sampling is not None:
-            shared = shared + self.sampling.noise(*active.shape)[image, token]
-        scores = np.full(active.shape, -np.inf, dtype=logits.dtype)
-        scores[active] = folded.token_logits(rows, direction, shared)
-        kept = scores > 0
-        if self.token_multiple > 1:
-            kept = _rounded_up(kept, scores, prefix, self.token_multiple)
-        return HostGates(depth, heads, kept, scores, effective)
+        if state.index == 0 or not self._formulas:
+            self._formulas = self.controllers.formulas(self.log_price.to(state.x.device))
+        noise = None if self.sampling is None else self.sampling.noise
+        return decide(state, self._formulas[state.index], self.token_multiple, noise)
 
 
 @dataclass(frozen=True)
@@ -364,33 +312,3 @@ class RandomLooks(TwoLooks):
 
 
 AnyPolicy = Policy | Look | TwoLooks  # of one look, of one in other sizes, of two
-
-
-def _rows(x: Tensor, patches: Booleans, num_prefix_tokens: int) -> Tensor:
-    """Rows (T, C) of the patch tokens (B, N) that are True. x: (B, P+N, C)."""
-    image, token = patches.nonzero()
-    rows = from_host(image * x.shape[1] + token + num_prefix_tokens, x.device)
-    return x.reshape(-1, x.shape[2]).index_select(0, rows)
-
-
-def _mean_of_active(x: Tensor, active: Booleans, num_prefix_tokens: int) -> Tensor:
-    """Mean (B, C) of the active patch tokens (B, N), zero where there is none. x: (B, P+N, C)."""
-    image, token = active.nonzero()
-    rows = from_host(image * x.shape[1] + token + num_prefix_tokens, x.device)
-    counts = active.sum(axis=1)
-    starts = from_host(counts.cumsum() - counts, x.device)
-    return F.embedding_bag(rows, x.reshape(-1, x.shape[2]), starts, mode="mean")
-
-
-def _rounded_up(kept: Booleans, scores: NDArray[Any], num_prefix_tokens: int, multiple: int) -> Booleans:
-    """`kept` (B, N) and the best of the other tokens that have a score, as many as make the rows a multiple."""
-    count = kept.sum(axis=1)
-    wanted = -(-(count + num_prefix_tokens) // multiple) * multiple - num_prefix_tokens
-    short = np.flatnonzero((wanted > count) & (count > 0))
-    if not len(short):
-        return kept
-    kept = kept.copy()
-    for image in short:
-        best = np.argsort(-scores[image], kind="stable")[: max(int(wanted[image]), 0)]
-        kept[image, best] = np.isfinite(scores[image, best])
-    return kept

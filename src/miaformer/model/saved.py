@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
@@ -16,20 +16,12 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from miaformer.engine.block import check_plain
 from miaformer.model.budget import Calibration
 from miaformer.model.config import AdaptConfig
 from miaformer.vit import backbone as static
-from miaformer.vit.checkpoint_files import at_least_float32
 from miaformer.vit.hub import check_hub
-from miaformer.vit.importance import identity_orders
-
-if TYPE_CHECKING:
-    from miaformer.model.model import MIAFormer
 
 FORMAT = 1
-
-NOT_SAVED = "saved, for it would not come back: merge adapters into the weights first, and quantise afterwards"
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ def read_model_files(directory: Path) -> ModelFiles:
     try:
         backbone = static.rebuild(content["backbone"])
         backbone.pretrained_cfg = backbone.default_cfg = content["pretrained_cfg"]
-        config = AdaptConfig(**content["adapt"])
+        config = _read_config(content["adapt"])
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}") from error
     except (TypeError, ValueError) as error:
@@ -94,6 +86,20 @@ def read_model_files(directory: Path) -> ModelFiles:
     table = directory / "calibration.json"
     calibration = Calibration.from_json(read_json(table)) if table.exists() else None
     return ModelFiles(backbone, config, state, calibration, weights)
+
+
+def _read_config(settings: Mapping[str, Any]) -> AdaptConfig:
+    """As `config.json` holds it, which older versions wrote with a `default_budget`. Raises ValueError for one that is
+    set, TypeError for settings that are unknown.
+    """
+    settings = dict(settings)
+    budget = settings.pop("default_budget", None)
+    if budget is not None:
+        raise ValueError(
+            f"default_budget={budget!r} is no setting of a model any more: set it to null, and pass budget={budget!r} "
+            "to each call"
+        )
+    return AdaptConfig(**settings)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -113,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class SavedModel(ModelHubMixin):
-    """What a MIAFormer is on disk and on the hub: the hub's interface, with our files behind it."""
+    """The hub's interface, with our files behind it."""
 
     def save_pretrained(self, save_directory: str | Path, *, repo_id: str | None = None, **settings: Any) -> str | None:
         """Write the model to a directory; settings are the hub mixin's.
@@ -133,19 +139,6 @@ class SavedModel(ModelHubMixin):
             if "calibration.json" not in {path.name for path in written}:
                 (directory / "calibration.json").unlink(missing_ok=True)
         return url
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        model = cast("MIAFormer", self)
-        check_plain(model.backbone.blocks, NOT_SAVED)
-        static.check_describes(model._description, model.backbone)
-        write_model_files(
-            save_directory,
-            model._description,
-            model.adapt_config,
-            model.pretrained_cfg,
-            model.state_dict(),
-            model.calibration,
-        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -188,15 +181,9 @@ class SavedModel(ModelHubMixin):
                     allow_patterns=["config.json", "model.safetensors", "calibration.json"],
                 )
             )
-        return cls._of_files(read_model_files(directory))
+        return cls.of_files(read_model_files(directory))
 
     @classmethod
-    def _of_files(cls, files: ModelFiles) -> Self:
-        model: Any = cls(files.backbone, files.config, identity_orders(files.backbone))
-        model.to(at_least_float32())
-        try:
-            model.load_state_dict(files.state)
-        except RuntimeError as error:
-            raise ValueError(f"{files.weights} does not fit config.json beside it: {error}") from error
-        model.calibration = files.calibration
-        return cast(Self, model.eval())
+    def of_files(cls, files: ModelFiles) -> Self:
+        """The model that files hold."""
+        raise NotImplementedError

@@ -59,7 +59,7 @@ class Settings:
             raise ValueError(f"min_budget={self.min_budget:g} is more than budget={self.budget:g}")
 
     def for_model(self, predictor: Predictor) -> Settings:
-        """These, with the budgets that they leave open: the model's own, else the most it can spend; and half of that.
+        """These, with the budgets that they leave open: the most that the model can spend, and half of that.
 
         An uncalibrated model has none, and neither has a static server. Raises ValueError for budgets that the model
         cannot meet, and for a cap below what any picture takes.
@@ -72,7 +72,7 @@ class Settings:
         if model.calibration is None:
             raise ValueError("the model is not calibrated, so it knows no budgets: leave budget and min_budget out")
         least, most = model.calibration.range
-        budget = self.budget or model.adapt_config.default_budget or most
+        budget = self.budget or most
         min_budget = self.min_budget or min(budget, max(least, budget / 2))
         for asked in (budget, min_budget):
             model.check_budget(asked)

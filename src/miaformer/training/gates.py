@@ -7,7 +7,7 @@ same training whatever the number of processes, and from wherever it is resumed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import cast, get_args
+from typing import ClassVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,7 @@ def elastic_decisions(draws: Draws, cost: Cost, stage: Stage, config: AdaptConfi
     lowest = torch.tensor(least, device=draws.rates.device)
     rates = lowest + (1 - lowest) * draws.rates[:, :3]
     block = torch.arange(cost.depth, device=rates.device)
-    exit_share = 1.0 if config.depth_choice == "nested" else stage.exit_share
+    exit_share = 1.0 if config.rules.leaves else stage.exit_share
     leaves = (draws.leaving < exit_share)[:, None]
     depth = torch.where(leaves, block < (rates[:, :1] * cost.depth).round(), draws.depth < rates[:, :1])
     heads = draws.heads < rates[:, 1, None, None]
@@ -156,6 +156,7 @@ class Relaxed(AsksControllers):
     temperature: float
     leaving: Leaving | None = None
     difficulties: list[Tensor] = field(default_factory=list)  # (B,) of each block, as its controller predicts it
+    relaxed: ClassVar[bool] = True
 
     def decide(self, state: State) -> Gates:
         said = _logits(self.controllers, state, self.log_price)

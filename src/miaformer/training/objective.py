@@ -190,7 +190,7 @@ class Objective(nn.Module):
         The task term of the controllers' gradient is estimated by sampling; the cost term is differentiated in closed
         form. Williams 1992; Kool et al. 2019 for the baseline.
         """
-        progressive = self.model.adapt_config.token_scope == "progressive"
+        progressive = self.model.adapt_config.rules.progressive
         x = self.model.embed(images)
         execution = self._execution(cost, images)
         samples = []
@@ -210,7 +210,7 @@ class Objective(nn.Module):
         return self._outcome(loss.mean(), done.logits, labels, spent, step.draws.full, done.task, hardness)
 
     def _leaving(self) -> Leaving | None:
-        return Leaving() if self.model.adapt_config.depth_choice == "nested" else None
+        return Leaving() if self.model.adapt_config.rules.leaves else None
 
     def _executed(
         self, x: Tensor, labels: Tensor, soft: Tensor | None, policy: Policy, execution: Execution, cost: Cost

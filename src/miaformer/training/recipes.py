@@ -129,7 +129,6 @@ class Recipe:
     augmentation: dict[str, Any] = field(default_factory=dict)  # fields of miaformer.data.Augmentation
     adversarial_eps: float = 0.0  # images are moved so far against the loss, pixels from 0 to 1, L-inf; 0: not
     adversarial_steps: int = 1
-    adversarial_apart: bool = False  # the attack climbs on other sub-networks, of other budgets, than the step learns
     data_on_device: bool = False  # all images decoded at once, and augmented on the device: for small ones
     ema_decay: float | None = None
     precision: Precision = "no"  # auto: bf16 where it is fast
@@ -216,15 +215,21 @@ class Recipe:
         return replace(self, stages=tuple(replace(s, epochs=s.epochs * factor) for s in self.stages))
 
 
+_GONE = (("adversarial_apart", False),)  # settings of recipes that older versions wrote, with their defaults
+
+
 def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as JSON, what it does not say as it is by default: it may be older than a setting."""
+    """A recipe as JSON, what it does not say as it is by default: it may be older than a setting.
+
+    A setting that is gone is left out where it changed nothing.
+    """
 
     def filled(kind: type[Recipe] | type[Stage], given: dict[str, Any]) -> dict[str, Any]:
         defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
         defaults |= {f.name: f.default_factory() for f in fields(kind) if f.default_factory is not MISSING}
         return {**defaults, **given}
 
-    recipe = filled(Recipe, saved)
+    recipe = filled(Recipe, {name: value for name, value in saved.items() if (name, value) not in _GONE})
     recipe["stages"] = [filled(Stage, stage) for stage in recipe["stages"]]
     return cast(dict[str, Any], json.loads(json.dumps(recipe)))
 

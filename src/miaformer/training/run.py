@@ -29,9 +29,10 @@ from miaformer.data.source import check_classes
 from miaformer.engine.block import check_plain
 from miaformer.evaluation.calibration import calibrate
 from miaformer.evaluation.environment import describe_environment
+from miaformer.model.adapt import adapt
 from miaformer.model.budget import MOST_PASSES
-from miaformer.model.model import MIAFormer, adapt
-from miaformer.model.saved import NOT_SAVED, read_json
+from miaformer.model.model import NOT_SAVED, MIAFormer
+from miaformer.model.saved import read_json
 from miaformer.training.choices import as_begun, described, usable_workers, with_precision, with_sizes
 from miaformer.training.probe import classifiers
 from miaformer.training.progress import Display, duration

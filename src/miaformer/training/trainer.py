@@ -37,7 +37,7 @@ from miaformer.training.progress import DURATIONS, Display, Duration, Means, Met
 from miaformer.training.recipes import Recipe, Stage
 from miaformer.training.tariff import Tariff
 
-_GATES, _SECOND_GATES, _START, _CLIMBED_GATES = range(4)  # separate streams of random numbers
+_GATES, _SECOND_GATES, _START = range(3)  # separate streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -227,11 +227,7 @@ class Trainer:
         log_prices = given.log_prices.requires_grad_(stage.decides)
         if self.adversary is not None:
             given = replace(given, clean=images)
-            climbed = given
-            if self.recipe.adversarial_apart:
-                generator = self._generator(step, _CLIMBED_GATES)
-                climbed = replace(self._given(stage, images, progress, generator, generator), clean=images)
-            images = self._moved(self.adversary, wrapped, images, labels, climbed, step)
+            images = self._moved(self.adversary, wrapped, images, labels, given, step)
         with self._fast_attention():
             outcome: Outcome = wrapped(images, labels, given)
         self.accelerator.backward(outcome.loss)
@@ -270,7 +266,7 @@ class Trainer:
         return self._account(stage, table[:, :-1])
 
     def _moved(
-        self, adversary: Adversary, wrapped: nn.Module, images: Tensor, labels: Tensor, climbed: Step, step: int
+        self, adversary: Adversary, wrapped: nn.Module, images: Tensor, labels: Tensor, given: Step, step: int
     ) -> Tensor:
         """Images moved to where the loss of these sub-networks is higher. What draws from global generators meanwhile
         draws the same again when weights learn.
@@ -282,7 +278,7 @@ class Trainer:
 
         def loss(moved: Tensor) -> Tensor:
             with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-                return objective(moved, labels, climbed).loss
+                return objective(moved, labels, given).loss
 
         return adversary.moved(images, loss, start[self.part].to(device))
 
@@ -373,7 +369,7 @@ class Trainer:
 
         def mean_fraction(log_price: float) -> float:
             prices = torch.full((len(images),), log_price, device=device)
-            leaving = Leaving() if self.model.adapt_config.depth_choice == "nested" else None
+            leaving = Leaving() if self.model.adapt_config.rules.leaves else None
             policy = Relaxed(self.model.controllers, prices, draws.to(device), stage.temperature[0], leaving)
             with self.accelerator.autocast():
                 _, steps = self.model.walk(x, policy, Masked(cost), cost)

@@ -12,8 +12,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from miaformer.engine.block import mlp_inputs
 from miaformer.vit.backbone import channels_are_free, transformer_blocks
+from miaformer.vit.mlp import mlp_inputs
 
 
 def importance_orders(backbone: VisionTransformer, images: Tensor | None = None) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Deciding a block as one loop over its images, compiled by numba: what `folded` and `policy.Learned` say in some
+"""Deciding a block as one loop over its images, compiled by numba: what `controller.Formula` and `deciding` say in some
 forty operations, each of which takes longer to call than to compute where one image is run at a time.
 
 Installed with the extra `fast`; without it PyTorch and numpy decide. `miaformer.engine.native.enabled = False`, or
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from miaformer.engine.folded import Folded
+from miaformer.engine.controller import Formula
 
 Array = NDArray[Any]
 
@@ -44,12 +44,12 @@ def decide(
     num_prefix_tokens: int,
     num_heads: int,
     token_multiple: int,
-    folded: Folded,
+    formula: Formula,
     grid: tuple[int, int],
 ) -> tuple[Array, Array, Array, Array]:
     """Depth (B,), heads (B, H) and tokens (B, N) bool, and logits (B, N) of the tokens, -inf where none was asked for.
 
-    x: (B, P+N, C); active: (B, N) bool; affordable: (B,) bool, None for all; folded: `Folded` controllers;
+    x: (B, P+N, C); active: (B, N) bool; affordable: (B,) bool, None for all; formula: of the block's controller;
     grid: rows and columns of the patch tokens.
     """
     loop = _loop()
@@ -64,11 +64,11 @@ def decide(
         (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy(),
         np.ascontiguousarray(active),
         num_prefix_tokens,
-        folded.nested,
-        folded.decides_tokens,
+        formula.nested,
+        formula.decides_tokens,
         token_multiple,
-        folded.thresholds(grid),
-        *folded.native,
+        formula.thresholds(grid),
+        *formula.arrays,
         depth,
         heads,
         kept,

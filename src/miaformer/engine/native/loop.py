@@ -92,7 +92,7 @@ def _logits(
                 hidden[k] += value * weights[k]
     out = bias.copy()
     for k in range(hidden.size):
-        # Twice GELU, as in `Folded`.
+        # Twice GELU, as in `Formula`.
         value = hidden[k] * (_ONE + np.float32(math.erf(hidden[k] * np.float32(math.sqrt(0.5)))))
         weights = outputs[k]
         for j in range(out.size):
@@ -127,7 +127,7 @@ def _score(x: Any, active: Any, prefix: int, direction: Any, shared: Any, thresh
 
 @_compiled
 def _keep_tokens(scores: Any, active: Any, prefix: int, multiple: int, kept: Any) -> None:
-    """Keep the tokens (N,) that are likelier kept than not, and round up as `policy._rounded_up` does."""
+    """Keep the tokens (N,) that are likelier kept than not, and round up as `deciding.rounded_up` does."""
     count = 0
     for token in range(kept.size):
         if active[token] and scores[token] > _ZERO:

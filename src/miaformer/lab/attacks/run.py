@@ -55,7 +55,7 @@ def attack(
     """Attack a model on a data set, and report how much of its accuracy and of its savings is left.
 
     balls: the radii. attacks: of `ATTACKS` and `PATCHES`. targets: of `TARGETS`; None: the backbone, and the learned
-    policy where the model knows budgets. budget: of all targets but the backbone; None: the model's own, else 0.5.
+    policy where the model knows budgets. budget: of all targets but the backbone; None: 0.5, or the nearest that the model can meet.
     cap: the most MACs one image takes, a fraction. held_out: the calibration split, see `needs_held_out`. climb: how
     gradient attacks climb. cascade, batch_size, out: as `RobustnessEvaluation` has them. patch_area: a share of the
     image; patch_steps: to learn a patch. masking: check whether gradients can be trusted.
@@ -148,7 +148,7 @@ def _budget_of(model: MIAFormer, names: Sequence[str]) -> float | None:
     """What all targets but the backbone spend, where nobody says it."""
     if model.calibration is not None:
         least, most = model.calibration.range
-        return model.adapt_config.default_budget or min(max(0.5, least), most)
+        return min(max(0.5, least), most)
     if set(names) != {"backbone"}:
         raise ValueError("the model is not calibrated, so it knows no budget: attack its backbone alone")
     return None

@@ -152,7 +152,7 @@ def adaptive_target(
 
     views = {"fixed": view(lambda given: given)}
     if isinstance(policy, Learned):
-        leaves = model.adapt_config.depth_choice == "nested"
+        leaves = model.adapt_config.rules.leaves
 
         def through(given: Fixed) -> Policy:
             return Through(given.decisions, policy.controllers, policy.log_price, temperature, leaves)

@@ -9,13 +9,13 @@ output is the deployed model's own, to rounding, and the gradient leads across t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from miaformer.engine.controller import Controller
-from miaformer.engine.decisions import Decisions, Gates, chained, straight_through
+from miaformer.engine.decisions import Decisions, Gates, chained, likelier_heads, straight_through
 from miaformer.engine.walk import State
 from miaformer.model.policy import AsksControllers
 
@@ -34,6 +34,7 @@ class Through(AsksControllers):
     log_price: Tensor
     temperature: float
     leaves: bool
+    relaxed: ClassVar[bool] = True
     _stays: Tensor | None = field(init=False, default=None, repr=False)  # (B,) probability, where images leave
 
     def decide(self, state: State) -> Gates:
@@ -57,7 +58,7 @@ class Through(AsksControllers):
         tokens = kept.to(x)
         if said.tokens is not None:
             tokens = straight_through(kept, torch.sigmoid(said.tokens / self.temperature))
-        kept_heads = _where(taken.depth, taken.heads, controller.most_likely_heads(said.heads))
+        kept_heads = _where(taken.depth, taken.heads, likelier_heads(said.heads.detach(), controller.nested))
         return Gates(straight_through(taken.depth, stays), straight_through(kept_heads, heads), tokens * active)
 
 

@@ -35,7 +35,8 @@ from miaformer.lab.comparison.measuring import difficulty, on_test_images
 from miaformer.lab.comparison.method import Entry, Method, Question
 from miaformer.lab.comparison.methods import METHODS
 from miaformer.lab.comparison.timing import time_entries, timed_pictures
-from miaformer.model.model import MIAFormer, adapt
+from miaformer.model.adapt import adapt
+from miaformer.model.model import MIAFormer
 from miaformer.training import Recipe, is_trained, train, train_recipe
 from miaformer.training.progress import core_seconds
 

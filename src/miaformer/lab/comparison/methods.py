@@ -173,7 +173,7 @@ def _elastic_for_all_epochs(base: Recipe) -> Recipe:
 
 def _put_scorers(model: MIAFormer) -> None:
     scorers = token_scorers(len(model.controllers), model.embed_dim)
-    model.controllers = scorers  # in their place, for this method alone
+    model.controllers = scorers  # type: ignore[assignment]  # in their place, for this method alone
 
 
 RIVALS: dict[str, Method] = {

@@ -17,7 +17,8 @@ from torch import Tensor
 from miaformer.evaluation.calibration import calibrate
 from miaformer.lab.comparison.engines import of_module
 from miaformer.lab.comparison.method import Classify, Entry, Method, Question, as_backbone, by_policy, one_stage
-from miaformer.model.model import MIAFormer, adapt
+from miaformer.model.adapt import adapt
+from miaformer.model.model import MIAFormer
 from miaformer.model.policy import AnyPolicy, Full, Look, TwoLooks
 from miaformer.model.resolution import Size, resized
 from miaformer.training.recipes import Recipe

@@ -1,54 +1,53 @@
-"""Controllers as inference runs them say what the controllers say, and follow every change of them."""
+"""A controller's formula is what its layers say one by one, and follows every change of them."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_controller import plain
 from torch import Tensor
 from vits import STRUCTURES, lively, pictures
 
 from miaformer import MIAFormer
-from miaformer.engine.folded import Folded
-from miaformer.model.policy import _rounded_up
+from miaformer.engine.controller import Formula, means, token_scores
+from miaformer.engine.deciding import rounded_up
 
 
 @pytest.mark.parametrize("structure", ["plain", "registers", "no_class_token_avg", "uneven_groups"])
 @pytest.mark.parametrize("prices", [[0.3], [0.01, 0.1, 1.0, 10.0, 100.0]])
 @torch.no_grad()
-def test_folded_logits_are_the_controllers_own(structure: str, prices: list[float]) -> None:
+def test_a_formula_says_what_its_controller_does_layer_by_layer(structure: str, prices: list[float]) -> None:
+    """Of all blocks together for inference, and of one with gradients for training."""
     model = lively(3, STRUCTURES[structure])
-    with torch.no_grad():
-        for controller in model.controllers:
-            controller.difficulty.weight.normal_()  # so that difficulty and its gain show
+    for controller in model.controllers:
+        controller.difficulty.weight.normal_()  # so that difficulty and its gain show
     x = model.embed(pictures(model.backbone, 5))
-    prefix = model.num_prefix_tokens
+    prefix, grid = model.num_prefix_tokens, model.cost().grid
     log_price = torch.tensor(prices).double().log()
+    each = log_price.expand(5)
     active = torch.rand(5, x.shape[1] - prefix, generator=torch.Generator().manual_seed(0)) < 0.6
-    for controller, folded in zip(model.controllers, Folded.of(list(model.controllers), log_price), strict=True):
-        context = controller.context(x, active, prefix, log_price.expand(5))
-        shift = controller.shift(controller.predicted_difficulty(context), log_price.expand(5))
-        depth, heads = controller.depth_and_heads(context, shift)
-        patches = x[:, prefix:]
-        pooled = torch.stack([patches[i, active[i]].mean(dim=0) for i in range(5)])
-        logits, direction = folded.logits(pooled, x[:, :prefix].mean(dim=1) if prefix else pooled)
-        wanted = [depth[:, None], heads]
-        if controller.rank:
-            token_query, shared = controller.token_query(context, shift)
-            wanted.append(shared[:, None])
+    for controller, formula in zip(model.controllers, Formula.of(list(model.controllers), log_price), strict=True):
+        wanted = plain(controller, x, active, prefix, each)
+        content, direction = formula.content(*means(x, active, prefix))
+        logits = formula.logits(content)
+        said = controller.logits(x, active, prefix, each, grid, through_difficulty=True)
+        for depth, heads in ((logits[:, 0], logits[:, 1 : 1 + wanted.heads.shape[1]]), (said.depth, said.heads)):
+            torch.testing.assert_close(depth, wanted.depth, atol=1e-9, rtol=0)
+            torch.testing.assert_close(heads, wanted.heads, atol=1e-9, rtol=0)
+        torch.testing.assert_close(said.difficulty, wanted.difficulty, atol=1e-9, rtol=0)
+        assert (said.tokens is None) == (wanted.tokens is None) == (not controller.rank)
+        if wanted.tokens is not None and said.tokens is not None:
             image, token = active.nonzero(as_tuple=True)
-            found = folded.token_logits(patches[image, token], direction[image], logits[image, -1])
-            all_tokens = controller.token_logits(patches, token_query[:, None], shared[:, None])
-            np.testing.assert_allclose(found, all_tokens[image, token].detach().numpy(), atol=1e-9)
-        np.testing.assert_allclose(logits, torch.cat(wanted, dim=1).detach().numpy(), atol=1e-9)
-        assert np.array_equal(
-            folded.heads(logits[:, 1 : 1 + heads.shape[1]]), controller.most_likely_heads(heads).numpy()
-        )
+            rows = x[image, prefix + token][:, None]
+            found = token_scores(rows, direction[image]).flatten() + logits[image, -1]
+            torch.testing.assert_close(found, wanted.tokens[image, token], atol=1e-9, rtol=0)
+            thresholds = torch.tensor(controller.thresholds(grid))
+            torch.testing.assert_close(said.tokens, wanted.tokens + thresholds, atol=1e-9, rtol=0)
 
 
 def running_first_block() -> MIAFormer:
@@ -103,7 +102,7 @@ def test_rows_are_rounded_up_with_the_best_of_the_other_tokens(
     scores = torch.randn(batch, patches, generator=generator)
     scores[torch.rand(batch, patches, generator=generator) < 0.3] = -torch.inf  # not active: no score
     kept = scores > 0.5
-    found = torch.from_numpy(_rounded_up(kept.numpy(), scores.numpy(), prefix, multiple))
+    found = torch.from_numpy(rounded_up(kept.numpy(), scores.numpy(), prefix, multiple))
     for image in range(batch):
         one, asked, own = found[image], kept[image], scores[image]
         scored = own.isfinite()
