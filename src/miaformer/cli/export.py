@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from miaformer.cli.arguments import add_command, open_batches, open_device, open_model, own_model
+
+if TYPE_CHECKING:
+    from miaformer.data import Batch
 
 DESCRIPTION = """\
 Write MODEL to OUT.onnx, weights included. In ONNX Runtime, the file skips at run time: blocks by If, tokens by
@@ -60,8 +64,10 @@ def run(args: argparse.Namespace) -> int:
     if args.static is None:
         export_onnx(model, args.out, price=args.price, trace=args.trace)
     else:
-        images = open_batches(model, open_data(args.data, "calibration"), 64)
-        export_static(model, args.out, static_decisions(model, args.static, images.epoch(0)))
+        images: Iterable[Batch] = ()
+        if not model.adapt_config.chooses_resolution:  # else no image is needed to find a size
+            images = open_batches(model, open_data(args.data, "calibration"), 64).epoch(0)
+        export_static(model, args.out, static_decisions(model, args.static, images))
     size = os.path.getsize(args.out) / 2**20
     say(f"wrote {args.out}: {size:.1f} MiB")
     if args.static is None and model.calibration is not None:

@@ -55,10 +55,10 @@ def attack(
     """Attack a model on a data set, and report how much of its accuracy and of its savings is left.
 
     balls: the radii. attacks: of `ATTACKS` and `PATCHES`. targets: of `TARGETS`; None: the backbone, and the learned
-    policy where the model knows budgets. budget: of all targets but the backbone; None: 0.5, or the nearest that the model can meet.
-    cap: the most MACs one image takes, a fraction. held_out: the calibration split, see `needs_held_out`. climb: how
-    gradient attacks climb. cascade, batch_size, out: as `RobustnessEvaluation` has them. patch_area: a share of the
-    image; patch_steps: to learn a patch. masking: check whether gradients can be trusted.
+    policy where the model knows budgets. budget: of all targets but the backbone; None: 0.5, or the nearest that the
+    model can meet. cap: the most MACs one image takes, a fraction. held_out: the calibration split, see
+    `needs_held_out`. climb: how gradient attacks climb. cascade, batch_size, out: as `RobustnessEvaluation` has them.
+    patch_area: a share of the image; patch_steps: to learn a patch. masking: check whether gradients can be trusted.
 
     The report is that of `miaformer attack --json`: a row for each target, radius and attack, under `rows`; the checks
     under `masking`.
