@@ -14,7 +14,17 @@ from torch import Tensor
 from vits import lively, pictures
 
 from miaformer import MIAFormer
-from miaformer.evaluation import POLICIES, calibrate, contenders, describe_environment, evaluate, spearman
+from miaformer.engine.decisions import Decisions
+from miaformer.evaluation import (
+    POLICIES,
+    calibrate,
+    contenders,
+    describe_environment,
+    evaluate,
+    spearman,
+    static_decisions,
+)
+from miaformer.model.policy import Static
 
 POINT = {  # DESIGN.md, section 9, and macs_fraction_std
     "policy",
@@ -90,6 +100,19 @@ def test_a_calibrated_budget_is_met(
 ) -> None:
     assert fractions(model, held_out, budget=budget).mean().item() == pytest.approx(budget, abs=0.01)
     assert fractions(model, test_set, budget=budget).mean().item() == pytest.approx(budget, abs=0.02)
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.7])
+def test_decisions_for_a_static_file_are_one_for_all_and_meet_the_budget(
+    model: MIAFormer, held_out: list[Batch], budget: float
+) -> None:
+    decisions = static_decisions(model, budget, held_out)
+    assert isinstance(decisions, Decisions)
+    assert len(decisions.depth) == 1
+    with torch.inference_mode():
+        spent = model.run(held_out[0].images, policy=Static(decisions)).trace.macs_fraction
+    assert spent.min() == spent.max()
+    assert float(spent[0]) == pytest.approx(budget, abs=0.02)
 
 
 def test_calibration_measures_greedy_sparse_decisions_of_all_images(model: MIAFormer, held_out: list[Batch]) -> None:

@@ -50,13 +50,6 @@ def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "eval", "measure accuracy per compute, against controls", DESCRIPTION, EPILOG)
     parser.add_model()
     parser.add_data(required=True)
-    parser.add_argument(
-        "--split",
-        default="test",
-        choices=("train", "calibration", "test"),
-        metavar="S",
-        help="split of DATA: train, calibration or test (default: test)",
-    )
     parser.add_budgets()
     parser.add_argument(
         "--policy",
@@ -106,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     check_positive(args, "corrupted_images")
     device = open_device(args.device, args.threads)
     torch.manual_seed(args.seed)
-    images = open_data(args.data, args.split)
+    images = open_data(args.data, "test")
     model = open_model(args.model, device, args.dtype, num_classes=len(images.classes), **own_model(args))
     policies = args.policy or (
         ("random", "full") if args.model.startswith("timm:") else ("learned", "static", "random")

@@ -56,7 +56,6 @@ _LIMITS = (
     ("max_pixels", "N", int, "maximum pixels per image"),
     ("upload_seconds", "S", float, "maximum seconds for a request to arrive"),
     ("answer_seconds", "S", float, "maximum seconds to answer a request that has arrived"),
-    ("decoders", "N", int, "threads that decode images"),
 )
 
 
