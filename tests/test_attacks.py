@@ -324,7 +324,7 @@ def test_a_patch_lies_where_it_should_is_no_larger_and_makes_others_cost_more() 
     model = lively(1)
     target = learned_target(model)
     with frozen(model):
-        patch = universal_patch(target, lambda step: pixels(16, seed=step % 3), 0.1, "centre", steps=25, rate=0.2)
+        patch = universal_patch(target, [pixels(16, seed=seed) for seed in range(3)], 0.1, "centre", steps=50)
     height, width = patch.pixels.shape[1:]
     assert patch.area <= 0.1 * 400 < (height + 1) * (width + 1)
     assert ((patch.pixels >= 0) & (patch.pixels <= 1)).all()

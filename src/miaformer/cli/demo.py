@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,6 @@ from miaformer.data.files import holds_run
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from miaformer.data import Batches
     from miaformer.evaluation import Contender
@@ -148,12 +149,8 @@ def _timed(model: MIAFormer, found: list[Contender], test: Batches, on_progress:
     from miaformer.evaluation import time_against_dense
 
     wanted = max(size * count for size, count in TIMED_BATCHES.items())
-    pool: list[Tensor] = []
-    for batch in test.epoch(0):
-        pool.append(batch.images)
-        if sum(map(len, pool)) >= wanted:
-            break
-    images = torch.cat(pool).to(next(model.parameters()))
+    some = islice(test.epoch(0), math.ceil(wanted / test.batch_size))
+    images = torch.cat([batch.images for batch in some]).to(next(model.parameters()))
     rows = []
     for contender in found:
         for size, count in TIMED_BATCHES.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from miaformer.data.images import MAX_PIXELS, open_image
 from miaformer.model.model import MIAFormer
-from miaformer.model.output import Output, Trace
+from miaformer.model.output import Output
 from miaformer.model.policy import Policy
 from miaformer.model.prices import Budget
 
@@ -116,8 +116,16 @@ class Predictor:
 
     def read(self, output: Output, top_k: int = 5) -> list[Prediction]:
         """What an output says of each picture."""
-        guesses = self.guesses(output.logits, top_k)
-        return [Prediction(best, *spent) for best, spent in zip(guesses, kept_shares(output.trace), strict=True)]
+        trace = output.trace
+        blocks = trace.depth.sum(dim=1).clamp(min=1)
+        spent = (
+            trace.macs_fraction,
+            trace.depth.double().mean(dim=1),
+            trace.heads.double().mean(dim=2).sum(dim=1) / blocks,
+            trace.tokens.double().mean(dim=2).sum(dim=1) / blocks,
+        )
+        each = zip(self.guesses(output.logits, top_k), *(shares.tolist() for shares in spent), strict=True)
+        return [Prediction(*one) for one in each]
 
     def guesses(self, logits: Tensor, top_k: int = 5) -> list[tuple[Guess, ...]]:
         """The likeliest classes of logits (B, classes), best first."""
@@ -137,17 +145,3 @@ class Predictor:
 
     def _guess(self, label: int, probability: float) -> Guess:
         return Guess(label, self.names[label] if self.names else None, probability)
-
-
-def kept_shares(trace: Trace) -> list[tuple[float, float, float, float]]:
-    """For each image: its MACs as a fraction, and the shares kept of blocks, of heads and of tokens."""
-    blocks = trace.depth.sum(dim=1).clamp(min=1)
-    columns = (
-        trace.macs_fraction,
-        trace.depth.double().mean(dim=1),
-        trace.heads.double().mean(dim=2).sum(dim=1) / blocks,
-        trace.tokens.double().mean(dim=2).sum(dim=1) / blocks,
-    )
-    return cast(
-        list[tuple[float, float, float, float]], list(zip(*(column.tolist() for column in columns), strict=True))
-    )

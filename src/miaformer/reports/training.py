@@ -96,10 +96,7 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 
 
 def _charts(run: History) -> Iterable[Chart]:
-    marks = []
-    for stage in run.stages:
-        if stage.rows:
-            marks.append((float(stage.rows[0]["step"]), stage.kind))
+    marks = [(float(stage.rows[0]["step"]), stage.kind) for stage in run.stages if stage.rows]
     rows = [row for stage in run.stages for row in stage.rows]
     for title, names, shown in (
         ("Loss", {"loss": "loss"}, "{:g}".format),

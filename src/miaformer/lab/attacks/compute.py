@@ -7,7 +7,7 @@ goes through the decisions (`miaformer.lab.attacks.through`). A cap is what they
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,6 +21,7 @@ from miaformer.lab.attacks.target import Classifier, Target
 KEEPING_WEIGHT = 1.0  # of a lost lead against MACs, where the prediction is to stay
 
 PATCH_BATCH = 64
+RATE = 0.1  # of Adam, which learns patches
 
 Place = Literal["corner", "centre"]
 
@@ -89,28 +90,28 @@ def patch_size(image_size: tuple[int, int], share: float) -> tuple[int, int]:
 
 def universal_patch(
     target: Target,
-    batches: Callable[[int], Tensor],
+    batches: Sequence[Tensor],
     share: float = 0.02,
     place: Place = "corner",
     steps: int = 200,
-    rate: float = 0.1,
     keep_prediction: bool = False,
     seed: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> Patch:
     """One patch of this share of the area that makes all images cost more, learned on batches of others.
 
-    batches: step -> pixels (B, 3, H, W) from 0 to 1. The patch is a sigmoid of free numbers, which Adam moves.
+    batches: pixels (B, 3, H, W) from 0 to 1, one a step, in turn. The patch is a sigmoid of free numbers, which Adam
+    moves.
     """
-    first = batches(0)
-    height, width = patch_size((first.shape[2], first.shape[3]), share)
-    top, left = (0, 0) if place == "corner" else ((first.shape[2] - height) // 2, (first.shape[3] - width) // 2)
+    image_height, image_width = batches[0].shape[2:]
+    height, width = patch_size((image_height, image_width), share)
+    top, left = (0, 0) if place == "corner" else ((image_height - height) // 2, (image_width - width) // 2)
     generator = torch.Generator().manual_seed(seed)
-    free = torch.randn(3, height, width, generator=generator).to(first).requires_grad_()
-    optimizer = torch.optim.Adam([free], lr=rate)
+    free = torch.randn(3, height, width, generator=generator).to(batches[0]).requires_grad_()
+    optimizer = torch.optim.Adam([free], lr=RATE)
     view = target.views[target.sharpest]
     for step in range(steps):
-        images = batches(step)
+        images = batches[step % len(batches)]
         which = torch.arange(len(images), device=images.device)
         predicted = _predictions(target, images) if keep_prediction else None
         value, _ = spending(view, predicted)(Patch(torch.sigmoid(free), top, left).on(images), which)
@@ -135,14 +136,8 @@ def best_patch(
     parts = learned_on.split(PATCH_BATCH)
     if len(parts) > 1 and len(parts[-1]) < PATCH_BATCH:
         parts = parts[:-1]
-
-    def batches(step: int) -> Tensor:
-        return parts[step % len(parts)]
-
     patches = [
-        universal_patch(
-            target, batches, share, place, steps, keep_prediction=keep_prediction, seed=seed, on_step=on_step
-        )
+        universal_patch(target, parts, share, place, steps, keep_prediction=keep_prediction, seed=seed, on_step=on_step)
         for place in get_args(Place)
     ]
     images = torch.cat(parts[:8])
