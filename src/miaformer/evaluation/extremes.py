@@ -31,7 +31,7 @@ class Extreme:
 
 @torch.inference_mode()
 def extremes(
-    model: MIAFormer, batches: Iterable[LabelledBatch], budget: float | None, cap: float | None, count: int
+    model: MIAFormer, batches: Iterable[LabelledBatch], budget: float | None, count: int
 ) -> tuple[list[Extreme], list[Extreme]]:
     """The `count` images with the fewest MACs, and those with the most, each in order."""
     parameter = next(model.parameters())
@@ -40,7 +40,7 @@ def extremes(
     least: list[Extreme] = []
     most: list[Extreme] = []
     for batch in batches:
-        output = model.run(batch.images.to(parameter), budget=budget, cap=cap)
+        output = model.run(batch.images.to(parameter), budget=budget)
         trace, predicted = output.trace, output.logits.argmax(dim=1)
         order = trace.macs.argsort(stable=True).tolist()
         found = {

@@ -24,7 +24,7 @@ def extremes_section(
     classes: Sequence[str],
 ) -> Iterable[Markup]:
     """about: what the images are; classes: names of labels. Raises ValueError where there are fewer than two images."""
-    least, most = extremes(model, batches, budget, None, COUNT)
+    least, most = extremes(model, batches, budget, COUNT)
     at = "everything executed" if budget is None else f"budget {budget:g}"
     config = model.data_config()
     yield tag("h2", "The cheapest and the most expensive images")

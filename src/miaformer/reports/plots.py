@@ -111,7 +111,6 @@ def plot_adaptivity(
     batches: Iterable[LabelledBatch],
     path: str | Path,
     budget: float | None = None,
-    cap: float | None = None,
     data_config: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     count: int = 5,
@@ -124,7 +123,7 @@ def plot_adaptivity(
 
     Raises ValueError where there are fewer than two images.
     """
-    least, most = extremes(model, batches, budget, cap, count)
+    least, most = extremes(model, batches, budget, count)
     rows = min(count, len(least))
     figure, _ = new_figure(10.6, 0.95 + 1.28 * rows, axes=False)
     grid = figure.add_gridspec(

@@ -336,15 +336,13 @@ def new_backbone(recipe: Recipe, classes: int | Sequence[str], seed: int) -> nn.
     return backbone
 
 
-def trained_model(
-    recipe: Recipe, out: str | Path, *, data: str | Path | None = None, seed: int = 0
-) -> MIAFormer | None:
+def trained_model(recipe: Recipe, out: str | Path, *, seed: int = 0) -> MIAFormer | None:
     """What `train_recipe` left in `out`: its model, or None where it has not come to its end.
 
     Raises ValueError where `out` holds another run.
     """
     out = Path(out)
-    if not is_trained(recipe, out, data=data, seed=seed):
+    if not is_trained(recipe, out, seed=seed):
         return None
     return MIAFormer.from_pretrained(out / "model")
 

@@ -107,7 +107,7 @@ class Pixels:
         return (images * self.std + self.mean).clamp(0, 1)
 
 
-def static_target(model: MIAFormer, name: str = "backbone") -> Target:
+def static_target(model: MIAFormer) -> Target:
     """The static backbone of a model."""
     pixels = Pixels.of(model)
 
@@ -115,7 +115,7 @@ def static_target(model: MIAFormer, name: str = "backbone") -> Target:
         logits = model.backbone(pixels.normalised(images))
         return Answer(logits, torch.ones(len(images), device=images.device))
 
-    return Target(name, classify, {"fixed": classify})
+    return Target("backbone", classify, {"fixed": classify})
 
 
 def adaptive_target(
