@@ -12,9 +12,9 @@ from miaformer.training.muon import MuonAdamW
 from miaformer.training.recipes import Recipe, Stage
 
 
-def stage_optimizer(model: MIAFormer, stage: Stage, recipe: Recipe) -> torch.optim.Optimizer:
+def stage_optimizer(model: MIAFormer, stage: Stage, recipe: Recipe, trains_controllers: bool) -> torch.optim.Optimizer:
     """`muon` is ours, any other name timm's."""
-    groups = _parameter_groups(model, stage, recipe)
+    groups = _parameter_groups(model, stage, recipe, trains_controllers)
     if recipe.optimizer == "muon":
         inside = {id(p) for p in model.backbone.blocks.parameters() if p.ndim == 2}
         controllers = {id(p) for p in model.controllers.parameters()}
@@ -27,10 +27,10 @@ def stage_optimizer(model: MIAFormer, stage: Stage, recipe: Recipe) -> torch.opt
     return create_optimizer_v2(groups, opt=recipe.optimizer, lr=stage.lr, **fused)
 
 
-def _parameter_groups(model: MIAFormer, stage: Stage, recipe: Recipe) -> list[dict[str, Any]]:
+def _parameter_groups(model: MIAFormer, stage: Stage, recipe: Recipe, trains_controllers: bool) -> list[dict[str, Any]]:
     groups = []
     for part, lr in ((model.backbone, stage.lr), (model.controllers, stage.controller_lr)):
-        if part is model.controllers and not stage.trains_controllers:
+        if part is model.controllers and not trains_controllers:
             continue
         if part is model.controllers:
             found = param_groups_weight_decay(part, recipe.weight_decay)
