@@ -68,8 +68,8 @@ class Trainer:
         """objectives: by kind of stage."""
         self.model, self.batches, self.recipe, self.out, self.seed = model, batches, recipe, out, seed
         self.accelerator, self.display, self.objectives = accelerator, display, objectives
-        self.tariff = Tariff(recipe.budgets)
-        self.teacher = teacher
+        self.tariff, self.teacher = Tariff(recipe.budgets), teacher
+        self.checkpoint_dir = out / "checkpoints"
         self.spans = spans(recipe, batches.steps_per_epoch)
         world, rank = accelerator.num_processes, accelerator.process_index
         self.batch_size = batches.batch_size
@@ -79,30 +79,21 @@ class Trainer:
         self.part = slice(rank * share, (rank + 1) * share)
         self.mixup = None
         if recipe.mixup or recipe.cutmix:
-            self.mixup = Mixup(
-                recipe.mixup,
-                recipe.cutmix,
-                label_smoothing=recipe.label_smoothing,
-                num_classes=model.num_classes,
-            )
+            smoothing, classes = recipe.label_smoothing, model.num_classes
+            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=classes)
         self._controllers_free = [parameter.requires_grad for parameter in model.controllers.parameters()]
         self.adversary = Adversary.of(recipe, model.data_config(), accelerator.device)
         self.ema: ModelEmaV3 | None = None  # of the stage at hand
         self._stop = StopRequest()  # of this process
         self._agreed_to_stop = False  # by all processes, in the step before
 
-    @property
-    def checkpoint_dir(self) -> Path:
-        return self.out / "checkpoints"
-
     def run(self, resume: bool) -> MIAFormer:
         """Raises Interrupted after Ctrl-C, with everything saved; ValueError for a damaged checkpoint."""
         found = checkpoints(self.checkpoint_dir)[-1:] if resume else []
         start = checkpoint_step(found[0]) if found else 0
         if resume:
-            self.display.say(
-                f"Resuming after step {start}." if found else "No checkpoint to resume from: starting anew."
-            )
+            goes_on = f"Resuming after step {start}."
+            self.display.say(goes_on if found else "No checkpoint to resume from: starting anew.")
         main = self.accelerator.is_main_process
         metrics = MetricsFile(self.out / "metrics.jsonl", start) if main else None
         try:
@@ -162,7 +153,6 @@ class Trainer:
             warmup_prefix=False,
             t_in_epochs=False,
         )
-        self.ema = None
         if self.recipe.ema_decay is not None:
             self.ema = ModelEmaV3(model, decay=self.recipe.ema_decay, use_warmup=True)
         objective = kind(model, stage, self.recipe, self.teacher)
@@ -199,6 +189,7 @@ class Trainer:
         self.display.end_stage()
         if self.ema is not None:  # a stage ends on its average
             model.load_state_dict(self.ema.module.state_dict())
+            self.ema = None
         self.accelerator.free_memory()
 
     def _after(self, span: Span) -> list[tuple[str, int]]:
