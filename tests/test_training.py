@@ -27,10 +27,12 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from tiny_training import RECIPE, STEPS, Quadrants, run, tiny_model
 
+import miaformer
 from miaformer import MIAFormer, adapt
 from miaformer.cli import main
 from miaformer.cli.arguments import open_batches
 from miaformer.data import Batches, build_transform, open_data
+from miaformer.lab.baselines import OBJECTIVES as BASELINES
 from miaformer.training import Interrupted, Recipe, Stage, get_recipe, new_backbone, train
 from miaformer.training.checkpoint import checkpoints
 from miaformer.training.objective import Objective, Outcome
@@ -270,6 +272,13 @@ def test_wrong_settings_are_named() -> None:
         RECIPE.with_changes(batch_size="many")
 
 
+@pytest.mark.parametrize("package", ["training", "evaluation"])
+def test_what_users_train_and_measure_with_knows_no_baseline(package: str) -> None:
+    files = list((Path(miaformer.__file__).parent / package).glob("*.py"))
+    assert files
+    assert not [file.name for file in files if "from miaformer.lab" in file.read_text()]
+
+
 def test_a_stage_of_another_kind_learns_by_the_objective_that_is_given_for_it(tmp_path: Path) -> None:
     """And one that no objective is given for is named, before anything is written."""
     renamed = replace(RECIPE, stages=(replace(RECIPE.stages[1], kind="elastik"),))
@@ -395,9 +404,9 @@ class _Always(torch.nn.Module):
 @pytest.mark.parametrize("kind", ["backbone", "elastic", "merging"])
 def test_every_stage_learns_from_a_teacher_that_is_given(kind: str, tmp_path: Path) -> None:
     """From it alone, all of the weight being on its labels."""
-    stage = replace(RECIPE.stages[0], kind=kind, epochs=8.0, lr=3e-3)  # type: ignore[arg-type]
+    stage = replace(RECIPE.stages[0], kind=kind, epochs=8.0, lr=3e-3)
     recipe = replace(RECIPE, stages=(stage,), distill_weight=1.0)
-    model = run(tmp_path, recipe, teacher=_Always(2))
+    model = run(tmp_path, recipe, teacher=_Always(2), objectives=BASELINES)
     images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
         assert (model.backbone(images).argmax(dim=1) == 2).all()
