@@ -87,7 +87,7 @@ def add_parser(subparsers: Any) -> None:
         help="seeds of `learned` (default: 0 1 2)",
     )
     parser.add_argument(
-        "--rival-seeds",
+        "--baseline-seeds",
         type=seed_number,
         nargs="+",
         default=[0],
@@ -130,7 +130,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from miaformer.lab.comparison import ABLATIONS, RIVALS, Comparison
+    from miaformer.lab.comparison import ABLATIONS, BASELINES, Comparison
     from miaformer.lab.comparison.harness import runs
     from miaformer.model.budget import check_fraction
     from miaformer.training import get_recipe
@@ -152,8 +152,8 @@ def run(args: argparse.Namespace) -> int:
     if args.train is not None:
         return _train(comparison, args.train, on)
     groups = {"ablations": list(ABLATIONS)}
-    named = [name for given in args.methods or list(RIVALS) for name in groups.get(given, [given])]
-    wanted = runs(named, args.seeds, args.rival_seeds)
+    named = [name for given in args.methods or ["learned", *BASELINES] for name in groups.get(given, [given])]
+    wanted = runs(named, args.seeds, args.baseline_seeds)
     if args.only_times:
         _time([one for one in wanted if comparison.is_measured(one)], comparison, device)
     elif not args.only_measured:

@@ -11,13 +11,13 @@ from miaformer.evaluation import contenders
 from miaformer.lab.comparison.method import FRACTIONS, Entry, Method, Question, adaptation_epochs, by_policy
 from miaformer.model.config import Grain
 from miaformer.model.model import MIAFormer
-from miaformer.training.recipes import Kind, Recipe
+from miaformer.training.recipes import Recipe
 
 ALL_GRAINS: tuple[Grain, ...] = ("depth", "heads", "tokens")
 LATER_TOKENS: dict[str, Any] = {"first_token_block": None, "last_token_block": None}  # in all blocks but the first two
 
 
-def _without(*kinds: Kind) -> Callable[[Recipe], Recipe]:
+def _without(*kinds: str) -> Callable[[Recipe], Recipe]:
     """Ours without some stages. The first that is left and decides gets their epochs, and the rates and temperatures of
     the supervised stage; the last one anneals.
     """
