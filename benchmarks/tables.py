@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from miaformer.evaluation.comparison_rows import COLUMNS, OURS, written
 from miaformer.lab.corruptions import mean_rows
+from miaformer.reports.comparison_rows import COLUMNS, OURS, written
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 from command_line import class_folders, run
 
+from miaformer import load
 from miaformer.cli.arguments import radius
+from miaformer.cli.attack import DEFAULT_ATTACKS, DESCRIPTION
+from miaformer.data import open_data, spread
+from miaformer.lab import attacks
+from miaformer.lab.attacks import Ball, Climb, attack, needs_held_out
 
 CONTRACT = {"attack", "eps", "target", "clean", "robust", "macs_fraction_clean", "macs_fraction_attacked"}
 QUICK = ("--steps", 2, "--patch-steps", 2, "--images", 8, "--no-masking-check")
@@ -46,6 +51,31 @@ def test_a_report_of_every_target_and_kind_of_attack(
     status, _, err = run(capsys, *command, "--seed", 1)
     assert status == 2
     assert "holds attacks with another seed" in err
+
+
+def test_python_and_the_command_report_the_same(
+    capsys: pytest.CaptureFixture[str], calibrated: Path, data: Path, tmp_path: Path
+) -> None:
+    names = ("fgsm", "macs", "patch")
+    targets = ("backbone", "adaptive", "random")
+    command = ("attack", calibrated, "--data", data, "--attacks", *names, "--targets", *targets, "--eps", "4/255")
+    assert run(capsys, *command, *QUICK, "--json", tmp_path / "a.json")[0] == 0
+    written = json.loads((tmp_path / "a.json").read_text())
+    images, held_out = spread(open_data(data, "test"), 8), open_data(data, "calibration")
+    found = attack(
+        load(calibrated), images, [Ball(4 / 255)], names, targets, held_out=held_out, climb=Climb(steps=2),
+        patch_steps=2, masking=False,
+    )  # fmt: skip
+    assert {name for name in written if written[name] != found.get(name)} <= {"model", "environment"}
+    assert len(found["rows"]) == 1 + 3 + 3
+
+
+def test_without_the_calibration_split_nothing_is_made_on_it(calibrated: Path, data: Path) -> None:
+    assert needs_held_out(["patch"], ["adaptive"])
+    assert needs_held_out(["fgsm"], ["static"])
+    assert not needs_held_out(["fgsm", "macs"], ["backbone", "adaptive", "sampled"])
+    with pytest.raises(ValueError, match="made on the calibration split: give held_out"):
+        attack(load(calibrated), open_data(data, "test"), attacks=["patch"], masking=False)
 
 
 @pytest.mark.usefixtures("short_auto_attack")
@@ -103,6 +133,12 @@ def test_an_uncalibrated_model_has_a_backbone_to_attack_and_no_budget(
     status, _, err = run(capsys, *command, "--targets", "adaptive")
     assert status == 2
     assert "is not calibrated, so it knows no budget: attack its backbone alone" in err
+
+
+def test_help_names_the_attacks_and_targets_that_there_are() -> None:
+    assert DEFAULT_ATTACKS == attacks.DEFAULT_ATTACKS
+    for name in (*attacks.ATTACKS, *attacks.TARGETS):
+        assert name in DESCRIPTION
 
 
 @pytest.mark.parametrize(("text", "value"), [("4/255", 4 / 255), ("0.5", 0.5), ("1/4", 0.25)])

@@ -12,6 +12,7 @@ from vits import pictures, vit
 
 import miaformer
 from miaformer.cli import main
+from miaformer.evaluation import bench_data
 from miaformer.evaluation.bench import bench
 from miaformer.evaluation.drawn import draw_controllers
 from miaformer.evaluation.engines import open_engines
@@ -79,6 +80,15 @@ def test_the_command_writes_rows_and_a_picture(tmp_path: Path, capsys: pytest.Ca
     assert report["environment"]["threads"] == torch.get_num_threads()
     assert (tmp_path / "b.png").stat().st_size > 5000
     assert "efficiency" in capsys.readouterr().out
+
+
+def test_of_a_data_set_each_grain_is_drawn_calibrated_and_timed(data: Path) -> None:
+    model = miaformer.adapt(vit(depth=4, img_size=24)).eval()
+    settings: dict[str, Any] = {"batch_sizes": [2], "budgets": [0.6], "repeats": 2, "seconds": 1.0}
+    report = bench_data(model, data, ["eager"], grains=("depth", "tokens"), calibration_images=8, **settings)
+    assert [row["grains"] for row in report["rows"] if row["budget"] == 0.6] == ["depth", "tokens"]
+    assert {grains: found["num_images"] for grains, found in report["calibration"].items()} == {"depth": 8, "tokens": 8}
+    assert model.calibration is None  # the model itself is as it was
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ import miaformer
 from miaformer import MIAFormer, cli
 from miaformer.cli import demo, output
 from miaformer.cli import eval as eval_command
-from miaformer.evaluation import POLICIES, evaluate
+from miaformer.data import open_data
+from miaformer.evaluation import POLICIES, evaluate, evaluate_data
 
 # Help -----------------------------------------------------------------------------------------------------------------
 
@@ -224,6 +225,9 @@ def test_eval_reports_what_the_library_reports(
     model = MIAFormer.from_pretrained(calibrated)
     test, held_out = (batches_of(model, data, split).epoch(0) for split in ("test", "calibration"))
     wanted = evaluate(model, test, [0.3, 0.5], calibration=held_out, seed=4)
+    sets = {split: open_data(data, split) for split in ("test", "calibration")}
+    found = evaluate_data(model, sets["test"], [0.5, 0.3], held_out=sets["calibration"], batch_size=4, seed=4)
+    assert {name for name in report if report[name] != found.get(name)} <= {"model", "environment"}
     for name in ("dense", "points", "adaptivity", "left_out", "controllers", "num_images", "cap", "dtype"):
         assert report[name] == wanted[name]
     assert report["model"] == str(calibrated)
@@ -349,7 +353,7 @@ def test_no_terminal_is_too_narrow_for_a_table(width: int) -> None:
     table.add_row("another", *values)
     shown = io.StringIO()
     terminal = Console(file=shown, width=width)
-    output.print_table(terminal, table)
+    output.print_table(table, terminal)
     lines = shown.getvalue().splitlines()
     assert [line for line in lines if all(value in line for value in values)] == [
         line for line in lines if "7" in line

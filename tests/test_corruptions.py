@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import run
+import torch
+from command_line import classifier, run
 from PIL import Image
 
 from miaformer.data import ImageData
-from miaformer.lab.corruptions import CORRUPTIONS, Corrupted, mean_rows
+from miaformer.lab.corruptions import CORRUPTIONS, Corrupted, evaluate_corruptions, mean_rows
 
 
 class Waves(ImageData):
@@ -72,6 +74,21 @@ def test_means_are_over_severities_then_over_corruptions() -> None:
     assert [(row["corruption"], round(row["accuracy"], 6)) for row in mean_rows(rows)] == [
         ("fog", 0.6), ("snow", 0.1), ("mean", 0.35),
     ]  # fmt: skip
+
+
+def test_classes_are_matched_by_name_under_corruptions_too() -> None:
+    """A model that answers in another order than the data's is right as often."""
+    data = Waves()
+    model = classifier(2)
+    model.label_names = list(data.classes)
+    turned = copy.deepcopy(model)
+    turned.label_names = data.classes[::-1]
+    with torch.no_grad():
+        for parameter in turned.get_classifier().parameters():
+            parameter.copy_(parameter.flip(0))
+    first, second = (evaluate_corruptions(one, data, [], ["full"], ["fog"], [1, 5]) for one in (model, turned))
+    assert first == second
+    assert {(row["policy"], row["severity"]) for row in first} == {(p, s) for p in ("dense", "full") for s in (1, 5)}
 
 
 def test_eval_tells_of_corruptions(

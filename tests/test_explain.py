@@ -18,9 +18,11 @@ from test_plots import assert_readable, texts
 from vits import enliven, lively, vit
 
 import miaformer
+from miaformer import cli
 from miaformer.data.images import open_image
 from miaformer.prediction.explanation import Explanation, explain, seen_picture
 from miaformer.prediction.predictor import Predictor
+from miaformer.reports.explaining import write_explanations
 
 pytest.importorskip("matplotlib")
 
@@ -216,6 +218,24 @@ def check_strips(page: Page, expected: list[Explanation]) -> None:
     assert len(page.all("rect", class_="absent")) == sum(not runs for runs, _, _ in blocks)
     labels = [found["aria-label"] for found in page.all("svg", role="img")]
     assert [label.endswith(": skipped") for label in map(str, labels)] == [not runs for runs, _, _ in blocks]
+
+
+def test_python_writes_what_the_command_writes(
+    capsys: pytest.CaptureFixture[str], calibrated: Path, folder: Path, tmp_path: Path
+) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = write_explanations(Predictor(miaformer.load(calibrated)), paths, tmp_path / "ours", [0.5, 0.5, 0.8])
+    command = ["explain", str(calibrated), str(folder), "--out", str(tmp_path / "theirs"), "--budget", "0.5", "0.8"]
+    assert cli.main([*command, "--json", str(tmp_path / "a.json")]) == 1
+    written, ours = json.loads((tmp_path / "a.json").read_text()), json.loads(json.dumps(found.to_json()))
+    for report in (written, ours):
+        report["pictures"].sort(key=lambda one: one["path"])
+    assert [one["explanations"] for one in written["pictures"]] == [one["explanations"] for one in ours["pictures"]]
+    assert written["failed"] == ours["failed"]
+    assert len(list((tmp_path / "ours").glob("*.png"))) == len(paths) - 1
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {
+        path.name for path in (tmp_path / "theirs").iterdir()
+    }
 
 
 def test_a_folder_gets_an_index_and_bad_pictures_stop_nothing(

@@ -13,9 +13,8 @@ from PIL import Image
 from torch import Tensor
 from vits import lively, pictures
 
-from miaformer.evaluation import extremes
 from miaformer.model.budget import Calibration
-from miaformer.reports import plots
+from miaformer.reports import extremes, plots
 from miaformer.reports.plots import plot_adaptivity, plot_tradeoff
 
 pytest.importorskip("matplotlib")

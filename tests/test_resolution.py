@@ -316,6 +316,14 @@ def test_a_static_file_is_of_one_size(tmp_path: Path) -> None:
         assert float(found["macs_fraction"][0]) == pytest.approx(float(wanted.trace.macs_fraction), abs=1e-6)
 
 
+def test_its_backbone_can_be_attacked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    choosing(images=20, num_classes=3).save_pretrained(tmp_path / "model")
+    data = class_folders(tmp_path / "data")
+    command = ("attack", tmp_path / "model", "--data", data, "--attacks", "fgsm", "--images", 6, "--no-masking-check")
+    assert cli.main([str(part) for part in command]) == 0
+    assert "backbone" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

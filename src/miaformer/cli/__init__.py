@@ -5,17 +5,15 @@ Nothing heavy is imported before arguments are parsed, so that `--help` and mist
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
 
 import miaformer
-from miaformer.cli.arguments import named_columns
+from miaformer.cli.arguments import CommandParser, named_columns
 
 # Modules of this package, in the order that help lists them.
 COMMANDS = (
@@ -84,21 +82,8 @@ _EXTRAS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every error of this command is said."""
-
-    def error(self, message: str) -> NoReturn:
-        _say(f"error: {message} (see {self.prog} --help)")
-        self.exit(2)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="miaformer",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> CommandParser:
+    parser = CommandParser(prog="miaformer", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"miaformer {miaformer.__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:

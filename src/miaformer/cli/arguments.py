@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -15,52 +16,102 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_command(subparsers: Any, name: str, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A subcommand whose help reads as it is written."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        name,
-        help=help,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+DATA_SET = "data set: digits, a folder, a CSV file, or a name that timm knows"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser with the options that commands share. Its help reads as it is written, its errors are one line."""
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **about)
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"miaformer: error: {message} (see {self.prog} --help)\n")
+        self.exit(2)
+
+    def add_model(self) -> None:
+        """MODEL, and what goes with timm:NAME: --weights, --pretrained and --image-size; --classes goes with any."""
+        self.add_argument(
+            "model", metavar="MODEL", help="model directory, hub id, name of a bundled model, or timm:NAME"
+        )
+        group = self.add_argument_group("your own model")
+        group.add_argument(
+            "--weights", metavar="FILE", help="checkpoint for timm:NAME: .safetensors, .pth, .pt, .bin or .ckpt"
+        )
+        group.add_argument("--pretrained", action="store_true", help="download the weights of timm:NAME")
+        group.add_argument(
+            "--image-size",
+            type=int,
+            metavar="N",
+            help="image size for timm:NAME, N x N pixels (default: FILE's, else timm's)",
+        )
+        group.add_argument("--classes", metavar="FILE", help="class names, one per line, in label order")
+
+    def add_data(self, about: str = DATA_SET, required: bool = False) -> None:
+        """--data, and what names the columns of tables in it: `named_columns` makes one of the three."""
+        group = self.add_argument_group("data")
+        group.add_argument("--data", required=required, metavar="DATA", help=about)
+        _add_image_column(group)
+        group.add_argument(
+            "--label-column", metavar="C", help="label column of a CSV, TSV, parquet or hub table (default: detected)"
+        )
+
+    def add_image_column(self) -> None:
+        _add_image_column(self)
+
+    def add_several(self, option: str, metavar: str, kind: Any, default: Sequence[Any], about: str) -> None:
+        """An option of one value or more, whose help tells the default."""
+        shown = f"{about} (default: {' '.join(map(str, default))})"
+        self.add_argument(option, nargs="+", type=kind, default=list(default), metavar=metavar, help=shown)
+
+    def add_budgets(self, default: Sequence[float] = (0.35, 0.5, 0.7)) -> None:
+        self.add_several("--budgets", "B", float, default, "mean MACs, as fractions of the dense model's")
+
+    def add_cap(self) -> None:
+        about = "hard limit on the MACs of one image, as a fraction of the dense model's"
+        self.add_argument("--cap", type=float, metavar="C", help=about)
+
+    def add_number(self, option: str, default: float, about: str, metavar: str = "N") -> None:
+        """A number like its default: whole, or not."""
+        shown = f"{about} (default: {default:g})"
+        self.add_argument(option, type=type(default), default=default, metavar=metavar, help=shown)
+
+    def add_top_k(self) -> None:
+        self.add_number("--top-k", 5, "number of classes to name", "K")
+
+    def add_seed(self, of: str) -> None:
+        self.add_argument("--seed", type=seed_number, default=0, help=f"seed of {of} (default: 0)")
+
+    def add_outputs(self, report: str, drawn: str) -> None:
+        """--json and --plot, for `output.write_outputs`."""
+        self.add_argument("--json", metavar="FILE", help=f"write {report} to this file")
+        self.add_argument("--plot", metavar="FILE.png", help=f"plot {drawn} to this file")
+
+    def add_device(self) -> None:
+        """--device and --threads, for `open_device`."""
+        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
+        self.add_threads()
+
+    def add_threads(self) -> None:
+        self.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+
+    def add_dtype(self) -> None:
+        about = f"data type: {', '.join(DTYPES)} (default: float32)"
+        self.add_argument("--dtype", choices=DTYPES, default="float32", metavar="T", help=about)
+
+
+def _add_image_column(parser: Any) -> None:
+    parser.add_argument("--image-column", metavar="C", help="image column of a table (default: detected)")
+
+
+def add_command(subparsers: Any, name: str, help: str, description: str, epilog: str) -> CommandParser:
+    parser: CommandParser = subparsers.add_parser(name, help=help, description=description, epilog=epilog)
     return parser
-
-
-def add_model(parser: argparse.ArgumentParser, about: str = "model directory, hub id, or timm:NAME") -> None:
-    """MODEL, and what goes with timm:NAME: --weights, --pretrained and --image-size; --classes goes with any model."""
-    parser.add_argument("model", metavar="MODEL", help=about)
-    group = parser.add_argument_group("your own model")
-    group.add_argument(
-        "--weights", metavar="FILE", help="checkpoint for timm:NAME: .safetensors, .pth, .pt, .bin or .ckpt"
-    )
-    group.add_argument("--pretrained", action="store_true", help="download the weights of timm:NAME")
-    group.add_argument(
-        "--image-size",
-        type=int,
-        metavar="N",
-        help="image size for timm:NAME, N x N pixels (default: FILE's, else timm's)",
-    )
-    group.add_argument("--classes", metavar="FILE", help="class names, one per line, in label order")
 
 
 def own_model(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_model` added beside MODEL, for `open_model`."""
     return {name: getattr(args, name) for name in ("weights", "pretrained", "image_size", "classes")}
-
-
-def add_data(parser: argparse.ArgumentParser, about: str, required: bool = False) -> None:
-    """--data, and what names the columns of tables in it: `named_columns` makes one of the three."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", required=required, metavar="DATA", help=about)
-    add_image_column(group)
-    group.add_argument(
-        "--label-column", metavar="C", help="label column of a CSV, TSV, parquet or hub table (default: detected)"
-    )
-
-
-def add_image_column(parser: Any) -> None:
-    parser.add_argument("--image-column", metavar="C", help="image column of a table (default: detected)")
 
 
 def named_columns(args: argparse.Namespace) -> None:
@@ -82,22 +133,12 @@ def seed_number(text: str) -> int:
     return int(text)
 
 
-def add_compute(parser: argparse.ArgumentParser, batch_size: int | None) -> None:
-    """--batch-size (unless None), --device, --dtype and --threads."""
-    group = parser.add_argument_group("execution")
-    if batch_size is not None:
-        group.add_argument(
-            "--batch-size", type=int, default=batch_size, metavar="N", help=f"images per batch (default: {batch_size})"
-        )
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        metavar="T",
-        help=f"data type: {', '.join(DTYPES)} (default: float32)",
-    )
-    group.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for an option that must be at least 1 and is not; one that was not given is none."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 def open_device(name: str, threads: int | None = None) -> torch.device:
@@ -162,28 +203,17 @@ def open_model(
 
 
 def open_batches(model: MIAFormer, data: ImageData, batch_size: int) -> Batches:
-    """The images in their order, as the model's backbone expects them.
+    """`ordered_batches`; a line says where the model's classes are taken in the data's order."""
+    from miaformer.evaluation.on_data import ordered_batches
 
-    Classes are matched by name; a model without names is taken to answer in the data's order, which a line says, and
-    has these names from then on.
-
-    Raises ValueError where model and data have different classes.
-    """
-    from miaformer.data import Batches, build_transform
-    from miaformer.data.source import check_classes
-
-    check_classes(data)
-    if not model.num_classes:
-        raise ValueError(f"the model has no classifier for the classes of {data.name}: train it on them first")
-    data = model.in_own_order(data)
-    if model.label_names is None:
+    has_names = model.label_names is not None
+    batches = ordered_batches(model, data, batch_size)
+    if not has_names:
         shown = ", ".join(data.classes[:3]) + (", ..." if len(data.classes) > 3 else "")
         sys.stderr.write(
             f"miaformer: the model does not name its classes: taken in the order of {data.name}: {shown}\n"
         )
-        model.label_names = list(data.classes)
-    transform = build_transform(model.data_config())
-    return Batches(data, transform, batch_size, seed=0, shuffle=False, drop_last=False)
+    return batches
 
 
 def radius(option: str, text: str) -> float:

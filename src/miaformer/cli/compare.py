@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_data, open_device, seed_number
+from miaformer.cli.arguments import add_command, open_device, seed_number
 from miaformer.cli.processes import (
     STOPPED,
     add_processes,
@@ -20,8 +20,6 @@ from miaformer.cli.processes import (
 if TYPE_CHECKING:
     from miaformer.lab.comparison import Comparison, Table
     from miaformer.lab.comparison.harness import Run
-
-BUDGETS = (0.25, 0.35, 0.5, 0.7)
 
 DESCRIPTION = """\
 Train and measure methods that adapt one backbone, and plot their curves together: accuracy over MACs and over time.
@@ -68,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--recipe", required=True, metavar="R", help="recipe with adaptation stages, and usually with a backbone stage"
     )
-    add_data(parser, "data set: a folder, a CSV file, or a name that timm knows (default: the recipe's)")
+    parser.add_data("data set: a folder, a CSV file, or a name that timm knows (default: the recipe's)")
     parser.add_argument(
         "--backbone",
         metavar="MODELDIR",
@@ -78,33 +76,10 @@ def add_parser(subparsers: Any) -> None:
         "--out", required=True, metavar="DIR", help="directory for runs; existing runs in it are reused"
     )
     parser.add_argument("--methods", nargs="+", metavar="M", help="methods listed above (default: all but ablations)")
-    parser.add_argument(
-        "--seeds",
-        type=seed_number,
-        nargs="+",
-        default=[0, 1, 2],
-        metavar="N",
-        help="seeds of `learned` (default: 0 1 2)",
-    )
-    parser.add_argument(
-        "--baseline-seeds",
-        type=seed_number,
-        nargs="+",
-        default=[0],
-        metavar="N",
-        help="seeds of all other methods (default: 0)",
-    )
-    parser.add_argument(
-        "--budgets",
-        type=float,
-        nargs="+",
-        default=list(BUDGETS),
-        metavar="B",
-        help=f"mean MACs to run each method at, fractions (default: {' '.join(map(str, BUDGETS))})",
-    )
-    parser.add_argument(
-        "--epochs-scale", type=float, default=1.0, metavar="X", help="make every stage X times as long (default: 1)"
-    )
+    parser.add_several("--seeds", "N", seed_number, (0, 1, 2), "seeds of `learned`")
+    parser.add_several("--baseline-seeds", "N", seed_number, (0,), "seeds of all other methods")
+    parser.add_budgets((0.25, 0.35, 0.5, 0.7))
+    parser.add_number("--epochs-scale", 1.0, "make every stage X times as long", "X")
     parser.add_argument(
         "--test-images", type=int, metavar="N", help="measure on the first N test images (default: all)"
     )
@@ -115,15 +90,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--only-times", action="store_true", help="time what is measured and not timed yet; its models must be in DIR"
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--plot", metavar="FILE.png", help="plot the curves to this file")
+    parser.add_outputs("all figures", "the curves")
     parser.add_argument(
         "--pictures",
         metavar="FILE.png",
         help="draw the cheapest and the most expensive images of each class to this file",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: an accelerator if available)")
-    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+    parser.add_device()
     add_processes(parser)
     parser.add_argument("--train", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)  # of its own processes
     parser.set_defaults(run=run)
@@ -238,54 +211,47 @@ def _train(comparison: Comparison, what: list[str], device: str | None) -> int:
 def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run], missing: list[Run]) -> None:
     from dataclasses import asdict
 
-    from miaformer.cli.output import console, print_table, write_json
+    import torch
+
+    from miaformer.cli.output import print_table, say, write_outputs
     from miaformer.evaluation.environment import describe_environment
     from miaformer.lab.comparison.results import read_points, summarise
+    from miaformer.reports.comparison_plot import plot_comparison
 
     table = summarise(*read_points([comparison.directory(one) for one in measured]))
-    out = console()
-    print_table(out, _table(table))
+    print_table(_table(table))
     for name, fraction in table.at_equal_accuracy.items():
-        out.print(f"{name}: half a point below dense at {fraction:.3f} of the MACs", markup=False)
+        say(f"{name}: half a point below dense at {fraction:.3f} of the MACs")
     for line in _one_point_below(table.one_point_below):
-        out.print(line, markup=False, soft_wrap=True)
+        say(line)
     for at in table.adaptivity:
-        out.print(
+        say(
             f"Does compute follow difficulty? At {at['budget']:g}: rank correlation of MACs with the backbone's loss "
-            f"{at['loss']:+.3f}, with its margin {at['margin']:+.3f}.",
-            soft_wrap=True,
+            f"{at['loss']:+.3f}, with its margin {at['margin']:+.3f}."
         )
     seconds = comparison.core_seconds(measured)
     if "backbone" in seconds and "learned" in seconds:
         share = seconds["learned"] / seconds["backbone"]
-        out.print(f"Adapting took {share:.2f} of the time that training the backbone took.")
+        say(f"Adapting took {share:.2f} of the time that training the backbone took.")
     for one in missing:
-        out.print(f"not measured: {one.method.name}, seed {one.seed}", markup=False)
-    if args.json:
-        import torch
-
-        report = {
-            "recipe": comparison.recipe.to_json(),
-            "data": Path(comparison.data).name,
-            **asdict(table),
-            "seeds": _seeds(measured),
-            "core_seconds": seconds,
-            "adaptation": _adaptation(seconds),
-            "environment": describe_environment(torch.device("cpu"), 0),
-        }
-        write_json(args.json, report)
-        out.print(f"wrote {args.json}", markup=False)
-    if args.plot:
-        from miaformer.reports.comparison_plot import plot_comparison
-
-        plot_comparison(table.rows, args.plot, f"{comparison.recipe.name}, {table.num_images:,} test images")
-        out.print(f"wrote {args.plot}", markup=False)
+        say(f"not measured: {one.method.name}, seed {one.seed}")
+    report = {
+        "recipe": comparison.recipe.to_json(),
+        "data": Path(comparison.data).name,
+        **asdict(table),
+        "seeds": _seeds(measured),
+        "core_seconds": seconds,
+        "adaptation": _adaptation(seconds),
+        "environment": describe_environment(torch.device("cpu"), 0),
+    }
+    title = f"{comparison.recipe.name}, {table.num_images:,} test images"
+    write_outputs(args, report, lambda file: plot_comparison(table.rows, file, title))
     learned = next((one for one in measured if one.method.name == "learned"), None)
     if args.pictures and learned is None:
         raise ValueError("--pictures shows what `learned` does, which is not measured yet")
     if args.pictures and learned is not None:
         _draw_classes(comparison, learned, args.pictures)
-        out.print(f"wrote {args.pictures}", markup=False)
+        say(f"wrote {args.pictures}")
 
 
 def _draw_classes(comparison: Comparison, learned: Run, path: str) -> None:
@@ -299,9 +265,7 @@ def _draw_classes(comparison: Comparison, learned: Run, path: str) -> None:
 
 def _one_point_below(found: dict[str, Any]) -> list[str]:
     """What the MACs at one point below dense come to, in words."""
-
-    def between(interval: list[float]) -> str:
-        return f"({interval[0]:.3f}, {interval[1]:.3f})"
+    from miaformer.reports.comparison_rows import between
 
     lines = [
         f"{name}: one point below dense at {one['macs_fraction']:.3f} {between(one['interval'])} of the MACs"
@@ -335,7 +299,7 @@ def _seeds(measured: list[Run]) -> dict[str, list[int]]:
 def _table(table: Table) -> Any:
     from rich.table import Table as RichTable
 
-    from miaformer.evaluation.comparison_rows import COLUMNS, OURS, written
+    from miaformer.reports.comparison_rows import COLUMNS, OURS, written
 
     shown = RichTable(
         caption=f"{table.num_images:,} test images; intervals of 95 % over images; hardest: the tenth with the "

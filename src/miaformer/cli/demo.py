@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, open_batches, open_device, seed_number
+from miaformer.cli.arguments import add_command, open_batches, open_device
 from miaformer.cli.demo_pictures import BUNDLED_MODEL, show_pictures
 from miaformer.cli.processes import (
     STOPPED,
@@ -54,15 +54,10 @@ TIMED_PAIRS = 3  # of each
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "demo", "train, evaluate and plot a small model", DESCRIPTION, EPILOG)
     parser.add_argument("--out", default="demo", metavar="DIR", help="output directory (default: demo)")
-    parser.add_argument(
-        "--seed", type=seed_number, default=0, help="seed of training and of the random policy (default: 0)"
-    )
+    parser.add_seed("training and of the random policy")
     parser.add_argument("--recipe", default="digits", metavar="R", help="recipe with data of its own (default: digits)")
-    parser.add_argument(
-        "--epochs-scale", type=float, default=1.0, metavar="X", help="train X times as long (default: 1)"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if available)")
-    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+    parser.add_number("--epochs-scale", 1.0, "train X times as long", "X")
+    parser.add_device()
     add_processes(parser)
     parser.add_argument(
         "--pictures",
@@ -109,7 +104,7 @@ def _train_and_show(args: argparse.Namespace, out: Path, device: torch.device) -
 
 def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
     """Evaluate and time a calibrated model on the test split, print the table, and write report and pictures."""
-    from miaformer.cli.output import LiveProgress, console, print_table, report_notes, report_table, write_json
+    from miaformer.cli.output import LiveProgress, print_table, report_notes, report_table, say, write_json
     from miaformer.data import open_data
     from miaformer.evaluation import compare, contenders
     from miaformer.reports.plots import plot_adaptivity, plot_tradeoff
@@ -123,35 +118,27 @@ def show(model: MIAFormer, data: str, out: Path, seed: int) -> None:
         rows = _timed(model, found, test, on_progress)
     report = {"model": str(out / "model"), "data": test.data.name, **report, "timing": rows}
 
-    timings: dict[tuple[str, float], dict[int, float]] = {}
-    for row in rows:
-        timings.setdefault((row["policy"], row["budget"]), {})[row["batch"]] = row["time_fraction"]
-    terminal = console()
-    print_table(terminal, report_table(report, timings))
+    print_table(report_table(report))
     for note in report_notes(report):
-        terminal.print(note, soft_wrap=True, markup=False)
-
+        say(note)
     if max(row["time_fraction"] for row in rows) > 1:
-        terminal.print(
+        say(
             "Time is that of eager PyTorch. A model this small spends it on the overhead of each operation, not on "
-            "MACs: here skipping saves little or nothing.",
-            soft_wrap=True,
+            "MACs: here skipping saves little or nothing."
         )
 
     write_json(out / "report.json", report)
     plot_tradeoff(report, out / "tradeoff.png")
     middle = [contender.budget for contender in found if contender.name == "learned"]
     budget = middle[len(middle) // 2] if middle else None
-    plot_adaptivity(
-        model, test.epoch(0), out / "digits.png", budget, data_config=model.data_config(), classes=test.data.classes
-    )
+    plot_adaptivity(model, test.epoch(0), out / "digits.png", budget, classes=test.data.classes)
     for name, what in (
         ("model", "the model"),
         ("report.json", "all numbers"),
         ("tradeoff.png", "accuracy over MACs"),
         ("digits.png", "the images that get the least and the most compute"),
     ):
-        terminal.print(f"{out / name}: {what}", soft_wrap=True, markup=False)
+        say(f"{out / name}: {what}")
 
 
 def _timed(model: MIAFormer, found: list[Contender], test: Batches, on_progress: Any) -> list[dict[str, Any]]:

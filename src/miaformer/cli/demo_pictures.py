@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,6 @@ BUDGETS = (0.35, 0.5, 0.7)
 MOST_PICTURES = 64
 
 
-@dataclass(frozen=True)
-class _Unlabelled:
-    images: Tensor  # (B, 3, H, W)
-    labels: Tensor  # (B,), negative: unknown
-
-
 def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> int:
     """Print what it says at each budget, and draw in `out` who gets least and most. Returns the exit status.
 
@@ -33,8 +26,8 @@ def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> in
     import torch
 
     from miaformer import load
-    from miaformer.cli.output import console
-    from miaformer.data import build_transform
+    from miaformer.cli.output import console, say
+    from miaformer.data import Batch, build_transform
     from miaformer.data.images import ImageError, open_image
     from miaformer.model.policy import Full
     from miaformer.prediction.sources import find_pictures
@@ -56,19 +49,19 @@ def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> in
         outputs = {budget: model.run(images, budget=budget) for budget in BUDGETS}
         outputs[1.0] = model.run(images, policy=Full())
     names = model.label_names or [str(label) for label in range(model.num_classes)]
-    terminal = console()
-    terminal.print(_table([path.name for path in pictures], outputs, names))
+    console().print(_table([path.name for path in pictures], outputs, names))
     for name, reason in failed.items():
-        terminal.print(f"{name}: {reason}", markup=False)
+        say(f"{name}: {reason}")
     if len(paths) > MOST_PICTURES:
         more = f"{len(paths) - MOST_PICTURES:,} more pictures"
-        terminal.print(f"{more}: `miaformer predict {BUNDLED_MODEL} PATH ... --out FILE` takes them all", markup=False)
+        say(f"{more}: `miaformer predict {BUNDLED_MODEL} PATH ... --out FILE` takes them all")
     if len(pictures) > 1:
         out.mkdir(parents=True, exist_ok=True)
-        batch = _Unlabelled(images, torch.full((len(images),), -1))
+        unknown = torch.full((len(images),), -1)
+        batch = Batch(images, unknown, unknown)
         picture = out / "pictures.png"
-        plot_adaptivity(model, [batch], picture, BUDGETS[1], data_config=model.data_config(), classes=names)
-        terminal.print(f"{picture}: who gets the least and the most compute", markup=False)
+        plot_adaptivity(model, [batch], picture, BUDGETS[1], classes=names)
+        say(f"{picture}: who gets the least and the most compute")
     return 1 if failed else 0
 
 

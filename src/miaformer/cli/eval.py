@@ -3,24 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from miaformer.cli.arguments import (
-    add_command,
-    add_compute,
-    add_data,
-    add_model,
-    open_batches,
-    open_device,
-    open_model,
-    own_model,
-    seed_number,
-)
-
-if TYPE_CHECKING:
-    from miaformer.data import ImageData
-    from miaformer.evaluation import Contender
-    from miaformer.model.model import MIAFormer
+from miaformer.cli.arguments import add_command, check_positive, open_batches, open_device, open_model, own_model
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
 
@@ -63,8 +48,8 @@ JSON:
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "eval", "measure accuracy per compute, against controls", DESCRIPTION, EPILOG)
-    add_model(parser)
-    add_data(parser, "data set: digits, a folder, a CSV file, or a name that timm knows", required=True)
+    parser.add_model()
+    parser.add_data(required=True)
     parser.add_argument(
         "--split",
         default="test",
@@ -72,14 +57,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="S",
         help="split of DATA: train, calibration or test (default: test)",
     )
-    parser.add_argument(
-        "--budgets",
-        nargs="+",
-        type=float,
-        default=[0.35, 0.5, 0.7],
-        metavar="B",
-        help="mean MACs, as fractions of the dense model's (default: 0.35 0.5 0.7)",
-    )
+    parser.add_budgets()
     parser.add_argument(
         "--policy",
         nargs="+",
@@ -93,34 +71,39 @@ def add_parser(subparsers: Any) -> None:
         metavar="C",
         help="also evaluate under the 15 common corruptions of ImageNet-C, or only under those named",
     )
-    parser.add_argument("--severities", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="S",
-                        help="severities of the corruptions (default: 1 2 3 4 5)")  # fmt: skip
-    parser.add_argument("--corrupted-images", type=int, default=1000, metavar="N",
-                        help="number of images to corrupt, evenly spaced (default: 1000)")  # fmt: skip
-    parser.add_argument(
-        "--cap", type=float, metavar="C", help="hard limit on the MACs of one image, as a fraction of the dense model's"
-    )
+    parser.add_several("--severities", "S", int, (1, 2, 3, 4, 5), "severities of the corruptions")
+    parser.add_number("--corrupted-images", 1000, "number of images to corrupt, evenly spaced")
+    parser.add_cap()
     parser.add_argument(
         "--calibrate",
         action="store_true",
         help="first measure the table from budgets to prices on the calibration split of DATA; MODEL stays unchanged",
     )
-    parser.add_argument(
-        "--seed", type=seed_number, default=0, help="seed of the random policy and of random weights (default: 0)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the report to this file")
-    parser.add_argument("--plot", metavar="FILE.png", help="plot accuracy over MACs to this file")
-    add_compute(parser, batch_size=64)
+    parser.add_seed("the random policy and of random weights")
+    parser.add_outputs("the report", "accuracy over MACs")
+    parser.add_number("--batch-size", 64, "images per batch")
+    parser.add_dtype()
+    parser.add_device()
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from miaformer.cli.output import LiveProgress, console, print_table, report_notes, report_table, write_json
-    from miaformer.data import open_data
-    from miaformer.evaluation import calibrate, compare, contenders
+    from miaformer.cli.output import (
+        LiveProgress,
+        print_table,
+        report_notes,
+        report_table,
+        say,
+        write_outputs,
+    )
+    from miaformer.data import open_data, spread
+    from miaformer.evaluation import calibrate, evaluate_data
+    from miaformer.lab.corruptions import CORRUPTIONS, evaluate_corruptions
+    from miaformer.reports.plots import plot_tradeoff
 
+    check_positive(args, "corrupted_images")
     device = open_device(args.device, args.threads)
     torch.manual_seed(args.seed)
     images = open_data(args.data, args.split)
@@ -133,62 +116,40 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model} is not calibrated, so its learned policy knows no budget: add --calibrate to measure its "
             f"table on the calibration split of {args.data}, or choose other policies, e.g. --policy random full"
         )
-    batches = open_batches(model, images, args.batch_size)
+    open_batches(model, images, args.batch_size)  # or say what does not fit
     held_out = None
     if args.calibrate or model.calibration is not None:
-        held_out = open_batches(model, open_data(args.data, "calibration"), args.batch_size)
-    totals = {"evaluate": len(images), "controls": len(held_out.data) if held_out is not None else 0}
+        held_out = open_data(args.data, "calibration")
+    totals = {"evaluate": len(images), "controls": 0 if held_out is None else len(held_out)}
     with LiveProgress(totals) as on_progress:
-        if args.calibrate:
-            assert held_out is not None
-            calibrate(model, held_out.epoch(0), held_out.data.name, on_progress=on_progress)
-        calibration = None if held_out is None else held_out.epoch(0)
-        found, left_out = contenders(model, args.budgets, policies, args.cap, calibration, args.seed, on_progress)
-        report = compare(model, batches.epoch(0), found, args.cap, args.seed, on_progress, left_out)
+        if args.calibrate and held_out is not None:
+            batches = open_batches(model, held_out, args.batch_size)
+            calibrate(model, batches.epoch(0), held_out.name, on_progress=on_progress)
+        settings: dict[str, Any] = {
+            "cap": args.cap,
+            "held_out": held_out,
+            "batch_size": args.batch_size,
+            "seed": args.seed,
+            "on_progress": on_progress,
+        }
+        report = {"model": args.model, **evaluate_data(model, images, args.budgets, policies, **settings)}
         if args.corruptions is not None:
-            report["corruptions"] = _under_corruptions(model, images, found, args, on_progress)
-    report = {"model": args.model, "data": images.name, "calibration": _calibration(model), **report}
-    out = console()
-    out.print(f"{args.model} on {images.name}")
-    print_table(out, report_table(report))
+            some, names = spread(images, args.corrupted_images), args.corruptions or CORRUPTIONS
+            report["corruptions"] = evaluate_corruptions(
+                model, some, args.budgets, policies, names, args.severities, **settings
+            )
+    say(f"{args.model} on {images.name}")
+    print_table(report_table(report))
     for note in report_notes(report):
-        out.print(note, soft_wrap=True, markup=False)
+        say(note)
     if model.calibration is None:
-        out.print("The model is not calibrated: it has no learned policy at a budget.", soft_wrap=True)
-    elif args.calibrate and model.calibration is not None:
-        out.print(f"Calibrated for this evaluation on {model.calibration.data}.", soft_wrap=True, markup=False)
+        say("The model is not calibrated: it has no learned policy at a budget.")
+    elif args.calibrate:
+        say(f"Calibrated for this evaluation on {model.calibration.data}.")
     if "corruptions" in report:
-        print_table(out, _corruption_table(report["corruptions"]))
-    if args.json:
-        write_json(args.json, report)
-        out.print(f"wrote {args.json}", soft_wrap=True, markup=False)
-    if args.plot:
-        from miaformer.reports.plots import plot_tradeoff
-
-        plot_tradeoff(report, args.plot)
-        out.print(f"wrote {args.plot}", soft_wrap=True, markup=False)
+        print_table(_corruption_table(report["corruptions"]))
+    write_outputs(args, report, lambda file: plot_tradeoff(report, file))
     return 0
-
-
-def _under_corruptions(
-    model: MIAFormer, images: ImageData, found: list[Contender], args: argparse.Namespace, on_progress: Any
-) -> list[dict[str, Any]]:
-    from miaformer.data import spread
-    from miaformer.lab.corruptions import CORRUPTIONS, evaluate_corruptions
-
-    if args.corrupted_images < 1:
-        raise ValueError(f"--corrupted-images {args.corrupted_images} must be at least 1")
-    return evaluate_corruptions(
-        model,
-        spread(images, args.corrupted_images),
-        found,
-        args.corruptions or CORRUPTIONS,
-        args.severities,
-        args.cap,
-        args.batch_size,
-        args.seed,
-        on_progress,
-    )
 
 
 def _corruption_table(rows: list[dict[str, Any]]) -> Any:
@@ -211,11 +172,3 @@ def _corruption_table(rows: list[dict[str, Any]]) -> Any:
         ]
         shown.add_row(corruption, *cells, style="bold" if corruption == "mean" else None)
     return shown
-
-
-def _calibration(model: Any) -> dict[str, Any] | None:
-    """Where the model's budgets were measured, and which it can meet."""
-    table = model.calibration
-    if table is None:
-        return None
-    return {"data": table.data, "num_images": table.num_images, "least": table.range[0], "most": table.range[1]}

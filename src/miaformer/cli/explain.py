@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_compute, add_model, open_device, open_model, own_model
-from miaformer.cli.predict import list_failed
+from miaformer.cli.arguments import add_command, check_positive, open_device, open_model, own_model
 
 if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from miaformer.prediction.predictor import Predictor
-    from miaformer.reports.explained import About, Explained
-    from miaformer.reports.page import Markup
+    from miaformer.reports.explained import Explained
 
 DESCRIPTION = """\
 Show what MODEL executes for each image, block by block: which patches each block still attends to, which heads it
@@ -45,12 +37,11 @@ JSON:
 """
 
 MOST_ROWS = 40  # of the table on the terminal
-LONGEST_NAME = 60  # characters of a page's name: a file's name holds 255 bytes
 
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "explain", "show what a model executes for images", DESCRIPTION, EPILOG)
-    add_model(parser, "model directory, hub id, name of a bundled model, or timm:NAME")
+    parser.add_model()
     parser.add_argument("paths", nargs="+", metavar="PATH", help="images and folders of images")
     parser.add_argument("--out", required=True, metavar="DIR", help="output directory for pages and PNGs")
     parser.add_argument(
@@ -60,154 +51,52 @@ def add_parser(subparsers: Any) -> None:
         metavar="B",
         help="mean MACs, as fractions of the dense model's; one strip per budget",
     )
-    parser.add_argument(
-        "--cap", type=float, metavar="C", help="hard limit on the MACs of one image, as a fraction of the dense model's"
-    )
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="number of classes to name (default: 5)")
+    parser.add_cap()
+    parser.add_top_k()
     parser.add_argument("--json", metavar="FILE", help="write all explanations to this file")
-    add_compute(parser, batch_size=16)
+    parser.add_number("--batch-size", 16, "images per batch")
+    parser.add_dtype()
+    parser.add_device()
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     import matplotlib  # noqa: F401  # or say what is missing, before anything is done
 
-    from miaformer.cli.output import LiveProgress, console, write_json
+    from miaformer.cli.output import LiveProgress, console, list_failed, say, write_json
     from miaformer.prediction.predictor import Predictor
-    from miaformer.prediction.rows import writable
     from miaformer.prediction.sources import find_pictures
-    from miaformer.reports.explained import index_page
-    from miaformer.reports.page import write_page
+    from miaformer.reports.explaining import write_explanations
 
-    for name, value in (("--top-k", args.top_k), ("--batch-size", args.batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")
+    check_positive(args, "top_k", "batch_size")
     paths, missing = find_pictures(args.paths)
     device = open_device(args.device, args.threads)
     model = open_model(args.model, device, args.dtype, **own_model(args))
-    predictor = Predictor(model)
-    budgets = list(dict.fromkeys(args.budget or [None]))
-    for budget in budgets:
-        predictor.try_once(budget=budget, cap=args.cap)
-
-    out = Path(args.out)
+    budgets = args.budget or [None]
     several = len(paths) + len(missing) > 1 or any(Path(given).is_dir() for given in args.paths)
-    call = _Call(predictor, budgets, args.cap, args.top_k, out, _about(args.model, predictor), several)
-    call.failed.update({writable(name): reason for name, reason in missing.items()})
-    with LiveProgress({"explain": len(paths)}) as progress:
-        for start in range(0, len(paths), args.batch_size):
-            chunk = paths[start : start + args.batch_size]
-            call.explain(chunk)
-            progress("explain", start + len(chunk))
-
-    pictures = sorted(call.done, key=lambda one: one[0].shown[0].prediction.macs_fraction)
-    if several:
-        write_page(out / "index.html", index_page(pictures, call.failed, call.about))
+    with LiveProgress({"explain": len(paths)}) as on_progress:
+        found = write_explanations(
+            Predictor(model),
+            paths,
+            args.out,
+            budgets,
+            cap=args.cap,
+            top_k=args.top_k,
+            batch_size=args.batch_size,
+            name=args.model,
+            missing=missing,
+            index=several,
+            on_progress=on_progress,
+        )
     if args.json:
-        write_json(args.json, _report(call, [one for one, _ in pictures]))
-    terminal = console()
-    if pictures:
-        terminal.print(_table([one for one, _ in pictures]))
-        opened = out / ("index.html" if several else f"{pictures[0][0].page}.html")
-        terminal.print(f"{opened}: open it in a browser", soft_wrap=True, markup=False)
-    if call.failed:
-        list_failed(call.failed)
-    return 1 if call.failed else 0
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """What is kept of a picture, which may be large."""
-
-    path: Path
-    size: tuple[int, int]  # width and height
-    seen: Image.Image  # of `seen_picture`
-    image: Tensor  # (3, H, W)
-
-
-@dataclass
-class _Call:
-    """What one call of the command does, and what it has found."""
-
-    predictor: Predictor
-    budgets: Sequence[float | None]
-    cap: float | None
-    top_k: int
-    out: Path
-    about: About
-    indexed: bool
-    done: list[tuple[Explained, Markup]] = field(default_factory=list)  # with a thumbnail
-    failed: dict[str, str] = field(default_factory=dict)  # why, by path
-    _taken: set[str] = field(default_factory=lambda: {"index"})
-
-    def explain(self, paths: Sequence[Path]) -> None:
-        """Explain these pictures, and write the page and the PNG of each."""
-        from miaformer.prediction.explanation import explain
-        from miaformer.prediction.rows import writable
-        from miaformer.reports.explained import Explained, picture_page, thumbnail
-        from miaformer.reports.explanation_plot import plot_explanation
-        from miaformer.reports.page import write_page
-
-        opened = list(self._opened(paths))
-        if not opened:
-            return
-        images = [one.image for one in opened]
-        by_budget = [explain(self.predictor, images, budget, self.cap, self.top_k) for budget in self.budgets]
-        for picture, *shown in zip(opened, *by_budget, strict=True):
-            path, seen = picture.path, picture.seen
-            one = Explained(writable(str(path)), self._page(path), picture.size, shown)
-            plot_explanation(shown, seen, self.out / f"{one.page}.png", writable(path.name), self.about.dense_macs)
-            write_page(self.out / f"{one.page}.html", picture_page(one, seen, self.about, self.indexed))
-            self.done.append((one, thumbnail(seen)))
-
-    def _opened(self, paths: Sequence[Path]) -> Iterator[_Opened]:
-        from miaformer.data.images import ImageError, open_image
-        from miaformer.prediction.entries import reason
-        from miaformer.prediction.explanation import seen_picture
-        from miaformer.prediction.rows import writable
-
-        for path in paths:
-            try:
-                picture = open_image(path)
-            except ImageError as error:
-                self.failed[writable(str(path))] = reason(error, str(path))
-                continue
-            image, seen = self.predictor.prepare_picture(picture), seen_picture(self.predictor, picture)
-            yield _Opened(path, picture.size, seen, image)
-
-    def _page(self, path: Path) -> str:
-        """A name of its own for this picture's files, on file systems too that do not tell a from A."""
-        stem = re.sub(r"[^\w.-]+", "-", path.stem).strip("-.")[:LONGEST_NAME] or "picture"
-        name, count = stem, 1
-        while name.casefold() in self._taken:
-            count += 1
-            name = f"{stem}-{count}"
-        self._taken.add(name.casefold())
-        return name
-
-
-def _about(name: str, predictor: Predictor) -> About:
-    from miaformer.evaluation import describe_environment
-    from miaformer.reports.explained import About
-
-    cost = predictor.model.cost()
-    device = next(predictor.model.parameters()).device
-    return About(name, cost.backbone, cost.trims_last_block, describe_environment(device, 0))
-
-
-def _report(call: _Call, pictures: Sequence[Explained]) -> dict[str, Any]:
-    rows = [
-        {
-            "path": one.name,
-            "page": f"{one.page}.html",
-            "png": f"{one.page}.png",
-            "explanations": [shown.to_json() for shown in one.shown],
-        }
-        for one in pictures
-    ]
-    failed = [{"path": path, "error": reason} for path, reason in call.failed.items()]
-    about = {"model": call.about.model, "dense_macs": call.about.dense_macs}
-    return {**about, "pictures": rows, "failed": failed, "environment": call.about.environment}
+        write_json(args.json, found.to_json())
+    if found.pictures:
+        console().print(_table(found.pictures))
+        opened = Path(args.out, "index.html" if several else f"{found.pictures[0].page}.html")
+        say(f"{opened}: open it in a browser")
+    if found.failed:
+        list_failed(found.failed)
+    return 1 if found.failed else 0
 
 
 def _table(pictures: Sequence[Explained]) -> Any:

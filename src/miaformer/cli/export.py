@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import add_command, add_data, add_model, open_device, open_model, own_model
+from miaformer.cli.arguments import add_command, open_batches, open_device, open_model, own_model
 
 DESCRIPTION = """\
 Write MODEL to OUT.onnx, weights included. In ONNX Runtime, the file skips at run time: blocks by If, tokens by
@@ -30,21 +30,21 @@ examples/onnx_inference.py runs a file with onnxruntime, numpy and pillow alone.
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "export", "write a model for ONNX Runtime", DESCRIPTION, EPILOG)
-    add_model(parser)
+    parser.add_model()
     parser.add_argument("out", metavar="OUT.onnx", help="output file")
     parser.add_argument("--trace", action="store_true", help="also output which blocks, heads and tokens were executed")
     parser.add_argument(
         "--price", type=float, metavar="P", help="decide at this price, and ignore the requested budget"
     )
     parser.add_argument("--static", type=float, metavar="B", help="write one policy for all images, at this budget")
-    add_data(parser, "for --static: images on which to find the policy")
+    parser.add_data("for --static: images on which to find the policy")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     import os
 
-    from miaformer.cli.output import console
+    from miaformer.cli.output import say
 
     if args.static is None and args.data is not None:
         raise ValueError("--data is for --static; the adaptive file needs no images")
@@ -53,39 +53,18 @@ def run(args: argparse.Namespace) -> int:
     if args.static is not None and args.data is None:
         raise ValueError("--static finds its decisions on images: name them with --data")
     model = open_model(args.model, open_device("cpu"), **own_model(args))
+    from miaformer.data import open_data
+    from miaformer.evaluation import static_decisions
     from miaformer.export import export_onnx, export_static
 
     if args.static is None:
         export_onnx(model, args.out, price=args.price, trace=args.trace)
     else:
-        export_static(model, args.out, _decisions(model, args.data, args.static))
-    out = console()
+        images = open_batches(model, open_data(args.data, "calibration"), 64)
+        export_static(model, args.out, static_decisions(model, args.static, images.epoch(0)))
     size = os.path.getsize(args.out) / 2**20
-    out.print(f"wrote {args.out}: {size:.1f} MiB", soft_wrap=True, markup=False)
+    say(f"wrote {args.out}: {size:.1f} MiB")
     if args.static is None and model.calibration is not None:
         least, most = model.calibration.range
-        out.print(f"budgets from {least:.2f} to {most:.2f} of {model.cost().backbone / 1e6:,.0f} M MACs")
+        say(f"budgets from {least:.2f} to {most:.2f} of {model.cost().backbone / 1e6:,.0f} M MACs")
     return 0
-
-
-def _decisions(model: Any, data: str, budget: float) -> Any:
-    """The same decisions for every image: the learned policy's mean ones on the data's calibration split; or the
-    largest size within the budget.
-    """
-    import torch
-
-    from miaformer.cli.arguments import open_batches
-    from miaformer.data import open_data
-    from miaformer.engine.decisions import Decisions
-    from miaformer.evaluation.controls import Simulation, static_policy
-
-    if model.adapt_config.chooses_resolution:
-        table = model.check_budget(budget)
-        return model.image_sizes()[table.nearest(table.within(budget))]
-    images = open_batches(model, open_data(data, "calibration"), 64)
-    traces = []
-    with torch.inference_mode():
-        for batch in images.epoch(0):
-            traces.append(model.run(batch.images, budget=budget).trace)
-    taken = Decisions(*(torch.cat([getattr(t, name) for t in traces]) for name in ("depth", "heads", "tokens")))
-    return static_policy(Simulation.of(model), budget, taken).decisions

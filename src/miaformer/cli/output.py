@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from miaformer.data.files import whole_file
+from miaformer.reports.point_cells import DENSE_CELLS, spent_cells
 
 PIPED_WIDTH = 120  # columns, where no terminal says how many there are
 
@@ -40,6 +42,21 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write a whole file or none: a report is never left half written."""
     with whole_file(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def say(text: str) -> None:
+    """A line for people, as it is: neither wrapped nor marked up."""
+    console().print(text, soft_wrap=True, markup=False)
+
+
+def write_outputs(args: argparse.Namespace, report: Any, draw: Callable[[str], None]) -> None:
+    """Write what --json and --plot ask for, and say so. draw: draws the report to a file."""
+    if args.json:
+        write_json(args.json, report)
+        say(f"wrote {args.json}")
+    if args.plot:
+        draw(args.plot)
+        say(f"wrote {args.plot}")
 
 
 class LiveProgress:
@@ -89,22 +106,20 @@ class _Rate(ProgressColumn):
         return Text("" if task.speed is None else f"{task.speed:.1f} {self.unit}/s", style="cyan")
 
 
-def print_table(out: Console, table: Table) -> None:
+def print_table(table: Table, out: Console | None = None) -> None:
     """Print it whole, however narrow the terminal: without a frame where that does not fit, then closer together, and
     at last beyond the edge.
     """
+    out = out or console()
     if _width(out, table) > out.width:
         table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, (0, 1, 0, 0)
         for column in table.columns:
             column.header = str(column.header).replace(" ", "\n")
     if _width(out, table) > out.width:
         table.padding = 0
-    terminal = out.width
-    out.width = max(terminal, _width(out, table))
-    try:
-        out.print(table, crop=False)
-    finally:
-        out.width = terminal
+    terminal, out.width = out.width, max(out.width, _width(out, table))
+    out.print(table, crop=False)
+    out.width = terminal
 
 
 def _width(out: Console, table: Table) -> int:
@@ -112,14 +127,26 @@ def _width(out: Console, table: Table) -> int:
     return Measurement.get(out, out.options.update(width=10_000), table).maximum
 
 
-def report_table(
-    report: Mapping[str, Any], timings: Mapping[tuple[str, float], Mapping[int, float]] | None = None
-) -> Table:
-    """A report of `evaluate`, dense first, then budget by budget.
+def list_failed(failed: Mapping[str, str], count: int | None = None) -> None:
+    """Tell of pictures that failed, with the reason by path; count: of all, where these are the first."""
+    count = len(failed) if count is None else count
+    more = count - len(failed)
+    table = Table(title=f"{count:,} failed", title_justify="left", title_style="bold red", caption_justify="left")
+    table.add_column("path", overflow="fold")
+    table.add_column("why", overflow="fold")
+    for path, why in failed.items():
+        table.add_row(Text(path), Text(why))
+    if more:
+        table.caption = f"... and {more:,} more: see the error column"
+    console(stderr=True).print(table)
 
-    timings: (policy, budget) to batch size to time against dense, for a column each.
+
+def report_table(report: Mapping[str, Any]) -> Table:
+    """A report of `evaluate`, dense first, then budget by budget; a column for each batch size of its `timing`, if it
+    has any.
     """
-    batches = sorted({batch for times in (timings or {}).values() for batch in times})
+    times = {(row["policy"], row["budget"], row["batch"]): row["time_fraction"] for row in report.get("timing", ())}
+    batches = sorted({batch for _, _, batch in times})
     measures = "MACs and time" if batches else "MACs"
     table = Table(caption=f"{measures}: fractions of the dense model's. Heads and tokens: of executed blocks.")
     table.add_column("policy", no_wrap=True)
@@ -127,19 +154,17 @@ def report_table(
         table.add_column(name, justify="right", no_wrap=True)
     for batch in batches:
         table.add_column(f"time, batch {batch}", justify="right")
-    dense = report["dense"]
-    row = ("dense", "", _percent(dense["accuracy"]), *["1.000"] * 3, *["1.00"] * 3)
-    table.add_row(*row, *["1.00"] * len(batches), end_section=True)
+    dense = f"{100 * report['dense']['accuracy']:.2f} %"
+    table.add_row("dense", "", dense, *DENSE_CELLS, *["1.00"] * len(batches), end_section=True)
     points = report["points"]
     for point, following in zip(points, [*points[1:], None], strict=True):
-        times = (timings or {}).get((point["policy"], point["budget"]), {})
+        at = point["policy"], point["budget"]
         table.add_row(
             point["policy"],
             f"{point['budget']:g}",
-            _percent(point["accuracy"]),
-            *(f"{point[name]:.3f}" for name in ("macs_fraction", "macs_fraction_p95", "macs_fraction_max")),
-            *(f"{point[name]:.2f}" for name in ("depth_kept", "heads_kept", "tokens_kept")),
-            *(f"{times[batch]:.2f}" if batch in times else "" for batch in batches),
+            f"{100 * point['accuracy']:.2f} %",
+            *spent_cells(point),
+            *(f"{times[*at, batch]:.2f}" if (*at, batch) in times else "" for batch in batches),
             style="bold" if point["policy"] == "learned" else None,
             end_section=following is None or following["budget"] != point["budget"],
         )
@@ -159,7 +184,3 @@ def report_notes(report: Mapping[str, Any]) -> list[str]:
     for left_out in report["left_out"]:
         notes.append(f"Left out: {left_out['policy']} at {left_out['budget']:g}: {left_out['reason']}.")
     return notes
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"

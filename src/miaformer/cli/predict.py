@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import (
-    add_command,
-    add_compute,
-    add_image_column,
-    add_model,
-    open_device,
-    open_model,
-    own_model,
-)
+from miaformer.cli.arguments import add_command, check_positive, open_device, open_model, own_model
 from miaformer.prediction.sources import Inputs, find_inputs
 from miaformer.prediction.unfinished import UnfinishedRun, check_out, is_finished
 
@@ -78,24 +70,19 @@ run repeats that work.
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "predict", "classify images", DESCRIPTION, EPILOG)
-    add_model(parser)
+    parser.add_model()
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help="images, folders, patterns, archives and parquet files"
     )
-    add_image_column(parser)
+    parser.add_image_column()
     parser.add_argument("--out", required=True, metavar="FILE", help="output file: .csv, .jsonl or .parquet")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished run, if there is one")
     parser.add_argument("--budget", type=float, metavar="B", help="mean MACs, as a fraction of the dense model's")
-    parser.add_argument(
-        "--cap", type=float, metavar="C", help="hard limit on the MACs of one image, as a fraction of the dense model's"
-    )
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="number of classes to name (default: 5)")
-    add_compute(parser, batch_size=32)
-    add_ray(parser)
-    parser.set_defaults(run=run)
-
-
-def add_ray(parser: argparse.ArgumentParser) -> None:
+    parser.add_cap()
+    parser.add_top_k()
+    parser.add_number("--batch-size", 32, "images per batch")
+    parser.add_dtype()
+    parser.add_device()
     group = parser.add_argument_group("Ray (needs the extra `ray`)")
     group.add_argument(
         "--ray-workers",
@@ -106,20 +93,17 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ray-address", metavar="A", help="address of a running cluster (default: start one on this machine)"
     )
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from miaformer.cli.output import LiveProgress, console
+    from miaformer.cli.output import LiveProgress, list_failed, say
     from miaformer.prediction.run import predict
 
     check_out(args.out)
-    for name in ("top_k", "batch_size", "ray_workers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    out = console()
+    check_positive(args, "top_k", "batch_size", "ray_workers")
     if args.resume and is_finished(args.out):
-        out.print(f"{args.out} is whole: nothing to resume. Without --resume it is made anew.", markup=False)
+        say(f"{args.out} is whole: nothing to resume. Without --resume it is made anew.")
         return 0
     inputs = find_inputs(args.paths, args.image_column)
     _check_apart(inputs, args.out)
@@ -131,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     total = inputs.total
     with UnfinishedRun(args.out, settings, args.resume) as unfinished:
         if unfinished.tally.rows:
-            out.print(f"Resuming after {_pictures(unfinished.tally.rows)}.", markup=False)
+            say(f"Resuming after {_pictures(unfinished.tally.rows)}.")
         try:
             with LiveProgress({} if total is None else {"predict": total}, unit="pictures") as progress:
                 on_rows = partial(progress, "predict")
@@ -144,8 +128,7 @@ def run(args: argparse.Namespace) -> int:
             raise KeyboardInterrupt(f"interrupted: {kept} kept; the same command with --resume goes on") from None
         tally = unfinished.tally
         if tally.pictures:
-            summary = f"{_summary(unfinished)} ({_asked(args, model)}) -> {args.out}"
-            out.print(summary, soft_wrap=True, markup=False)
+            say(f"{_summary(unfinished)} ({_asked(args, model)}) -> {args.out}")
     if tally.failed:
         list_failed(dict(tally.failures), tally.failed)
     return 1 if tally.failed else 0
@@ -204,11 +187,12 @@ def _settings(
     import miaformer
     from miaformer.prediction.classify import fingerprint
 
+    classes = args.classes and hashlib.blake2b(Path(args.classes).read_bytes(), digest_size=4).hexdigest()
     return {
         "--budget": args.budget,
         "--cap": args.cap,
         "--top-k": args.top_k,
-        "--classes": _digest(args.classes),
+        "--classes": classes and f"of content {classes}",
         "--batch-size": args.batch_size,
         "--dtype": args.dtype,
         "--device": str(device),
@@ -219,10 +203,6 @@ def _settings(
         "miaformer": miaformer.__version__,
         "torch": torch.__version__,
     }
-
-
-def _digest(file: str | None) -> str | None:
-    return None if file is None else f"of content {hashlib.blake2b(Path(file).read_bytes(), digest_size=4).hexdigest()}"
 
 
 def _pictures(count: int) -> str:
@@ -249,22 +229,3 @@ def _asked(args: argparse.Namespace, model: MIAFormer) -> str:
     else:
         budget = "no budget"
     return budget if args.cap is None else f"{budget}, cap {args.cap:g}"
-
-
-def list_failed(failed: Mapping[str, str], count: int | None = None) -> None:
-    """Tell of pictures that failed, with the reason by path; count: of all, where these are the first."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from miaformer.cli.output import console
-
-    count = len(failed) if count is None else count
-    more = count - len(failed)
-    table = Table(title=f"{count:,} failed", title_justify="left", title_style="bold red", caption_justify="left")
-    table.add_column("path", overflow="fold")
-    table.add_column("why", overflow="fold")
-    for path, why in failed.items():
-        table.add_row(Text(path), Text(why))
-    if more:
-        table.caption = f"... and {more:,} more: see the error column"
-    console(stderr=True).print(table)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_data, open_batches, open_device
+from miaformer.cli.arguments import add_command, open_batches, open_device, open_model
 
 if TYPE_CHECKING:
     import torch
@@ -40,14 +40,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--eval", nargs="+", default=[], metavar="FILE", help="files that `miaformer eval --json` wrote"
     )
-    add_data(parser, f"data set: show the cheapest and the most expensive of {MOST_IMAGES:,} test images")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if available)")
-    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
+    parser.add_data(f"data set: show the cheapest and the most expensive of {MOST_IMAGES:,} test images")
+    parser.add_device()
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from miaformer.cli.output import console
+    from miaformer.cli.output import say
     from miaformer.reports.page import write_page
     from miaformer.reports.report import read_evaluation, read_subject, report_page
 
@@ -62,12 +61,11 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--data shows what a trained model does, and {args.source} holds none")
         more += _extremes(subject.model, args.data, open_device(args.device, args.threads))
     write_page(out, report_page(subject, evaluations, more))
-    console().print(f"{out}: open it in a browser", soft_wrap=True, markup=False)
+    say(f"{out}: open it in a browser")
     return 0
 
 
 def _extremes(directory: Path, data: str, device: torch.device) -> Iterator[Markup]:
-    from miaformer.cli.arguments import open_model
     from miaformer.data import open_data, spread
     from miaformer.reports.extremes import extremes_section, middle_budget
 

@@ -11,7 +11,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, add_compute, add_model, open_device, open_model, own_model
+from miaformer.cli.arguments import add_command, open_device, open_model, own_model
 from miaformer.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -62,11 +62,9 @@ _LIMITS = (
 
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "serve", "classify images over HTTP", DESCRIPTION, EPILOG)
-    add_model(parser, "model directory, hub id, name of a bundled model, or timm:NAME")
+    parser.add_model()
     parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="port to listen on; 0 picks a free one (default: 8000)"
-    )
+    parser.add_number("--port", 8000, "port to listen on; 0 picks a free one")
     spending = parser.add_argument_group("compute")
     spending.add_argument(
         "--budget",
@@ -108,7 +106,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--no-page", action="store_true", help="serve no page at / and no /explain")
     parser.add_argument("--access-log", action="store_true", help="log one line per request")
-    add_compute(parser, batch_size=None)
+    parser.add_dtype()
+    parser.add_device()
     parser.set_defaults(run=run)
 
 

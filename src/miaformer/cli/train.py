@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import add_command, add_data, radius, seed_number
+from miaformer.cli.arguments import add_command, radius
 from miaformer.cli.processes import STOPPED, check_processes, is_one_of_several, run_in_processes, say_stopped
 from miaformer.data.files import check_holds_no_run
 
@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--recipe", required=True, metavar="R", help="recipe: digits, cifar10-small, cifar10, finetune or imagenet"
     )
-    add_data(parser, "data set: digits, a folder, a CSV file, or a name that timm knows (default: the recipe's)")
+    parser.add_data("data set: digits, a folder, a CSV file, or a name that timm knows (default: the recipe's)")
     start = parser.add_argument_group("starting point, instead of the recipe's backbone")
     start.add_argument("--model", metavar="NAME", help="name of a timm ViT")
     start.add_argument(
@@ -65,15 +65,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of this run")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in DIR")
-    parser.add_argument(
-        "--seed",
-        type=seed_number,
-        default=0,
-        help="seed of weights, data order, augmentation and decisions (default: 0)",
-    )
-    parser.add_argument(
-        "--epochs-scale", type=float, default=1.0, metavar="X", help="make every stage X times as long (default: 1)"
-    )
+    parser.add_seed("weights, data order, augmentation and decisions")
+    parser.add_number("--epochs-scale", 1.0, "make every stage X times as long", "X")
     parser.add_argument(
         "--set",
         action="append",
@@ -93,13 +86,9 @@ def add_parser(subparsers: Any) -> None:
         default="auto",
         help="cpu: train on the CPU even if there is an accelerator (default: auto)",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: PyTorch's)")
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="split every batch among N processes on this CPU: faster than threads for small models (default: 1)",
+    parser.add_threads()
+    parser.add_number(
+        "--processes", 1, "split every batch among N processes on this CPU: faster than threads for small models"
     )
     parser.set_defaults(run=run)
 

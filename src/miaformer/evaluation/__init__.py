@@ -1,7 +1,7 @@
 """How good is it: calibration, accuracy per compute against controls of equal cost, time, pictures."""
 
 from miaformer.evaluation.calibration import calibrate
-from miaformer.evaluation.contenders import POLICIES, Contender, LeftOut, contenders
+from miaformer.evaluation.contenders import POLICIES, Contender, LeftOut, contenders, static_decisions
 from miaformer.evaluation.controls import (
     KeepRates,
     Simulation,
@@ -12,6 +12,7 @@ from miaformer.evaluation.controls import (
 )
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.evaluate import compare, evaluate, spearman
+from miaformer.evaluation.on_data import bench_data, evaluate_data, ordered_batches
 from miaformer.evaluation.timing import PairTimes, time_against_dense, time_pairs
 
 __all__ = [
@@ -21,15 +22,19 @@ __all__ = [
     "LeftOut",
     "PairTimes",
     "Simulation",
+    "bench_data",
     "calibrate",
     "cls_attention_policy",
     "compare",
     "contenders",
     "describe_environment",
     "evaluate",
+    "evaluate_data",
     "macs_of",
+    "ordered_batches",
     "random_policy",
     "spearman",
+    "static_decisions",
     "static_policy",
     "time_against_dense",
     "time_pairs",

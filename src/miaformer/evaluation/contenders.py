@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from miaformer.engine.decisions import Decisions
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
 from miaformer.evaluation.controls import (
     KeepRates,
@@ -20,7 +22,8 @@ from miaformer.model.budget import check_fraction
 from miaformer.model.looks import row_of
 from miaformer.model.model import MIAFormer
 from miaformer.model.output import Trace
-from miaformer.model.policy import AnyPolicy, Full, Look, RandomLooks, TwoLooks
+from miaformer.model.policy import AnyPolicy, Full, Look, RandomLooks, Static, TwoLooks
+from miaformer.model.resolution import Size
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
 
@@ -78,6 +81,16 @@ def contenders(
     if not found:
         raise ValueError(left_out[0].reason)
     return found, left_out
+
+
+def static_decisions(model: MIAFormer, budget: float, calibration: Iterable[LabelledBatch]) -> Decisions | Size:
+    """What the static policy does with every image, for `export_static`: the learned policy's mean decisions on the
+    calibration set; of a model that chooses resolutions the largest size within the budget.
+
+    Raises ValueError as `contenders` does.
+    """
+    (found,), _ = contenders(model, [budget], ["static"], calibration=calibration)
+    return found.policy.sizes[0] if isinstance(found.policy, Look) else cast(Static, found.policy).decisions
 
 
 def _check(model: MIAFormer, policies: Sequence[str], budgets: Sequence[float], has_calibration_images: bool) -> None:

@@ -7,16 +7,18 @@ strengths are those of ImageNet-C, whatever the size of the pictures: of small o
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from miaformer.data import Batches, ImageData, build_transform
+from miaformer.data import ImageData
 from miaformer.data.seeds import stream_seed
-from miaformer.evaluation.contenders import Contender
+from miaformer.evaluation.calibration import OnProgress
+from miaformer.evaluation.contenders import contenders
 from miaformer.evaluation.evaluate import compare
+from miaformer.evaluation.on_data import ordered_batches
 from miaformer.model.model import MIAFormer
 
 CORRUPTIONS = (
@@ -67,35 +69,38 @@ class Corrupted(ImageData):
 def evaluate_corruptions(
     model: MIAFormer,
     data: ImageData,
-    contenders: Sequence[Contender],
+    budgets: Sequence[float],
+    policies: Sequence[str] = ("learned", "static", "random"),
     corruptions: Sequence[str] = CORRUPTIONS,
     severities: Sequence[int] = SEVERITIES,
+    *,
     cap: float | None = None,
+    held_out: ImageData | None = None,
     batch_size: int = 64,
     seed: int = 0,
-    on_progress: Callable[[str, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each corruption, severity and policy, the dense model among them.
+    """A row for each corruption, severity and policy, the dense model among them: `corruptions` of `miaformer eval`.
 
-    data: the images as they are. Rows have `corruption`, `severity`, `policy`,
-    `budget`, `accuracy`, `macs_fraction` and `macs_fraction_max`.
+    data: the images as they are; held_out: the calibration split, as it is too. Rows have `corruption`, `severity`,
+    `policy`, `budget`, `accuracy`, `macs_fraction` and `macs_fraction_max`. See `evaluate` for the other arguments.
 
-    Raises ValueError for unknown corruptions and severities, and for pictures of less than 32 pixels a side.
+    Raises ValueError for unknown corruptions and severities, for pictures of less than 32 pixels a side, and as
+    `evaluate` and `ordered_batches` do.
     """
     images = [Corrupted(data, name, severity, seed) for name in corruptions for severity in severities]
+    calibration = None if held_out is None else ordered_batches(model, held_out, batch_size).epoch(0)
+    found, _ = contenders(model, budgets, policies, cap, calibration, seed)
     rows: list[dict[str, Any]] = []
-    for place, corrupted in enumerate(images):
-        batches = Batches(
-            corrupted, build_transform(model.data_config()), batch_size, seed=0, shuffle=False, drop_last=False
-        )
-        report = compare(model, batches.epoch(0), contenders, cap, seed)
+    for place, corrupted in enumerate(images, start=1):
+        report = compare(model, ordered_batches(model, corrupted, batch_size).epoch(0), found, cap, seed)
         known = {"corruption": corrupted.corruption, "severity": corrupted.severity}
         dense = {"policy": "dense", "budget": None, "accuracy": report["dense"]["accuracy"]}
         rows.append({**known, **dense, "macs_fraction": 1.0, "macs_fraction_max": 1.0})
         kept = ("policy", "budget", "accuracy", "macs_fraction", "macs_fraction_max")
         rows += [{**known, **{name: point[name] for name in kept}} for point in report["points"]]
         if on_progress is not None:
-            on_progress("corruptions", place + 1)
+            on_progress("corruptions", place)
     return rows
 
 

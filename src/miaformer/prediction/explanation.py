@@ -15,6 +15,8 @@ from torch import Tensor
 from miaformer.model.prices import Budget, per_image
 from miaformer.prediction.predictor import Prediction, Predictor
 
+LONGEST = 512  # pixels of a picture that is shown
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -81,10 +83,10 @@ def explain(
     ]
 
 
-def seen_picture(predictor: Predictor, picture: Image.Image, longest: int = 512) -> Image.Image:
+def seen_picture(predictor: Predictor, picture: Image.Image) -> Image.Image:
     """The part of a picture that the model's patch tokens cover, each patch whole pixels.
 
-    As fine as the picture itself, its longest side up to about `longest` pixels, but never coarser than the model's own
+    As fine as the picture itself, its longest side up to about `LONGEST` pixels, but never coarser than the model's own
     input. What the model pads is grey here.
     """
     left, top, right, bottom = _seen_box(predictor, picture)
@@ -94,7 +96,7 @@ def seen_picture(predictor: Predictor, picture: Image.Image, longest: int = 512)
     rows, columns = embed.dynamic_feat_size((height, width))
     covered = columns * embed.patch_size[1], rows * embed.patch_size[0]
     steps = math.gcd(*embed.patch_size)  # a scale of k / steps leaves a patch whole pixels
-    scale = max(1.0, math.floor(min(x, y, longest / max(covered)) * steps) / steps)
+    scale = max(1.0, math.floor(min(x, y, LONGEST / max(covered)) * steps) / steps)
     seen = Image.new("RGB", (round(covered[0] * scale), round(covered[1] * scale)), "grey")
     inside = (
         max(left, 0.0),

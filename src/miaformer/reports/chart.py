@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from miaformer.reports.looks import pushed_apart
 from miaformer.reports.page import Markup, join, tag
 
 ACCENT = ""  # the page's own accent colour
@@ -178,13 +179,7 @@ def _line(one: Series, frame: _Frame, shown: Callable[[float], str]) -> Markup:
 def _ends(series: Sequence[Series], frame: _Frame) -> Markup:
     """Names to the right, pushed apart where they would overlap, each with a thin line to its own curve's end."""
     order = sorted(series, key=lambda one: frame.y(one.y[-1]))
-    heights = [frame.y(one.y[-1]) for one in order]
-    for _ in range(200):  # each overlapping pair gives way by halves
-        for above, below in pairwise(range(len(heights))):
-            overlap = _LABEL - (heights[below] - heights[above])
-            if overlap > 0:
-                heights[above] -= overlap / 2
-                heights[below] += overlap / 2
+    heights = pushed_apart([frame.y(one.y[-1]) for one in order], _LABEL)
     parts = []
     for one, height in zip(order, heights, strict=True):
         x, y, label = frame.x(one.x[-1]), frame.y(one.y[-1]), frame.right + 14

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from miaformer.evaluation.comparison_rows import COLUMNS, OURS, Row, written
 from miaformer.reports.chart import Chart, Level, Series, coloured, figure
+from miaformer.reports.comparison_rows import COLUMNS, OURS, Row, between, written
 from miaformer.reports.page import Markup, facts, join, percent, table, tag
 from miaformer.reports.training import duration
 
@@ -102,17 +102,13 @@ def _one_point_below(found: Mapping[str, Any]) -> Iterable[Markup]:
         yield tag("h2", "MACs at one point below dense")
         order = sorted(found["methods"].items(), key=lambda pair: pair[1]["macs_fraction"])
         strong = [place for place, (name, _) in enumerate(order) if name == OURS]
-        cells = [(name, f"{one['macs_fraction']:.3f}", _between(one["interval"])) for name, one in order]
+        cells = [(name, f"{one['macs_fraction']:.3f}", between(one["interval"])) for name, one in order]
         best = found["best_baseline"]
         caption = None
         if best is not None:
-            ratio = f"{best['ratio']:.3f} {_between(best['ratio_interval'])}"
+            ratio = f"{best['ratio']:.3f} {between(best['ratio_interval'])}"
             caption = f"Ours takes {ratio} of the MACs of the best baseline, {best['name']}."
         yield table(("method", "MACs", "95 % interval"), cells, caption, strong)
-
-
-def _between(interval: Sequence[float]) -> str:
-    return f"({interval[0]:.3f}, {interval[1]:.3f})"
 
 
 def _times(rows: Sequence[Row]) -> Iterable[Markup]:

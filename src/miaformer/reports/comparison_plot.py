@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from miaformer.evaluation.looks import FAINT, INK, SKIPPED, new_figure, save
+from miaformer.reports.looks import INK, new_figure, plain, reference_line, save
 
 _LOOKS = {  # colour, marker
     "learned": ("#1f6fb2", "o"),
@@ -75,9 +75,7 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: 
     for place, (measure, label, shown) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), place, sharey=shared)
         shared = shared or axes
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.tick_params(colors=INK, length=0)
+        plain(axes)
         for name in dict.fromkeys(row["name"] for row in shown):
             own = sorted((r for r in shown if r["name"] == name), key=lambda row: row[measure])
             xs, ys = [row[measure] for row in own], [100 * row["accuracy"] for row in own]
@@ -89,9 +87,8 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: 
             line = {"linewidth": 2.2 if name == "learned" else 1.2, "markersize": 6, "zorder": 3, "capsize": 2}
             axes.errorbar(xs, ys, errors, color=colour, marker=marker, label=name, elinewidth=0.8, **line)
         if (reference := _reference(rows)) is not None:
-            axes.axhline(reference, color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+            reference_line(axes, reference)
         axes.set_xlabel(f"{label}, as a fraction of the backbone's")
-        axes.grid(color=SKIPPED, linewidth=0.8)
         if place == 1:
             axes.set_ylabel("accuracy, %")
             axes.set_title(f"Accuracy per compute: {title}", loc="left", color=INK)

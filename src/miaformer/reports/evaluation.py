@@ -7,6 +7,7 @@ from typing import Any
 
 from miaformer.reports.chart import Chart, Level, Series, coloured, figure
 from miaformer.reports.page import Markup, facts, percent, table, tag
+from miaformer.reports.point_cells import DENSE_CELLS, spent_cells
 
 OURS = "learned"
 
@@ -40,19 +41,10 @@ def _tradeoff(report: Mapping[str, Any]) -> Chart:
 
 def _points(report: Mapping[str, Any]) -> Markup:
     columns = ("policy", "budget", "accuracy", "MACs: mean", "95th percentile", "most", "blocks", "heads", "patches")
-    rows: list[Sequence[str]] = [("dense", "", percent(report["dense"]["accuracy"], 2), *["1.000"] * 3, *["1.00"] * 3)]
-    strong = []
-    for point in report["points"]:
-        strong += [len(rows)] if point["policy"] == OURS else []
-        rows.append(
-            (
-                point["policy"],
-                f"{point['budget']:g}",
-                percent(point["accuracy"], 2),
-                *(f"{point[name]:.3f}" for name in ("macs_fraction", "macs_fraction_p95", "macs_fraction_max")),
-                *(f"{point[name]:.2f}" for name in ("depth_kept", "heads_kept", "tokens_kept")),
-            )
-        )
+    points = report["points"]
+    rows = [("dense", "", percent(report["dense"]["accuracy"], 2), *DENSE_CELLS)]
+    rows += [(p["policy"], f"{p['budget']:g}", percent(p["accuracy"], 2), *spent_cells(p)) for p in points]
+    strong = [place for place, point in enumerate(points, start=1) if point["policy"] == OURS]
     caption = "MACs: of the dense model's. Heads and patches: of executed blocks."
     return table(columns, rows, caption, strong)
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from miaformer.prediction.explanation import Explanation
 from miaformer.prediction.predictor import Guess
+from miaformer.reports.looks import with_unit
 from miaformer.reports.page import Markup, bar, data_uri, document, is_small, join, percent, picture, tag
 
 THUMBNAIL = 192  # pixels
@@ -157,7 +158,7 @@ def _rows(one: Explained, seen: Image.Image, about: About) -> Iterable[Markup]:
 
 def _spent(shown: Explanation, about: About) -> Markup:
     """MACs against the budget, the cap and the dense model's."""
-    spent = shown.prediction
+    spent, dense = shown.prediction, about.dense_macs
     ticks = [tick for tick in (shown.budget, shown.cap) if tick is not None]
     against = ", ".join(
         f"{name} {value:g}" for name, value in (("budget", shown.budget), ("cap", shown.cap)) if value is not None
@@ -168,7 +169,7 @@ def _spent(shown: Explanation, about: About) -> Markup:
         tag("h3", shown.asked.capitalize()),
         bar(spent.macs_fraction, says, ticks),
         tag("p", tag("strong", f"{spent.macs_fraction:.3f}"), " of the dense MACs"),
-        tag("p", f"{macs(spent.macs_fraction * about.dense_macs)} of {macs(about.dense_macs)}", class_="quiet"),
+        tag("p", f"{with_unit(spent.macs_fraction * dense)} of {with_unit(dense)}", class_="quiet"),
         tag("p", f"{sum(shown.depth)} of {len(shown.depth)} blocks", class_="quiet"),
         tag("p", f"{percent(spent.heads_kept, 0)} of their heads", class_="quiet"),
         tag("p", f"{percent(spent.tokens_kept, 0)} of their patches", class_="quiet"),
@@ -248,14 +249,6 @@ def _symbol(seen: Image.Image) -> Markup:
     return tag("svg", symbol, width=0, height=0, style="position:absolute", aria_hidden="true")
 
 
-def macs(count: float) -> str:
-    """With a unit: 51.2 M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f}"
-
-
 # Parts of the index ---------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +287,7 @@ def _footer(about: About) -> Markup:
     environment = about.environment
     return tag(
         "footer",
-        tag("p", f"Model {about.model}, {macs(about.dense_macs)} MACs a picture when dense."),
+        tag("p", f"Model {about.model}, {with_unit(about.dense_macs)} MACs a picture when dense."),
         tag("p", tag("code", environment["command"])),
         tag("p", f"miaformer {environment['versions']['miaformer']}, {environment['date']}"),
     )

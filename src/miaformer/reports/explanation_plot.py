@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from miaformer.evaluation.looks import FAINT, INK, KEPT, SKIPPED, macs_with_unit, new_figure, rectangle, save, short
 from miaformer.prediction.explanation import Explanation
+from miaformer.reports.looks import FAINT, INK, KEPT, SKIPPED, new_figure, rectangle, save, short, with_unit
 
 Array = NDArray[Any]
 
@@ -78,7 +78,7 @@ def _spent(axes: Any, one: Explanation, top: float, dense_macs: int) -> None:
             axes.add_patch(rectangle((_LEFT + length * min(tick, 1.0) - 0.01, top + 0.2), 0.02, 0.16, INK))
     lines = (
         (f"{spent.macs_fraction:.3f} of the dense MACs", INK),
-        (f"{macs_with_unit(spent.macs_fraction * dense_macs)}", FAINT),
+        (f"{with_unit(spent.macs_fraction * dense_macs)} MACs", FAINT),
         (f"{sum(one.depth)} of {len(one.depth)} blocks", FAINT),
         (f"{100 * spent.heads_kept:.0f} % of their heads", FAINT),
         (f"{100 * spent.tokens_kept:.0f} % of their patches", FAINT),

@@ -1,39 +1,107 @@
-"""The images of a data set that take least and most, as a section of a report."""
+"""The images of a data set that take least and most, what was done with each, and both as a section of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from miaformer.evaluation.calibration import LabelledBatch
-from miaformer.evaluation.extremes import Extreme, as_picture, extremes, kept_share
+from miaformer.evaluation.contenders import inference_batches
 from miaformer.model.model import MIAFormer
 from miaformer.reports.page import Markup, data_uri, is_small, tag
+
+Array = NDArray[Any]
 
 COUNT = 6  # of the cheapest and of the most expensive
 
 
+@dataclass(frozen=True)
+class Extreme:
+    """One image and what was done with it."""
+
+    image: Tensor  # (3, H, W), normalised
+    macs_fraction: float
+    depth: Tensor  # (L,)
+    heads: Tensor  # (L, H)
+    tokens: Tensor  # (L, N)
+    predicted: int
+    label: int  # negative: unknown
+
+
+@torch.inference_mode()
+def run_each(model: MIAFormer, batches: Iterable[LabelledBatch], budget: float | None) -> Iterator[Extreme]:
+    """Every image, and what is done with it at a budget."""
+    for images, labels in inference_batches(model, batches):
+        output = model.run(images, budget=budget)
+        trace, predicted = output.trace, output.logits.argmax(dim=1)
+        for i, image in enumerate(images):
+            yield Extreme(
+                image.float().cpu().clone(),
+                trace.macs_fraction[i].item(),
+                trace.depth[i].cpu(),
+                trace.heads[i].cpu(),
+                trace.tokens[i].cpu(),
+                int(predicted[i]),
+                int(labels[i]),
+            )
+
+
+class Ends:
+    """Of the images that were added, the `count` with the fewest MACs, and those with the most, each in order."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.least: list[Extreme] = []
+        self.most: list[Extreme] = []
+
+    def add(self, one: Extreme) -> None:
+        spent = attrgetter("macs_fraction")
+        self.least = sorted([*self.least, one], key=spent)[: self._count]
+        self.most = sorted([*self.most, one], key=spent, reverse=True)[: self._count]
+
+
+def extremes(model: MIAFormer, batches: Iterable[LabelledBatch], budget: float | None, count: int) -> Ends:
+    """The ends of all images. Raises ValueError where there are fewer than two."""
+    ends = Ends(count)
+    for one in run_each(model, batches, budget):
+        ends.add(one)
+    if len(ends.least) < 2:
+        raise ValueError("the least and the most of them: give at least two images")
+    return ends
+
+
+def kept_share(one: Extreme, model: MIAFormer) -> Tensor:
+    """Of the executed blocks that decide tokens, the share that kept each of them (N,); 1 where there are none."""
+    decides = [bool(controller.rank) for controller in model.controllers] or [False] * len(one.depth)
+    executed = one.depth & torch.tensor(decides)
+    return one.tokens[executed].float().mean(dim=0) if executed.any() else torch.ones(one.tokens.shape[1])
+
+
+def as_picture(image: Tensor, data_config: Mapping[str, Any]) -> Array:
+    """(3, H, W) normalised to (H, W, 3) in 0 to 1."""
+    mean, std = (torch.tensor(data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    picture: Array = (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    return picture
+
+
 def extremes_section(
-    model: MIAFormer,
-    batches: Iterable[LabelledBatch],
-    about: str,
-    budget: float | None,
-    classes: Sequence[str],
+    model: MIAFormer, batches: Iterable[LabelledBatch], about: str, budget: float | None, classes: Sequence[str]
 ) -> Iterable[Markup]:
     """about: what the images are; classes: names of labels. Raises ValueError where there are fewer than two images."""
-    least, most = extremes(model, batches, budget, COUNT)
+    ends = extremes(model, batches, budget, COUNT)
     at = "everything executed" if budget is None else f"budget {budget:g}"
     config = model.data_config()
     yield tag("h2", "The cheapest and the most expensive images")
-    yield tag(
-        "p",
-        f"Of {about}, at {at}. Patches fade by how often they are skipped.",
-        class_="quiet",
-    )
-    for title, found in (("Least compute", least), ("Most compute", most)):
+    yield tag("p", f"Of {about}, at {at}. Patches fade by how often they are skipped.", class_="quiet")
+    for title, found in (("Least compute", ends.least), ("Most compute", ends.most)):
         yield tag("h3", title, class_="group")
         yield tag("ul", *(_card(one, model, config, classes) for one in found), class_="cards small")
 

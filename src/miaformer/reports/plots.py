@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from miaformer.evaluation.calibration import LabelledBatch
-from miaformer.evaluation.extremes import Extreme, as_picture, extremes, kept_share
-from miaformer.evaluation.looks import (
+from miaformer.model.model import MIAFormer
+from miaformer.reports.extremes import Extreme, as_picture, extremes, kept_share
+from miaformer.reports.looks import (
     FAINT,
     INK,
     KEPT,
@@ -21,13 +20,15 @@ from miaformer.evaluation.looks import (
     RIGHT,
     SKIPPED,
     WRONG,
-    macs_with_unit,
+    bare,
     new_figure,
+    pushed_apart,
     rectangle,
+    reference_line,
     save,
     short,
+    with_unit,
 )
-from miaformer.model.model import MIAFormer
 
 Array = NDArray[Any]
 
@@ -42,7 +43,7 @@ def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
         raise ValueError("the report has no points to plot")
     figure, axes = new_figure(7.2, 4.6)
     dense = 100 * report["dense"]["accuracy"]
-    axes.axhline(dense, color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+    reference_line(axes, dense)
     starts = []
     for name, (colour, marker, _) in POLICIES.items():
         own = sorted((p["macs_fraction"], 100 * p["accuracy"]) for p in points if p["policy"] == name)
@@ -56,7 +57,7 @@ def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
             axes.plot(*at, marker="D", color=INK, markersize=6, zorder=4)
             _beside(axes, at, "everything\nexecuted", (0, -9), "center", "top", INK)
     axes.plot(1.0, dense, marker="*", color=INK, markersize=14, zorder=4)
-    reference = f"dense: {dense:.1f} % at {macs_with_unit(report['dense']['macs'])}"
+    reference = f"dense: {dense:.1f} % at {with_unit(report['dense']['macs'])} MACs"
     _beside(axes, (1.0, dense), reference, (8, 12), "right", "bottom", INK)
     least, most = min(p["macs_fraction"] for p in points), max(p["macs_fraction"] for p in points)
     axes.set_xlim(least - 0.26 * (1.0 - least), max(1.03, most))
@@ -73,34 +74,21 @@ def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
     axes.set_title(f"Accuracy per compute{where}{images}", loc="left", color=INK, pad=22)
     named = "  ·  ".join(f"{name}: {POLICIES[name][2]}" for _, _, name, _ in starts)
     axes.text(0, 1.03, named, transform=axes.transAxes, fontsize=7.5, color=FAINT)
-    axes.grid(color=SKIPPED, linewidth=0.8)
     save(figure, path)
 
 
 def _label_starts(axes: Any, starts: Sequence[tuple[float, float, str, str]]) -> None:
     """Names to the left of the lines' first points, pushed apart where they would overlap."""
     low, high = axes.get_ylim()
-    apart = (high - low) * 0.055
     ordered = sorted(starts, key=lambda start: start[1])
-    heights = np.array([y for _, y, _, _ in ordered])
-    for _ in range(100):  # each overlapping pair gives way by halves
-        for lower, upper in pairwise(range(len(heights))):
-            overlap = apart - (heights[upper] - heights[lower])
-            if overlap > 0:
-                heights[[lower, upper]] += [-overlap / 2, overlap / 2]
+    heights = pushed_apart([y for _, y, _, _ in ordered], (high - low) * 0.055)
     left = min((x for x, *_ in ordered), default=0.0)
     for (_, _, name, colour), height in zip(ordered, heights, strict=True):
         _beside(axes, (left, height), name, (-9, 0), "right", "center", colour)
 
 
 def _beside(
-    axes: Any,
-    at: tuple[float, float],
-    text: str,
-    offset: tuple[int, int],
-    horizontal: str,
-    vertical: str,
-    colour: str,
+    axes: Any, at: tuple[float, float], text: str, offset: tuple[int, int], horizontal: str, vertical: str, colour: str
 ) -> None:
     """Text at `offset` points from a point."""
     axes.annotate(text, at, offset, textcoords="offset points", ha=horizontal, va=vertical, color=colour, fontsize=9)
@@ -111,38 +99,30 @@ def plot_adaptivity(
     batches: Iterable[LabelledBatch],
     path: str | Path,
     budget: float | None = None,
-    data_config: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     count: int = 5,
 ) -> None:
     """The images that get the least and the most compute at a budget, and what is executed for each of them.
 
     Beside each image a copy whose tokens fade the earlier they are skipped, and its blocks and heads.
-    batches: passed over once. data_config: timm's, for the `mean` and `std` that images were normalised with.
-    classes: names of the labels, of which negative ones are unknown.
+    batches: passed over once, normalised as the model's `data_config` says. classes: names of the labels, of which
+    negative ones are unknown.
 
     Raises ValueError where there are fewer than two images.
     """
-    least, most = extremes(model, batches, budget, count)
-    rows = min(count, len(least))
+    ends = extremes(model, batches, budget, count)
+    rows = len(ends.least)
     figure, _ = new_figure(10.6, 0.95 + 1.28 * rows, axes=False)
     grid = figure.add_gridspec(
-        rows,
-        9,
-        width_ratios=[1, 1, 0.82, 1.15, 0.22, 1, 1, 0.82, 1.15],
-        left=0.012,
-        right=0.995,
-        bottom=0.015,
-        top=1 - 0.78 / (0.95 + 1.28 * rows),
-        hspace=0.13,
-        wspace=0.1,
-    )
+        rows, 9, width_ratios=[1, 1, 0.82, 1.15, 0.22, 1, 1, 0.82, 1.15],
+        left=0.012, right=0.995, bottom=0.015, top=1 - 0.78 / (0.95 + 1.28 * rows), hspace=0.13, wspace=0.1,
+    )  # fmt: skip
     spent = "everything executed" if budget is None else f"budget {budget:g} of the dense MACs on average"
     figure.suptitle(f"What each image gets: {spent}", x=0.012, y=0.985, ha="left", va="top", color=INK)
-    for side, (title, shown) in enumerate((("least compute", least), ("most compute", most))):
-        for row, one in enumerate(shown[:rows]):
+    for side, (title, shown) in enumerate((("least compute", ends.least), ("most compute", ends.most))):
+        for row, one in enumerate(shown):
             cells = [figure.add_subplot(grid[row, side * 5 + column]) for column in range(4)]
-            _draw_row(cells, one, model, data_config or {}, classes)
+            _draw_row(cells, one, model, classes)
             if row == 0:
                 for cell, text in zip(cells, (title, "tokens kept", "blocks × heads", ""), strict=True):
                     weight = "bold" if text == title else "normal"
@@ -150,22 +130,14 @@ def plot_adaptivity(
     save(figure, path)
 
 
-def _draw_row(
-    cells: Sequence[Any],
-    one: Extreme,
-    model: MIAFormer,
-    data_config: Mapping[str, Any],
-    classes: Sequence[str] | None,
-) -> None:
-    picture = as_picture(one.image, data_config)
+def _draw_row(cells: Sequence[Any], one: Extreme, model: MIAFormer, classes: Sequence[str] | None) -> None:
+    picture = as_picture(one.image, model.data_config())
     smooth = "nearest" if picture.shape[0] < 100 else "antialiased"
     cells[0].imshow(picture, interpolation=smooth)
     cells[1].imshow(_faded(picture, one, model), interpolation=smooth)
     _draw_blocks(cells[2], one)
     for cell in cells[:2]:
-        cell.set_xticks([])
-        cell.set_yticks([])
-        cell.spines[:].set_visible(False)
+        bare(cell)
     name = (lambda label: classes[label]) if classes is not None else str
     right = one.predicted == one.label
     cells[3].set_axis_off()
@@ -177,15 +149,8 @@ def _draw_row(
         (f"{int(one.depth.sum())} of {len(one.depth)} blocks", 9, FAINT),
     )
     for index, (text, size, colour) in enumerate(lines):
-        cells[3].text(
-            0.0,
-            0.88 - 0.25 * index,
-            text,
-            fontsize=size,
-            color=colour,
-            va="center",
-            transform=cells[3].transAxes,
-        )
+        at = 0.0, 0.88 - 0.25 * index
+        cells[3].text(*at, text, fontsize=size, color=colour, va="center", transform=cells[3].transAxes)
 
 
 def _draw_blocks(cell: Any, one: Extreme) -> None:

@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from miaformer.evaluation.looks import FAINT, INK, SKIPPED, new_figure, save
+from miaformer.reports.looks import FAINT, INK, new_figure, plain, save
 
 _AXES = ("dtype", "batch", "engine", "grains")
 _X = "mean MACs per image, as a fraction of the dense model's"
@@ -38,15 +38,9 @@ def plot_speed(report: Mapping[str, Any], path: str | Path) -> None:
     left, right = _LEFT / width, (_LEFT + _PANEL * len(batches)) / width
     figure, _ = new_figure(width, height, axes=False)
     grid = figure.add_gridspec(
-        len(dtypes),
-        len(batches),
-        left=left,
-        right=right,
-        bottom=_BOTTOM / height,
-        top=1 - top / height,
-        wspace=0.08,
-        hspace=0.22,
-    )
+        len(dtypes), len(batches), left=left, right=right, bottom=_BOTTOM / height, top=1 - top / height,
+        wspace=0.08, hspace=0.22,
+    )  # fmt: skip
     most = max(1.08, 1.05 * max(row["time_fraction"] for row in rows))
     for i, dtype in enumerate(dtypes):
         for j, batch in enumerate(batches):
@@ -80,11 +74,8 @@ def _looks(engines: Sequence[str], grains: Sequence[str]) -> Looks:
 
 
 def _draw_panel(axes: Any, rows: Sequence[Mapping[str, Any]], looks: Looks, most: float) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, length=0, labelsize=8)
-    axes.grid(color=SKIPPED, linewidth=0.8)
-    axes.set_axisbelow(True)
+    plain(axes)
+    axes.tick_params(labelsize=8)
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
     axes.plot(1, 1, marker="*", color=INK, markersize=11, zorder=5)
     for (engine, grains), (colour, marker, _) in looks.items():
@@ -112,27 +103,10 @@ def _legend(figure: Any, looks: Looks, left: float, top: float) -> None:
         for colour, marker, name in looks.values()
     ]
     for marker, face, size, name in (("o", "white", 6, "everything kept"), ("*", INK, 9, "dense")):
-        handles.append(
-            Line2D(
-                *([], []),
-                color="none",
-                marker=marker,
-                markeredgecolor=INK,
-                markerfacecolor=face,
-                markersize=size,
-                label=name,
-            )
-        )
+        look: dict[str, Any] = {"marker": marker, "markeredgecolor": INK, "markerfacecolor": face, "markersize": size}
+        handles.append(Line2D([], [], color="none", label=name, **look))
     figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(left, top),
-        ncols=len(handles) if len(handles) < 6 else _COLUMNS,
-        frameon=False,
-        fontsize=8,
-        labelcolor=INK,
-        borderaxespad=0,
-        borderpad=0,
-        handletextpad=0.5,
-        columnspacing=1.4,
-    )
+        handles=handles, loc="upper left", bbox_to_anchor=(left, top),
+        ncols=len(handles) if len(handles) < 6 else _COLUMNS, frameon=False, fontsize=8, labelcolor=INK,
+        borderaxespad=0, borderpad=0, handletextpad=0.5, columnspacing=1.4,
+    )  # fmt: skip

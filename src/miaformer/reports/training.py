@@ -86,8 +86,9 @@ def _facts(run: History) -> dict[str, object]:
     return found
 
 
-def _mean(rows: Sequence[Row], name: str, last: int = 20) -> float:
-    values = [row[name] for row in rows[-last:] if name in row]
+def _mean(rows: Sequence[Row], name: str) -> float:
+    """Over the last 20 steps."""
+    values = [row[name] for row in rows[-20:] if name in row]
     return sum(values) / len(values)
 
 

@@ -116,31 +116,14 @@ class Server:
         start = time.perf_counter()
         try:
             content = await work
-        except HTTPException as problem:
-            return self.reply(request, problem, start)
-        except BusyError as busy:
-            headers = {"Retry-After": str(math.ceil(busy.retry_after))}
-            return self.reply(request, HTTPException(503, str(busy), headers), start)
-        except TooManyPixelsError as error:
-            return self.reply(request, HTTPException(413, str(error)), start)
-        except ImageError as error:
-            return self.reply(request, HTTPException(400, str(error)), start)
-        except Exception:
-            _log.exception("a request failed")
-            return self.reply(
-                request, HTTPException(500, "this should not have happened; the server's log says more"), start
-            )
+        except Exception as error:
+            problem = _problem(error)
+            self.metrics.answered(request.url.path, problem.status_code, time.perf_counter() - start)
+            kind = LastWord if "Connection" in (problem.headers or {}) else JSONResponse
+            return kind({"detail": problem.detail}, problem.status_code, problem.headers)
         seconds = time.perf_counter() - start
         self.metrics.answered(request.url.path, 200, seconds)
         return JSONResponse({**content, "ms": round(1000 * seconds, 3)})
-
-    def reply(self, request: Request, problem: HTTPException, start: float | None = None) -> Response:
-        """The response that says what was wrong."""
-        seconds = 0.0 if start is None else time.perf_counter() - start
-        self.metrics.answered(request.url.path, problem.status_code, seconds)
-        closes = "Connection" in (problem.headers or {})
-        kind = LastWord if closes else JSONResponse
-        return kind({"detail": problem.detail}, problem.status_code, problem.headers)
 
     def _asked(self, fields: Mapping[str, str]) -> Asked:
         """Of the query, and of a form's fields, which go before. Raises HTTPException 422."""
@@ -192,6 +175,18 @@ class Server:
             if not work.done():
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
+
+
+def _problem(error: Exception) -> HTTPException:
+    """What a client is told of what went wrong."""
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, BusyError):
+        return HTTPException(503, str(error), {"Retry-After": str(math.ceil(error.retry_after))})
+    if isinstance(error, ImageError):
+        return HTTPException(413 if isinstance(error, TooManyPixelsError) else 400, str(error))
+    _log.error("a request failed", exc_info=error)
+    return HTTPException(500, "this should not have happened; the server's log says more")
 
 
 async def _left(request: Request) -> None:

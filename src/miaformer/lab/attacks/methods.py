@@ -7,7 +7,7 @@ its own gradient with the same losses and steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,8 +49,7 @@ class Attack:
 
 
 def _fgsm(target: Target, images: Tensor, labels: Tensor, given: Given) -> Tensor:
-    loss = cross_entropy(target.views["fixed"], labels, not target.is_random)
-    return climb(loss, images, given.ball, FGSM, given.seed)
+    return _pgd(target, images, labels, replace(given, climb=FGSM))
 
 
 def _pgd(target: Target, images: Tensor, labels: Tensor, given: Given) -> Tensor:

@@ -32,6 +32,11 @@ def _cells(row: Row, gap: Row | None) -> tuple[str, ...]:
     )
 
 
+def between(interval: Sequence[float]) -> str:
+    """An interval of MACs fractions."""
+    return f"({interval[0]:.3f}, {interval[1]:.3f})"
+
+
 def _per_cent(value: float, interval: Sequence[float], sign: str = "") -> str:
     """A share and its interval."""
     low, high = (f"{100 * end:{sign}.2f}" for end in interval)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ def short(name: str, most: int = 14) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def macs_with_unit(macs: float) -> str:
-    for unit, size in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
-        if macs >= size:
-            return f"{macs / size:.3g}{unit} MACs"
-    return f"{macs:.0f} MACs"
+def with_unit(count: float) -> str:
+    """51.2 M"""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f}"
 
 
 def new_figure(width: float, height: float, axes: bool = True) -> tuple[Any, Any]:
@@ -38,10 +41,41 @@ def new_figure(width: float, height: float, axes: bool = True) -> tuple[Any, Any
     if not axes:
         return figure, None
     plot = figure.add_subplot()
-    plot.spines[["top", "right"]].set_visible(False)
-    plot.spines[["left", "bottom"]].set_color(FAINT)
-    plot.tick_params(colors=INK, length=0)
+    plain(plot)
     return figure, plot
+
+
+def plain(axes: Any) -> None:
+    """Two thin sides and a light grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(color=SKIPPED, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def reference_line(axes: Any, accuracy: float) -> None:
+    """What others are held against."""
+    axes.axhline(accuracy, color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+
+
+def bare(axes: Any) -> None:
+    """Nothing but what is drawn in it."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def pushed_apart(heights: Sequence[float], least: float) -> list[float]:
+    """Ascending heights with at least so much between neighbours, nearly: each overlapping pair gives way by halves."""
+    found = list(heights)
+    for _ in range(200):
+        for lower, upper in pairwise(range(len(found))):
+            overlap = least - (found[upper] - found[lower])
+            if overlap > 0:
+                found[lower] -= overlap / 2
+                found[upper] += overlap / 2
+    return found
 
 
 def save(figure: Any, path: str | Path) -> None:
