@@ -41,9 +41,10 @@ docs: setup ## build the documentation site in site/
 test-zoo: setup ## check every supported timm ViT
 	$(PYTEST) -m zoo
 
-lint: setup ## ruff: rules and formatting
+lint: setup ## ruff: rules and formatting; import-linter: imports point down
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	.venv/bin/lint-imports --no-cache
 
 types: setup ## mypy
 	$(PY) -m mypy

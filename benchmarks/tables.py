@@ -219,7 +219,7 @@ METHODS = {
 }
 
 
-def rivals(report: Report, name: str) -> str:
+def by_budget(report: Report, name: str) -> str:
     """Accuracy by method and budget; models that know no budget stand where their MACs are nearest to it."""
     budgets = sorted({row["budget"] for row in report["rows"] if row["budget"] is not None})
     equal = report["at_equal_accuracy"]
@@ -433,7 +433,7 @@ TABLES: dict[str, Callable[[Report, str], str]] = {
         corrupted,
         compute_attacks,
         comparison,
-        rivals,
+        by_budget,
         baselines,
         baselines_readme,
         card,

@@ -15,7 +15,7 @@ from tiny_training import tiny_model
 
 from miaformer.cli import main
 from miaformer.cli.compare import _table
-from miaformer.lab.comparison import ABLATIONS, METHODS, RIVALS, Comparison
+from miaformer.lab.comparison import ABLATIONS, BASELINES, METHODS, Comparison
 from miaformer.lab.comparison.harness import Run, runs
 from miaformer.lab.comparison.measuring import margin
 from miaformer.lab.comparison.method import Question, adaptation_epochs
@@ -26,7 +26,7 @@ from miaformer.training import RECIPES, Recipe, get_recipe, new_backbone
 from miaformer.training.progress import DURATIONS, Duration, core_seconds
 
 BUDGETS = (0.6,)
-ALL = [*RIVALS, "only-reinforce", "no-distillation", "coupled-mlp"]
+ALL = ["learned", *BASELINES, "only-reinforce", "no-distillation", "coupled-mlp"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def comparison(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    """With rivals and some ablations trained for a few steps and measured."""
+    """With baselines and some ablations trained for a few steps and measured."""
     out = tmp_path_factory.mktemp("comparison")
     made = Comparison(recipe, "digits", out, BUDGETS, test_images=128)
     made.train_backbone("cpu")
@@ -219,8 +219,8 @@ def test_methods_meet_the_budgets_they_are_asked_for(comparison: Comparison) -> 
     points, difficulty = read_points([comparison.directory(run) for run in runs(ALL, [0])])
     assert len(difficulty.loss) == len(difficulty.margin) == 128
     names = {point.name for point in points}
-    rivals = {name.split("-0")[0] for name in RIVALS}
-    assert {"learned", "static", "random"} | rivals | (set(ALL) & set(ABLATIONS)) == names
+    baselines = {name.split("-0")[0] for name in BASELINES}
+    assert {"learned", "static", "random"} | baselines | (set(ALL) & set(ABLATIONS)) == names
     for point in points:
         assert point.correct.shape == point.macs_fraction.shape == (128,)
         if point.name == "resolution-looks":  # whole sizes
@@ -244,7 +244,7 @@ def test_times_are_kept_apart_and_go_with_what_was_measured(comparison: Comparis
     assert [point.time_fraction for point in read_points([comparison.directory(run)])[0]] == [None]
 
 
-def test_a_rival_is_what_it_was_when_it_is_read_again(comparison: Comparison) -> None:
+def test_a_baseline_is_what_it_was_when_it_is_read_again(comparison: Comparison) -> None:
     run = Run(METHODS["top-tokens"], 0)
     first, second = comparison.model(run), comparison.model(run)
     trained = first.state_dict()

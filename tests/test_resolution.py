@@ -28,7 +28,8 @@ from miaformer.model.resolution import drawn_size, image_sizes, resized
 from miaformer.reports.comparison_pictures import plot_classes
 from miaformer.training import Recipe, Stage, get_recipe, train
 from miaformer.training.gates import Draws
-from miaformer.training.objective import Objective, Step
+from miaformer.training.objective import Step
+from miaformer.training.stages import Resolution
 
 GRID = {"img_size": 32, "patch_size": 4}  # 8 x 8 patches, as 112 pixels in patches of 14 are
 
@@ -197,7 +198,7 @@ def test_training_draws_every_size_and_learns_at_each(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         model.backbone.patch_embed, "forward", lambda x: (seen.append(tuple(x.shape[2:])), embedded(x))[1]
     )
-    objective = Objective(model, Stage("resolution", epochs=1, lr=0), get_recipe("digits"), None)
+    objective = Resolution(model, Stage("resolution", epochs=1, lr=0), get_recipe("digits"), None)
     classes = model.num_classes
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)

@@ -13,8 +13,7 @@ from vits import STRUCTURES, pictures, relative, vit
 import miaformer
 from miaformer import MIAFormer
 from miaformer.engine.cost import count_macs
-from miaformer.training import get_recipe
-from miaformer.training.run import new_backbone
+from miaformer.training import get_recipe, new_backbone
 from miaformer.vit.backbone import build, describe
 from miaformer.vit.stem import NEIGHBOURHOOD, ConvPatchEmbed
 

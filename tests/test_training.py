@@ -27,16 +27,19 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from tiny_training import RECIPE, STEPS, Quadrants, run, tiny_model
 
+import miaformer
 from miaformer import MIAFormer, adapt
 from miaformer.cli import main
 from miaformer.cli.arguments import open_batches
 from miaformer.data import Batches, build_transform, open_data
-from miaformer.training import Interrupted, Recipe, Stage, get_recipe, train
+from miaformer.lab.baselines import OBJECTIVES as BASELINES
+from miaformer.training import Interrupted, Recipe, Stage, get_recipe, new_backbone, train
 from miaformer.training.checkpoint import checkpoints
 from miaformer.training.objective import Objective, Outcome
 from miaformer.training.progress import Display
 from miaformer.training.recipes import with_defaults
-from miaformer.training.run import _description, new_backbone
+from miaformer.training.run_directory import describe
+from miaformer.training.stages import Elastic
 from miaformer.training.trainer import spans
 
 TOTAL = 4 * STEPS
@@ -200,7 +203,7 @@ def test_a_run_is_the_same_wherever_its_folder_lies(tmp_path: Path, monkeypatch:
         Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(tmp_path / "photos" / "train" / f"{name}.png")
     monkeypatch.chdir(tmp_path)
     described = {
-        str(_description(RECIPE, open_data(data, "train"), data, 0))
+        str(describe(RECIPE, open_data(data, "train"), data, 0))
         for data in ("photos", "./photos/", tmp_path / "photos")
     }
     assert len(described) == 1
@@ -247,8 +250,6 @@ def test_metrics_tell_accuracy_macs_and_their_variance(uninterrupted: Path) -> N
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(ValueError, match="unknown recipe 'cifra10'"):
         get_recipe("cifra10")
-    with pytest.raises(ValueError, match="'elastik' must be one of probe, backbone"):
-        Stage("elastik", epochs=1, lr=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"patch_drop=\(0\.5, 1\.0\) must rise within 0 to 1"):
         Stage("backbone", epochs=1, lr=1, patch_drop=(0.5, 1.0))
     with pytest.raises(ValueError, match="elastic stage: patch_drop and early_weight are for the backbone"):
@@ -271,6 +272,26 @@ def test_wrong_settings_are_named() -> None:
             RECIPE.with_changes(**{name: value})
     with pytest.raises(ValueError, match="batch_size='many' must be a number"):
         RECIPE.with_changes(batch_size="many")
+
+
+@pytest.mark.parametrize("package", ["training", "evaluation"])
+def test_what_users_train_and_measure_with_knows_no_baseline(package: str) -> None:
+    files = list((Path(miaformer.__file__).parent / package).glob("*.py"))
+    assert files
+    assert not [file.name for file in files if "from miaformer.lab" in file.read_text()]
+
+
+def test_a_stage_of_another_kind_learns_by_the_objective_that_is_given_for_it(tmp_path: Path) -> None:
+    """And one that no objective is given for is named, before anything is written."""
+    renamed = replace(RECIPE, stages=(replace(RECIPE.stages[1], kind="elastik"),))
+    with pytest.raises(ValueError, match="'elastik' must be one of probe, backbone"):
+        run(tmp_path / "refused", renamed)
+    assert not (tmp_path / "refused").exists()
+    run(tmp_path / "given", renamed, objectives={"elastik": Elastic})
+    run(tmp_path / "ours", replace(RECIPE, stages=RECIPE.stages[1:2]))
+    given, ours = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("given", "ours"))
+    assert all(torch.equal(weight, given[name]) for name, weight in ours.items())
+    assert [row["stage"] for row in metrics(tmp_path / "given")] == ["elastik"] * STEPS
 
 
 def test_a_loss_that_is_not_finite_is_said_in_a_line_that_can_be_followed(
@@ -385,9 +406,9 @@ class _Always(torch.nn.Module):
 @pytest.mark.parametrize("kind", ["backbone", "elastic", "merging"])
 def test_every_stage_learns_from_a_teacher_that_is_given(kind: str, tmp_path: Path) -> None:
     """From it alone, all of the weight being on its labels."""
-    stage = replace(RECIPE.stages[0], kind=kind, epochs=8.0, lr=3e-3)  # type: ignore[arg-type]
+    stage = replace(RECIPE.stages[0], kind=kind, epochs=8.0, lr=3e-3)
     recipe = replace(RECIPE, stages=(stage,), distill_weight=1.0)
-    model = run(tmp_path, recipe, teacher=_Always(2))
+    model = run(tmp_path, recipe, teacher=_Always(2), objectives=BASELINES)
     images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
         assert (model.backbone(images).argmax(dim=1) == 2).all()

@@ -17,10 +17,12 @@ from miaformer.data import Batches, build_transform
 from miaformer.engine.controller import LOG_PRICE_RANGE
 from miaformer.engine.decisions import Decisions
 from miaformer.engine.masked import Masked
+from miaformer.lab.baselines import OBJECTIVES as BASELINES
 from miaformer.model.policy import Fixed
 from miaformer.training.gates import SURVIVAL, Draws, Leaving, Relaxed, Sampled, elastic_decisions
-from miaformer.training.objective import Objective, Step
-from miaformer.training.recipes import Kind, Stage
+from miaformer.training.objective import Step
+from miaformer.training.recipes import Stage
+from miaformer.training.stages import OBJECTIVES, Backbone, Elastic
 from miaformer.training.tariff import Tariff
 
 BATCH = 12
@@ -55,11 +57,11 @@ def draws(model: MIAFormer, seed: int = 0, full_share: float = 0.0, batch: int =
 @pytest.mark.parametrize("token_scope", ["progressive", "per_block"])
 def test_relaxed_without_noise_decides_as_inference_does(head_choice: str, token_scope: str, images: Tensor) -> None:
     model = deciding(head_choice=head_choice, token_scope=token_scope)
-    cost, prices = model.cost(), torch.full((BATCH,), 0.3)
+    cost, log_prices = model.cost(), torch.full((BATCH,), 0.3)
     x, steps = model.walk(
-        model.embed(images), Relaxed(model.controllers, prices, draws(model), 0.0), Masked(cost), cost
+        model.embed(images), Relaxed(model.controllers, log_prices, draws(model), 0.0), Masked(cost), cost
     )
-    greedy = model.run(images, price=float(prices[0].exp()))
+    greedy = model.run(images, price=float(log_prices[0].exp()))
     assert 0.05 < greedy.trace.depth.float().mean() < 0.95
     torch.testing.assert_close(steps.macs.long(), greedy.trace.macs, rtol=1e-6, atol=2)
     logits = model.backbone.forward_head(model.backbone.norm(x))
@@ -120,12 +122,12 @@ def test_expected_cost_is_the_mean_over_samples(images: Tensor) -> None:
         controller.gates.weight.data.zero_()
         controller.query.weight.data.zero_()
         controller.query.bias.data[:-1] = 0
-    cost, prices = model.cost(), torch.full((BATCH,), 0.5)
+    cost, log_prices = model.cost(), torch.full((BATCH,), 0.5)
     x, spent, expected = model.embed(images), torch.zeros(BATCH), torch.zeros(BATCH)
     repeats = 300
     with torch.no_grad():
         for seed in range(repeats):
-            policy = Sampled(model.controllers, prices, draws(model, seed), 1.0, cost, True)
+            policy = Sampled(model.controllers, log_prices, draws(model, seed), 1.0, cost, True)
             _, steps = model.walk(x, policy, Masked(cost), cost)
             blocks = sum(cost.of_host(i, g) for i, g in enumerate(steps.gates))
             spent += torch.from_numpy(blocks / cost.backbone / repeats)
@@ -137,18 +139,18 @@ def test_expected_cost_is_the_mean_over_samples(images: Tensor) -> None:
 @pytest.mark.parametrize("pool", [{}, {"class_token": False, "global_pool": "avg"}])
 @pytest.mark.parametrize("kind", ["supervised", "reinforce"])
 def test_leaving_by_chance_is_the_mean_over_leaving_for_sure(
-    kind: Kind, pool: dict[str, object], images: Tensor
+    kind: str, pool: dict[str, object], images: Tensor
 ) -> None:
     """Loss, MACs, and the gradient of both: the mean over the blocks to leave after, by their probabilities."""
     model = deciding(backbone=pool, depth_choice="nested", grains=("depth",))
     cost, backbone = model.cost(), model.backbone
     labels = torch.eye(4)[torch.arange(BATCH) % 4]
-    prices, values, temperature = torch.full((BATCH,), 0.5), torch.full((BATCH,), 0.7), 2.0
+    log_prices, values, temperature = torch.full((BATCH,), 0.5), torch.full((BATCH,), 0.7), 2.0
     drawn = draws(model, full_share=0.25)
-    step = Step(drawn, replace(draws(model, 1), full=drawn.full), prices, values, (0.0, 1.0), temperature)
+    step = Step(drawn, replace(draws(model, 1), full=drawn.full), log_prices, values, (0.0, 1.0), temperature)
     stage = Stage(kind, epochs=1, lr=0, temperature=(temperature, temperature))
-    outcome = Objective(model, stage, RECIPE, None)(images, labels, step)
-    told, difficulties = _told_apart(model, images, prices)
+    outcome = OBJECTIVES[kind](model, stage, RECIPE, None)(images, labels, step)
+    told, difficulties = _told_apart(model, images, log_prices)
 
     losses, macs = [], []
     for leave in range(cost.depth + 1):
@@ -181,13 +183,13 @@ def test_leaving_by_chance_is_the_mean_over_leaving_for_sure(
     torch.testing.assert_close(model.controllers[1].gates.bias.grad[:1], wanted[0][:1])
 
 
-def _told_apart(model: MIAFormer, images: Tensor, prices: Tensor) -> tuple[Tensor, Tensor]:
+def _told_apart(model: MIAFormer, images: Tensor, log_prices: Tensor) -> tuple[Tensor, Tensor]:
     """Depth logits and predicted difficulties (B, L) of images that execute everything."""
     x, found, difficulties = model.embed(images), [], []
     for controller, block in zip(model.controllers, model.backbone.blocks, strict=True):
         everything = torch.ones(len(x), model.cost().num_patches, dtype=torch.bool)
         said = controller.logits(
-            x.detach(), everything, model.num_prefix_tokens, prices, model.cost().grid, through_difficulty=True
+            x.detach(), everything, model.num_prefix_tokens, log_prices, model.cost().grid, through_difficulty=True
         )
         difficulties.append(said.difficulty)
         found.append(said.depth)
@@ -209,7 +211,7 @@ def test_who_hardly_goes_on_is_not_executed() -> None:
 
 
 @pytest.mark.parametrize("kind", ["elastic", "cls-attention", "reinforce"])
-def test_real_decisions_are_carried_out_sparse_where_nothing_else_drops(kind: Kind, images: Tensor) -> None:
+def test_real_decisions_are_carried_out_sparse_where_nothing_else_drops(kind: str, images: Tensor) -> None:
     """And the objective is the masked one's."""
     stage = Stage(kind, epochs=1, lr=0, temperature=(0.5, 0.5))
     losses = {}
@@ -217,10 +219,10 @@ def test_real_decisions_are_carried_out_sparse_where_nothing_else_drops(kind: Ki
         model = tiny_model(sizes, first_token_block=0).train()
         rows = count_rows(model)
         drawn = draws(model, full_share=0.25)
-        prices, values = torch.full((BATCH,), 3.0), torch.full((BATCH,), 0.1)
-        step = Step(drawn, draws(model, seed=1), prices, values, (0.0, 1.0), 0.5)
+        log_prices, values = torch.full((BATCH,), 3.0), torch.full((BATCH,), 0.1)
+        step = Step(drawn, draws(model, seed=1), log_prices, values, (0.0, 1.0), 0.5)
         labels = torch.eye(4)[torch.arange(BATCH) % 4]
-        outcome = Objective(model, stage, RECIPE, None)(images, labels, step)
+        outcome = {**OBJECTIVES, **BASELINES}[kind](model, stage, RECIPE, None)(images, labels, step)
         losses[bool(sizes)] = outcome.loss
         all_rows = BATCH * 17 * len(model.backbone.blocks) * (2 if kind == "reinforce" else 1)
         assert (sum(rows) == all_rows) is bool(sizes), kind
@@ -237,7 +239,7 @@ def test_processes_share_gradients_of_blocks_that_no_image_executes(images: Tens
     labels = torch.eye(4)[torch.arange(BATCH) % 4]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        shared = DistributedDataParallel(Objective(model, stage, RECIPE, None))
+        shared = DistributedDataParallel(Elastic(model, stage, RECIPE, None))
         for _ in range(2):  # a second step is refused after one that left gradients out
             outcome = shared(images, labels, step)
             assert (outcome.macs_fraction < 0.1).all()
@@ -316,7 +318,7 @@ def test_a_backbones_early_answers_are_those_after_the_block_drawn(pool: dict[st
     drawn, nothing = draws(model), torch.zeros(BATCH)
     step = Step(drawn, drawn, nothing, nothing, (0.0, 1.0), 1.0)
     stage = Stage("backbone", epochs=1, lr=0, early_weight=0.4)
-    found = Objective(model, stage, RECIPE, None)(images, labels, step).task_loss
+    found = Backbone(model, stage, RECIPE, None)(images, labels, step).task_loss
     x, answers = model.embed(images), []
     for block in backbone.blocks:
         answers.append(cross_entropy(backbone.forward_head(backbone.norm(x)), labels, reduction="none"))
@@ -352,10 +354,10 @@ def test_tariff_brings_spending_to_the_budget() -> None:
     tariff.start(lambda log_price: float(spends(torch.tensor(log_price), 0.0)))
     for step in range(400):
         budgets = 0.2 + 0.75 * torch.rand(32, generator=generator)
-        spent = spends(tariff.prices(budgets), step / 200) + 0.1 * torch.randn(32, generator=generator)
+        spent = spends(tariff.log_prices(budgets), step / 200) + 0.1 * torch.randn(32, generator=generator)
         tariff.update(budgets, spent, None)
     asked = torch.linspace(0.25, 0.9, 10)
-    assert (spends(tariff.prices(asked), 2.0) - asked).abs().max() < 0.05
+    assert (spends(tariff.log_prices(asked), 2.0) - asked).abs().max() < 0.05
     assert (tariff.log_price.diff() <= 0).all()
 
 
@@ -379,7 +381,7 @@ def test_tariff_makes_compute_cheap_where_too_little_is_spent() -> None:
     for _ in range(400):
         values = tariff.values(budgets)
         saving += 0.3 * (values - 0.05)  # at the price of 0.05 saving costs as much as it gains
-        spent = torch.sigmoid(2.0 - tariff.prices(budgets) - saving)
+        spent = torch.sigmoid(2.0 - tariff.log_prices(budgets) - saving)
         tariff.update(budgets, spent, torch.zeros(32))
     assert (spent - budgets).abs().max() < 0.08
     assert tariff.log_price[-1] > LOG_PRICE_RANGE[0] + 0.5

@@ -165,7 +165,7 @@ class _Cell:
         images = next(self._inputs(pictures, 1))
         for engine in engines:
             self._prepare_engine(engine, budgets, images)
-        if self.dtype != "float32":  # a dense model of full precision is a rival too, where it is faster
+        if self.dtype != "float32":  # a dense model of full precision is a baseline too, where it is faster
             for engine in engines:
                 self._add_dense(engine, "float32", next(iter(self.precise.values())), images)
 

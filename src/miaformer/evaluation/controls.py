@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import Decisions, Gates, HostGates, Rules
 from miaformer.engine.walk import Policy, Steps, walk
-from miaformer.lab.baselines.policies import TopTokens
 from miaformer.model.budget import check_fraction
 from miaformer.model.model import MIAFormer
-from miaformer.model.policy import BestTokens, ClsAttention, Fixed, Random, Static, three_of
+from miaformer.model.policy import BestTokens, ClsAttention, Fixed, Random, Static
 
 _SIMULATED_IMAGES = 4096  # the mean of their random MACs is within about 0.002 of its expectation
 _LOWEST, _HIGHEST = (
@@ -169,24 +168,18 @@ def _highest(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def cls_attention_policy(model: MIAFormer, budget: float) -> ClsAttention:
-    """EViT's token selection at `budget` of the backbone's MACs: the share of tokens that meets it best.
-
-    Raises ValueError where keeping no patch token at all still costs more than the budget.
-    """
-    return _keeping(model, lambda keep: ClsAttention(model.backbone.blocks, keep), budget)
-
-
-def top_tokens_policy(model: MIAFormer, budget: float) -> TopTokens:
-    """DynamicViT's token selection at `budget`, by the scorers in the place of the model's controllers."""
-    blocks = three_of(len(model.controllers))
-    return _keeping(model, lambda keep: TopTokens(keep, blocks, scorers=model.controllers), budget)
+    """EViT's token selection at `budget` of the backbone's MACs; see `tokens_at_budget`."""
+    return tokens_at_budget(model, lambda keep: ClsAttention(model.backbone.blocks, keep), budget)
 
 
 Keeping = TypeVar("Keeping", bound=BestTokens)
 
 
-def _keeping(model: MIAFormer, make: Callable[[float], Keeping], budget: float) -> Keeping:
-    """The policy whose share of tokens meets the budget best; all images keep equally many."""
+def tokens_at_budget(model: MIAFormer, make: Callable[[float], Keeping], budget: float) -> Keeping:
+    """The policy, made for a share of tokens, that meets the budget best; all images keep equally many.
+
+    Raises ValueError where keeping no patch token at all still costs more than the budget.
+    """
     parameter = next(model.backbone.parameters())
     image = parameter.new_zeros(1, model.backbone.in_chans, *model.image_size())
 

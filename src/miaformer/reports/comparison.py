@@ -58,7 +58,7 @@ def comparison_body(report: Mapping[str, Any]) -> Iterable[Markup]:
 
 
 def _groups(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row]]]:
-    """Rivals and ablations apart, ours and dense with both: rows may say that they are of an ablation."""
+    """Baselines and ablations apart, ours and dense with both: rows may say that they are of an ablation."""
     for title, ablation in (("Accuracy per compute", False), ("Without a part of it", True)):
         own = [row for row in rows if row["name"] in SHARED or bool(row.get("ablation")) == ablation]
         if any(row["name"] not in SHARED for row in own) or not ablation:

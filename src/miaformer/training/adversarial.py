@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from miaformer.training.recipes import Recipe
 
 ONE_STEP = 1.25  # of eps, where there is one step
 STEP = 2.5  # of eps, over the number of steps, where there are several
@@ -25,6 +28,14 @@ class Adversary:
     steps: int
     mean: Tensor
     std: Tensor
+
+    @staticmethod
+    def of(recipe: Recipe, data_config: dict[str, Any], device: torch.device) -> Adversary | None:
+        """None where the recipe has none. data_config: of the model, with mean and std."""
+        if not recipe.adversarial_eps:
+            return None
+        mean, std = (torch.tensor(data_config[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
+        return Adversary(recipe.adversarial_eps, recipe.adversarial_steps, mean, std)
 
     def moved(self, images: Tensor, loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         """images, start: (B, 3, H, W), start uniform in 0 to 1; loss: images -> ()."""

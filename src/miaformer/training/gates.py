@@ -120,6 +120,10 @@ class Leaving:
     def __init__(self) -> None:
         self.survival: list[Tensor] = []
 
+    @staticmethod
+    def where_nested(config: AdaptConfig) -> Leaving | None:
+        return Leaving() if config.rules.leaves else None
+
     def execute(self, depth: Tensor, temperature: float, full: Tensor) -> Tensor:
         """Whether (B,) images execute the next block, given its depth logits (B,)."""
         goes_on = torch.sigmoid(depth / max(temperature, 1e-3))

@@ -6,13 +6,16 @@ A new classifier that learns together with pretrained weights distorts them befo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
+
+from miaformer.data import Batch
 
 MAX_FEATURES = 200_000_000  # numbers kept: 100,000 pictures of a ViT-L
 PENALTY = 1e-2  # weight decay of standardised features (docs/log.md)
@@ -30,6 +33,35 @@ def classifiers(backbone: Any) -> list[nn.Linear]:
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"the classifier is a {type(layer).__name__}: a probe needs a linear one with classes")
     return layers
+
+
+def most_batches(backbone: Any, batch_size: int) -> int:
+    """As many as `MAX_FEATURES` has room for, at least one."""
+    return max(MAX_FEATURES // (batch_size * sum(layer.in_features for layer in classifiers(backbone))), 1)
+
+
+@torch.no_grad()
+def fit_on(
+    backbone: Any, batches: Iterable[Batch], accelerator: Accelerator, after_batch: Callable[[int], None]
+) -> tuple[float, float]:
+    """Fit the backbone's classifiers to its features of this process's batches and all others', in place.
+
+    after_batch: told how many are done. Returns loss and accuracy, of two classifiers the second's.
+    """
+    layers = classifiers(backbone)
+    features: list[list[Tensor]] = [[] for _ in layers]
+    labels: list[Tensor] = []
+    with recorded_inputs(layers) as inputs:
+        for done, batch in enumerate(batches, start=1):
+            with accelerator.autocast():
+                backbone(batch.images.to(accelerator.device))
+            labels.append(accelerator.gather(batch.labels.to(accelerator.device)))
+            for own, given in zip(features, inputs, strict=True):
+                own.append(accelerator.gather(given))
+            after_batch(done)
+    for layer, own in zip(layers, features, strict=True):
+        found = fit(layer, torch.cat(own), torch.cat(labels))
+    return found
 
 
 @contextmanager

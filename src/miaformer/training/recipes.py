@@ -10,30 +10,17 @@ from typing import Any, Literal, cast, get_args
 from miaformer.model.budget import check_fraction
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
-Kind = Literal[
-    "probe",
-    "backbone",
-    "elastic",
-    "supervised",
-    "reinforce",
-    "resolution",
-    "exits",
-    "cls-attention",
-    "top-tokens",
-    "merging",
-]
 
 
 @dataclass(frozen=True)
 class Stage:
     """One part of training, with an optimiser and a schedule of its own.
 
-    The first six kinds are ours (DESIGN.md, section 6), the others those of `miaformer.lab.baselines`. A `probe` fits
-    the classifier alone, to features of the backbone as it is (`miaformer.training.probe`); `resolution` trains the
-    static model on images of all sizes that it is looked at in, one drawn each step.
+    kind: `probe`, which fits the classifier alone (`training.probe`), or one that `training.stages` has an objective
+    for: backbone, elastic, supervised, reinforce, resolution. `train` may be given objectives of further kinds.
     """
 
-    kind: Kind
+    kind: str
     epochs: float
     lr: float = 0.0
     controller_lr: float = 0.0
@@ -48,8 +35,6 @@ class Stage:
     early_weight: float = 0.0  # backbone: of the loss of an answer given after a block of the second half
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"stage kind {self.kind!r} must be one of {', '.join(get_args(Kind))}")
         if self.epochs < 0 or self.lr < 0 or self.controller_lr < 0:
             raise ValueError(f"{self.kind} stage: epochs, lr and controller_lr must not be negative")
         if not 0 < self.layer_decay <= 1:
@@ -77,11 +62,6 @@ class Stage:
     def adapts(self) -> bool:
         """Whether it is one of those that make a backbone ours."""
         return self.decides or self.kind in ("elastic", "resolution")
-
-    @property
-    def trains_controllers(self) -> bool:
-        """Whether they learn: ours, or the scorers that a rival has in their place."""
-        return self.decides or self.kind == "top-tokens"
 
 
 _RANGES = (  # of settings of a recipe
@@ -186,7 +166,7 @@ class Recipe:
             changes["image_size"] = image_size
         return self.with_changes(**changes)
 
-    def only(self, *kinds: Kind) -> Recipe:
+    def only(self, *kinds: str) -> Recipe:
         """The same with the stages of these kinds alone."""
         found = tuple(stage for stage in self.stages if stage.kind in kinds)
         missing = set(kinds) - {stage.kind for stage in found}

@@ -1,10 +1,10 @@
 """The tariff: what a budget costs while training, two curves over budgets that follow from what is spent and felt.
 
-Controllers see a log-price. The tariff keeps the mean spending of images that were asked for a budget at that budget,
-by raising the log-price where too much is spent: images that share a budget share one price, and compete. Next to it
-it keeps the marginal value of compute at that budget, lambda in units of loss per dense forward: the weight of the
-cost in the objective, at which raising all gates together neither gains nor loses. Without it the task would push all
-logits up for ever, and the price after them.
+Controllers see a log-price, on a scale of their own, which `price_scale` ties to units of loss. The tariff keeps the
+mean spending of images that were asked for a budget at that budget, by raising the log-price where too much is spent:
+images that share a budget share one price, and compete. Next to it it keeps the marginal value of compute at that
+budget, lambda in units of loss per dense forward: the weight of the cost in the objective, at which raising all gates
+together neither gains nor loses. Without it the task would push all logits up for ever, and the price after them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Tariff:
         place = ((budgets.cpu() - self.knots[0]) / step).clamp(0, len(self.knots) - 1)
         return (1 - (place[:, None] - torch.arange(len(self.knots))).abs()).clamp(min=0)
 
-    def prices(self, budgets: Tensor) -> Tensor:
+    def log_prices(self, budgets: Tensor) -> Tensor:
         """Log-prices (B,) of budgets (B,)."""
         return (self._weights(budgets) @ self.log_price).to(budgets.device)
 
@@ -82,13 +82,13 @@ class Tariff:
         self.log_value += self.dual_rate * overspent * seen
         self.log_value.clamp_(-6.0, 3.0)
 
-    def see(self, hardness: Tensor) -> None:
-        """How hard the images of a step were: (B,), logs of the teacher's loss."""
-        mean = hardness.mean()
-        now = torch.stack([mean, (hardness - self.hard[0]).square().mean()])
+    def see(self, difficulty: Tensor) -> None:
+        """What the images of a step were: (B,), logs of the teacher's loss."""
+        mean = difficulty.mean()
+        now = torch.stack([mean, (difficulty - self.hard[0]).square().mean()])
         self.hard += 0.05 * (now.cpu() - self.hard)
 
-    def hardness(self) -> tuple[float, float]:
+    def difficulty(self) -> tuple[float, float]:
         """Mean and standard deviation of what was seen."""
         return float(self.hard[0]), float(self.hard[1].clamp(min=1e-6).sqrt())
 
@@ -98,12 +98,12 @@ class Tariff:
 
     def price_scale(self) -> tuple[float, float]:
         """(a, b) of log-price = a log(lambda) + b, fitted over the knots: gives prices their unit, loss."""
-        value, price = self.log_value, self.log_price
-        spread = (value - value.mean()).square().sum()
-        slope = float(((value - value.mean()) * (price - price.mean())).sum() / spread.clamp(min=1e-6))
+        log_value, log_price = self.log_value, self.log_price
+        off = log_value - log_value.mean()
+        slope = float((off * (log_price - log_price.mean())).sum() / off.square().sum().clamp(min=1e-6))
         if not 0.2 <= slope <= 20:  # values did not fall with the budget: shift only
             slope = 1.0
-        return slope, float(price.mean() - slope * value.mean())
+        return slope, float(log_price.mean() - slope * log_value.mean())
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).clone() for name in ("log_price", "log_value", "feeling", "hard")}

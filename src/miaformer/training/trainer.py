@@ -7,7 +7,7 @@ that a resumed run goes on exactly, and several processes do what one would.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,13 +28,14 @@ from miaformer.engine.masked import Masked
 from miaformer.model.model import MIAFormer
 from miaformer.training.adversarial import Adversary
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
-from miaformer.training.gates import Draws, Leaving, Relaxed
+from miaformer.training.gates import Draws
 from miaformer.training.interrupts import Interrupted, StopRequest
 from miaformer.training.objective import Objective, Outcome, Step
 from miaformer.training.optimizer import stage_optimizer
-from miaformer.training.probe import MAX_FEATURES, classifiers, fit, recorded_inputs
+from miaformer.training.probe import fit_on, most_batches
 from miaformer.training.progress import DURATIONS, Display, Duration, Means, MetricsFile
 from miaformer.training.recipes import Recipe, Stage
+from miaformer.training.stages import OBJECTIVES, relaxed
 from miaformer.training.tariff import Tariff
 
 _GATES, _SECOND_GATES, _START = range(3)  # separate streams of random numbers
@@ -62,11 +63,13 @@ class Trainer:
         accelerator: Accelerator,
         display: Display,
         teacher: nn.Module | None = None,
+        objectives: Mapping[str, type[Objective]] = OBJECTIVES,
     ) -> None:
+        """objectives: by kind of stage."""
         self.model, self.batches, self.recipe, self.out, self.seed = model, batches, recipe, out, seed
-        self.accelerator, self.display = accelerator, display
-        self.tariff = Tariff(recipe.budgets)
-        self.teacher = teacher
+        self.accelerator, self.display, self.objectives = accelerator, display, objectives
+        self.tariff, self.teacher = Tariff(recipe.budgets), teacher
+        self.checkpoint_dir = out / "checkpoints"
         self.spans = spans(recipe, batches.steps_per_epoch)
         world, rank = accelerator.num_processes, accelerator.process_index
         self.batch_size = batches.batch_size
@@ -76,29 +79,21 @@ class Trainer:
         self.part = slice(rank * share, (rank + 1) * share)
         self.mixup = None
         if recipe.mixup or recipe.cutmix:
-            self.mixup = Mixup(
-                recipe.mixup,
-                recipe.cutmix,
-                label_smoothing=recipe.label_smoothing,
-                num_classes=model.num_classes,
-            )
+            smoothing, classes = recipe.label_smoothing, model.num_classes
+            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=classes)
         self._controllers_free = [parameter.requires_grad for parameter in model.controllers.parameters()]
-        self.adversary = self._adversary()
+        self.adversary = Adversary.of(recipe, model.data_config(), accelerator.device)
+        self.ema: ModelEmaV3 | None = None  # of the stage at hand
         self._stop = StopRequest()  # of this process
         self._agreed_to_stop = False  # by all processes, in the step before
-
-    @property
-    def checkpoint_dir(self) -> Path:
-        return self.out / "checkpoints"
 
     def run(self, resume: bool) -> MIAFormer:
         """Raises Interrupted after Ctrl-C, with everything saved; ValueError for a damaged checkpoint."""
         found = checkpoints(self.checkpoint_dir)[-1:] if resume else []
         start = checkpoint_step(found[0]) if found else 0
         if resume:
-            self.display.say(
-                f"Resuming after step {start}." if found else "No checkpoint to resume from: starting anew."
-            )
+            goes_on = f"Resuming after step {start}."
+            self.display.say(goes_on if found else "No checkpoint to resume from: starting anew.")
         main = self.accelerator.is_main_process
         metrics = MetricsFile(self.out / "metrics.jsonl", start) if main else None
         try:
@@ -119,29 +114,19 @@ class Trainer:
                 metrics.close()
         return self.model.eval()
 
-    @torch.no_grad()
     def _run_probe(self, span: Span, metrics: MetricsFile | None) -> None:
         """Fit the classifier to features of the backbone as it is. A minute's work: Ctrl-C leaves nothing of it."""
-        backbone, device = self.model.backbone.eval(), self.accelerator.device
-        layers = classifiers(backbone)
-        kept = MAX_FEATURES // (self.batch_size * sum(layer.in_features for layer in layers))
-        last = min(span.last, span.first + max(kept, 1))
-        features: list[list[Tensor]] = [[] for _ in layers]
-        labels: list[Tensor] = []
+        backbone = self.model.backbone.eval()
+        last = min(span.last, span.first + most_batches(backbone, self.batch_size))
         self.display.start_stage("probe", last - span.first, 0, self.batch_size, self._after(span))
         duration = Duration(self.out / DURATIONS, "probe", self.accelerator.num_processes)
-        with recorded_inputs(layers) as inputs:
-            for step, batch in enumerate(self._batches_from(span.first, last), start=1):
-                with self.accelerator.autocast():
-                    backbone(batch.images.to(device))
-                labels.append(self.accelerator.gather(batch.labels.to(device)))
-                for own, given in zip(features, inputs, strict=True):
-                    own.append(self.accelerator.gather(given))
-                self.display.step(step, {})
-                if self._stop.asked:
-                    raise KeyboardInterrupt
-        for layer, own in zip(layers, features, strict=True):
-            loss, accuracy = fit(layer, torch.cat(own), torch.cat(labels))
+
+        def after_batch(done: int) -> None:
+            self.display.step(done, {})
+            if self._stop.asked:
+                raise KeyboardInterrupt
+
+        loss, accuracy = fit_on(backbone, self._batches_from(span.first, last), self.accelerator, after_batch)
         self.display.end_stage()
         self.display.say(f"Linear probe: {100 * accuracy:.1f} % of the training pictures.")
         if metrics is not None:
@@ -155,10 +140,11 @@ class Trainer:
 
     def _run_stage(self, span: Span, step: int, checkpoint: Path | None, metrics: MetricsFile | None) -> None:
         stage, model = span.stage, self.model
-        self._free_controllers(stage.trains_controllers)
-        if stage.kind != "backbone" and self.teacher is None and self.recipe.distill_weight:
+        kind = self.objectives[stage.kind]
+        self._free_controllers(kind.trains_controllers)
+        if not kind.dense and self.teacher is None and self.recipe.distill_weight:
             self.teacher = copy.deepcopy(model.backbone).requires_grad_(False).eval()
-        optimizer = stage_optimizer(model, stage, self.recipe)
+        optimizer = stage_optimizer(model, stage, self.recipe, kind.trains_controllers)
         length = span.last - span.first
         schedule = CosineLRScheduler(
             optimizer,
@@ -167,13 +153,12 @@ class Trainer:
             warmup_prefix=False,
             t_in_epochs=False,
         )
-        ema = None
         if self.recipe.ema_decay is not None:
-            ema = ModelEmaV3(model, decay=self.recipe.ema_decay, use_warmup=True)
-        objective = Objective(model, stage, self.recipe, self.teacher)
+            self.ema = ModelEmaV3(model, decay=self.recipe.ema_decay, use_warmup=True)
+        objective = kind(model, stage, self.recipe, self.teacher)
         wrapped, prepared = self.accelerator.prepare(objective, optimizer)
         self.accelerator._custom_objects.clear()
-        self.accelerator.register_for_checkpointing(_RunState(self, ema))
+        self.accelerator.register_for_checkpointing(self)
         if checkpoint is not None:
             load_checkpoint(self.accelerator, checkpoint)
         elif span.first == next((s.first for s in self.spans if s.stage.decides), None):
@@ -187,8 +172,8 @@ class Trainer:
             schedule.step_update(step - span.first)
             values = self._step(wrapped, prepared, stage, batch, step, (step - span.first) / length)
             step += 1
-            if ema is not None:
-                ema.update(model, step=step - span.first)
+            if self.ema is not None:
+                self.ema.update(model, step=step - span.first)
             if metrics is not None:
                 rates = {"lr": prepared.param_groups[0]["lr"]}
                 metrics.write({"step": step, "stage": stage.kind, **values, **rates})
@@ -202,8 +187,9 @@ class Trainer:
                 if stop:
                     raise Interrupted(saved, step)
         self.display.end_stage()
-        if ema is not None:  # a stage ends on its average
-            model.load_state_dict(ema.module.state_dict())
+        if self.ema is not None:  # a stage ends on its average
+            model.load_state_dict(self.ema.module.state_dict())
+            self.ema = None
         self.accelerator.free_memory()
 
     def _after(self, span: Span) -> list[tuple[str, int]]:
@@ -217,7 +203,7 @@ class Trainer:
         device = self.accelerator.device
         seed_everything(self.seed, step, self.accelerator.process_index)
         images, labels = batch.images.to(device), batch.labels.to(device)
-        if self.mixup is not None and stage.kind == "backbone" and len(images) % 2 == 0:
+        if self.mixup is not None and self.objectives[stage.kind].dense and len(images) % 2 == 0:
             images, labels = self.mixup(images, labels)
         else:
             labels = _smooth(labels, self.model.num_classes, self.recipe.label_smoothing)
@@ -250,7 +236,7 @@ class Trainer:
                 outcome.full.float(),
                 given.draws.budgets,
                 felt.to(device) * len(images) / loss_scale,
-                outcome.hardness.float(),
+                outcome.difficulty.float(),
                 torch.full_like(outcome.task_loss, float(self._stop.asked)),
             ],
             dim=1,
@@ -284,10 +270,10 @@ class Trainer:
 
     def _account(self, stage: Stage, table: Tensor) -> dict[str, float]:
         """Metrics of all images of a step, and the tariff's update. table: (B, 7)."""
-        task, correct, spent, full, budgets, felt, hardness = table.unbind(dim=1)
+        task, correct, spent, full, budgets, felt, difficulty = table.unbind(dim=1)
         values = {"loss": float(task.mean()), "accuracy": float(correct.mean())}
         asked = full == 0
-        if stage.kind == "backbone" or not bool(asked.any()):
+        if not bool(asked.any()):
             return values
         if bool(full.any()):
             values["accuracy_full"] = float(correct[~asked].mean())
@@ -297,9 +283,9 @@ class Trainer:
         values["macs_variance"] = values["macs_std"] ** 2
         if stage.decides:
             values["budget"] = float(budgets[asked].mean())
-            supervised = stage.kind == "supervised"
-            self.tariff.update(budgets[asked], spent[asked], felt[asked] if supervised else None)
-            self.tariff.see(hardness)
+            values_compute = self.objectives[stage.kind].values_compute
+            self.tariff.update(budgets[asked], spent[asked], felt[asked] if values_compute else None)
+            self.tariff.see(difficulty)
             middle = len(self.tariff.knots) // 2
             values["log_price"] = float(self.tariff.log_price[middle])
             values["log_value"] = float(self.tariff.log_value[middle])
@@ -313,27 +299,21 @@ class Trainer:
     ) -> Step:
         """Budgets and sub-networks for the images of a step, drawn from these generators."""
         device, draws = self.accelerator.device, self._draws(stage, images, first)
-        other = draws.again(second, self.batch_size, self.part) if stage.kind == "reinforce" else draws
+        twice = self.objectives[stage.kind].samples_twice
+        other = draws.again(second, self.batch_size, self.part) if twice else draws
         start, end = stage.temperature
         return Step(
             draws.to(device),
             other.to(device),
-            self.tariff.prices(draws.budgets),
+            self.tariff.log_prices(draws.budgets),
             self.tariff.values(draws.budgets),
-            self.tariff.hardness(),
+            self.tariff.difficulty(),
             start + (end - start) * progress,
         )
 
     def _draws(self, stage: Stage, images: Tensor, generator: torch.Generator) -> Draws:
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
         return Draws.of_step(generator, self.batch_size, cost, stage.full_share, self.recipe.budgets, self.part)
-
-    def _adversary(self) -> Adversary | None:
-        if not self.recipe.adversarial_eps:
-            return None
-        config, device = self.model.data_config(), self.accelerator.device
-        mean, std = (torch.tensor(config[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
-        return Adversary(self.recipe.adversarial_eps, self.recipe.adversarial_steps, mean, std)
 
     def _fast_attention(self) -> AbstractContextManager[None]:
         """PyTorch's fused attention on processors takes a third of a step in its bfloat16 backward pass alone: with
@@ -357,49 +337,36 @@ class Trainer:
 
     @torch.no_grad()
     def _start_tariff(self, stage: Stage) -> None:
-        """Find the prices at which untrained controllers spend the budgets, on one batch."""
+        """Find the log-prices at which untrained controllers spend the budgets, on one batch."""
         device = self.accelerator.device
-        batch = next(iter(self.batches.epoch(0)))
-        images = batch.images.to(device)
+        images = next(iter(self.batches.epoch(0))).images.to(device)
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
         draws = self._draws(stage, images, self._generator(0, _GATES))
-        draws = replace(draws, full=torch.zeros_like(draws.full))
+        draws = replace(draws, full=torch.zeros_like(draws.full)).to(device)
         self.model.eval()
         x = self.model.embed(images)
 
         def mean_fraction(log_price: float) -> float:
-            prices = torch.full((len(images),), log_price, device=device)
-            leaving = Leaving() if self.model.adapt_config.rules.leaves else None
-            policy = Relaxed(self.model.controllers, prices, draws.to(device), stage.temperature[0], leaving)
+            log_prices = torch.full((len(images),), log_price, device=device)
+            policy = relaxed(self.model, log_prices, draws, stage.temperature[0])
             with self.accelerator.autocast():
                 _, steps = self.model.walk(x, policy, Masked(cost), cost)
-            macs = steps.macs if leaving is None else leaving.expected_macs(steps, cost)
+            macs = steps.macs if policy.leaving is None else policy.leaving.expected_macs(steps, cost)
             mean = (macs / cost.backbone).mean()
             return float(self.accelerator.reduce(mean, reduction="mean"))
 
         self.tariff.start(mean_fraction)
 
-
-class _RunState:
-    """What a checkpoint holds beside weights and optimiser."""
-
-    def __init__(self, trainer: Trainer, ema: ModelEmaV3 | None) -> None:
-        self.trainer, self.ema = trainer, ema
-
     def state_dict(self) -> dict[str, Any]:
-        teacher = self.trainer.teacher
-        return {
-            "tariff": self.trainer.tariff.state_dict(),
-            "teacher": None if teacher is None else teacher.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-        }
+        """What a checkpoint holds beside weights and optimiser."""
+        parts = {"tariff": self.tariff, "teacher": self.teacher, "ema": self.ema}
+        return {name: None if part is None else part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.trainer.tariff.load_state_dict(state["tariff"])
-        if state["teacher"] is not None and self.trainer.teacher is not None:
-            self.trainer.teacher.load_state_dict(state["teacher"])
-        if state["ema"] is not None and self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        self.tariff.load_state_dict(state["tariff"])
+        for name, part in (("teacher", self.teacher), ("ema", self.ema)):
+            if state[name] is not None and part is not None:
+                part.load_state_dict(state[name])
 
 
 def spans(recipe: Recipe, steps_per_epoch: int) -> list[Span]:

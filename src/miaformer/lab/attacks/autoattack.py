@@ -13,6 +13,7 @@ from miaformer.lab.attacks.gradient import Ball
 
 Part = Literal["apgd-ce", "apgd-t", "fab-t", "square"]
 STANDARD: tuple[Part, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")
+BATCH_SIZE = 250
 
 
 def auto_attack(
@@ -46,7 +47,7 @@ def auto_attack(
         targets = min(9, num_classes - 1)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
         with torch.random.fork_rng(devices=[]):  # its parts seed the global generator
-            found, _ = attack.run_standard_evaluation(images, labels, batch_size=250)
+            found, _ = attack.run_standard_evaluation(images, labels, batch_size=BATCH_SIZE)
     finally:
         quiet.setLevel(level)
     return cast(Tensor, found).detach()

@@ -19,6 +19,8 @@ from miaformer.engine.walk import State
 from miaformer.evaluation.calibration import LabelledBatch
 from miaformer.evaluation.controls import macs_of
 from miaformer.model.model import MIAFormer
+from miaformer.training.objective import Objective, Outcome, Step, Targets
+from miaformer.vit.backbone import transformer_blocks
 
 Array = NDArray[Any]
 NEVER = 2.0  # a confidence that none has
@@ -114,3 +116,14 @@ def _macs(model: MIAFormer, keep: float) -> Array:
     asking = (cost.depth - 1) * cost.head_macs
     macs: Array = macs_of(Decisions(depth, heads, tokens), cost, model.adapt_config.rules).numpy() + asking
     return macs
+
+
+class ExitsObjective(Objective):
+    """The mean loss of the answers after every block, as BranchyNet and MSDNet train theirs."""
+
+    def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
+        after = [self.model.embed(images)]  # each block
+        for block in transformer_blocks(self.model.backbone):
+            after.append(block(after[-1]))
+        answers, tasks = self.answers(after[1:], targets, cost)
+        return Outcome.of_all_alike(tasks.mean(dim=1), answers[-1], targets)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from miaformer.engine.cost import Cost
 from miaformer.model.model import MIAFormer
+from miaformer.training.objective import Objective, Outcome, Step, Targets
 from miaformer.vit.backbone import transformer_blocks
 
 
@@ -125,3 +126,12 @@ def merges_for(cost: Cost, budget: float) -> list[int]:
     if fraction > budget + 0.01:
         raise ValueError(f"budget={budget:.4g} is below {fraction:.3f}, the least that token merging can spend")
     return merges
+
+
+class MergingObjective(Objective):
+    """The backbone with as many tokens merged as each step draws."""
+
+    def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
+        merges = merges_drawn(cost, float(step.draws.shared[0]))
+        logits = merged_logits(self.model, images, merges)
+        return Outcome.of_all_alike(targets.loss(logits), logits, targets, merged_macs(cost, merges) / cost.backbone)

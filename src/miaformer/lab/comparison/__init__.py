@@ -9,7 +9,7 @@ compared, of which `smaller`, `resolution` and `int8` take no research; `ablatio
 from miaformer.lab.comparison.ablations import ABLATIONS
 from miaformer.lab.comparison.harness import Comparison
 from miaformer.lab.comparison.method import Method
-from miaformer.lab.comparison.methods import METHODS, RIVALS
+from miaformer.lab.comparison.methods import BASELINES, METHODS
 from miaformer.lab.comparison.results import Table, summarise
 
-__all__ = ["ABLATIONS", "METHODS", "RIVALS", "Comparison", "Method", "Table", "summarise"]
+__all__ = ["ABLATIONS", "BASELINES", "METHODS", "Comparison", "Method", "Table", "summarise"]

@@ -11,13 +11,13 @@ from miaformer.evaluation import contenders
 from miaformer.lab.comparison.method import FRACTIONS, Entry, Method, Question, adaptation_epochs, by_policy
 from miaformer.model.config import Grain
 from miaformer.model.model import MIAFormer
-from miaformer.training.recipes import Kind, Recipe
+from miaformer.training.recipes import Recipe
 
 ALL_GRAINS: tuple[Grain, ...] = ("depth", "heads", "tokens")
-LATER_TOKENS: dict[str, Any] = {"first_token_block": None, "last_token_block": None}  # in all but the first blocks
+LATER_TOKENS: dict[str, Any] = {"first_token_block": None, "last_token_block": None}  # in all blocks but the first two
 
 
-def _without(*kinds: Kind) -> Callable[[Recipe], Recipe]:
+def _without(*kinds: str) -> Callable[[Recipe], Recipe]:
     """Ours without some stages. The first that is left and decides gets their epochs, and the rates and temperatures of
     the supervised stage; the last one anneals.
     """
@@ -93,7 +93,7 @@ ABLATIONS: dict[str, Method] = {
         _ablation("subset-heads", "any subset, not the first k", grains=ALL_GRAINS, head_choice="subset"),
         _ablation("coupled-mlp", "the paper's MLP width", grains=ALL_GRAINS, mlp_width="coupled"),
         _ablation("full-mlp", "MLPs keep their width", grains=ALL_GRAINS, mlp_width="full"),
-        _ablation("later-tokens", "tokens decided in all but the first blocks", **LATER_TOKENS),
+        _ablation("later-tokens", "tokens decided in all blocks but the first two", **LATER_TOKENS),
         # Beside later-tokens.
         _ablation("per-block-tokens", "and they may come back", **LATER_TOKENS, token_scope="per_block"),
         _ablation("content-tokens", "what is in tokens tells them apart too", token_choice="content"),

@@ -30,6 +30,7 @@ from miaformer.data.files import holds_run, whole_file
 from miaformer.data.seeds import seed_everything
 from miaformer.evaluation import describe_environment
 from miaformer.evaluation.calibration import LabelledBatch, OnProgress
+from miaformer.lab.baselines import OBJECTIVES
 from miaformer.lab.comparison.given import copy_backbone, is_copied
 from miaformer.lab.comparison.measuring import difficulty, on_test_images
 from miaformer.lab.comparison.method import Entry, Method, Question
@@ -124,6 +125,7 @@ class Comparison:
             resume=holds_run(out),
             device=device,
             teacher=self._static(),
+            objectives=OBJECTIVES,
         )
 
     def _static(self) -> VisionTransformer:
@@ -132,7 +134,7 @@ class Comparison:
     def _untrained(self, run: Run) -> MIAFormer:
         recipe = self.recipe if run.method.recipe is None else run.method.recipe(self.recipe)
         static = run.method.reshape(self._static())
-        seed_everything(run.seed, 0, 0)  # of what is put on it: controllers, or a rival's
+        seed_everything(run.seed, 0, 0)  # of what is put on it: controllers, or a baseline's
         model = adapt(static, **recipe.adapt)
         run.method.prepare(model)
         return model
@@ -249,8 +251,8 @@ class Comparison:
         return MIAFormer.from_pretrained(self.backbone)
 
 
-def runs(methods: Sequence[str], seeds: Sequence[int], seeds_of_rivals: Sequence[int] = (0,)) -> list[Run]:
-    """The runs of these methods, ours with `seeds`, the others with `seeds_of_rivals`.
+def runs(methods: Sequence[str], seeds: Sequence[int], baseline_seeds: Sequence[int] = (0,)) -> list[Run]:
+    """The runs of these methods, ours with `seeds`, the others with `baseline_seeds`.
 
     Raises ValueError for unknown names.
     """
@@ -259,7 +261,7 @@ def runs(methods: Sequence[str], seeds: Sequence[int], seeds_of_rivals: Sequence
         raise ValueError(f"unknown method {', '.join(unknown)}: use some of {', '.join(METHODS)}")
     found = []
     for name in dict.fromkeys(methods):
-        found += [Run(METHODS[name], seed) for seed in (seeds if name == "learned" else seeds_of_rivals)]
+        found += [Run(METHODS[name], seed) for seed in (seeds if name == "learned" else baseline_seeds)]
     return found
 
 

@@ -12,11 +12,11 @@ from miaformer.evaluation.calibration import LabelledBatch
 from miaformer.lab.comparison.engines import Prepare, of_module
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import AnyPolicy, Full
-from miaformer.training.recipes import Kind, Recipe, Stage
+from miaformer.training.recipes import Recipe, Stage
 
 Classify = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> logits (B, classes), MACs fraction (B,)
 
-RIVALS_ADAPT = {  # of methods that decide tokens and exits, where the recipe's own model chooses resolutions
+BASELINES_ADAPT = {  # of methods that decide tokens and exits, where the recipe's own model chooses resolutions
     "grains": ("depth", "tokens"),
     "depth_choice": "nested",
     "first_token_block": 0,
@@ -91,7 +91,7 @@ def main_stage(recipe: Recipe) -> Stage:
     return max(recipe.adapting().stages, key=lambda stage: stage.epochs)
 
 
-def one_stage(kind: Kind) -> Callable[[Recipe], Recipe]:
+def one_stage(kind: str) -> Callable[[Recipe], Recipe]:
     """Adaptation as a single stage of this kind, with the learning rates of the recipe's main stage.
 
     Images are not mixed, as they are not where ours is adapted.
@@ -99,7 +99,7 @@ def one_stage(kind: Kind) -> Callable[[Recipe], Recipe]:
 
     def recipe(base: Recipe) -> Recipe:
         stage = replace(main_stage(base), kind=kind, epochs=adaptation_epochs(base), anneal=1.0)
-        adapt = RIVALS_ADAPT if base.chooses_resolution else base.adapt
+        adapt = BASELINES_ADAPT if base.chooses_resolution else base.adapt
         return replace(base, stages=(stage,), adapt=adapt, mixup=0.0, cutmix=0.0)
 
     return recipe

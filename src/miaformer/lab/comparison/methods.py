@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from miaformer.evaluation import cls_attention_policy, contenders
 from miaformer.evaluation.contenders import Contender
-from miaformer.evaluation.controls import top_tokens_policy
 from miaformer.lab.baselines.exits import EarlyExit, exit_table
 from miaformer.lab.baselines.merging import merged_logits, merged_macs, merges_for
-from miaformer.lab.baselines.policies import token_scorers
+from miaformer.lab.baselines.tokens import token_scorers, top_tokens_policy
 from miaformer.lab.comparison.ablations import ABLATIONS
 from miaformer.lab.comparison.engines import OnnxFile, Prepare, of_module
 from miaformer.lab.comparison.int8 import INT8
@@ -176,10 +175,11 @@ def _put_scorers(model: MIAFormer) -> None:
     model.controllers = scorers  # type: ignore[assignment]  # in their place, for this method alone
 
 
-RIVALS: dict[str, Method] = {
+LEARNED = Method("learned", "ours, with static and random on its weights", Recipe.adapting, _learned)
+
+BASELINES: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("learned", "ours, with static and random on its weights", Recipe.adapting, _learned),
         DENSE,
         INT8,
         RESOLUTION,
@@ -216,4 +216,4 @@ RIVALS: dict[str, Method] = {
     )
 }
 
-METHODS: dict[str, Method] = {**RIVALS, **ABLATIONS}
+METHODS: dict[str, Method] = {LEARNED.name: LEARNED, **BASELINES, **ABLATIONS}

@@ -1,4 +1,4 @@
-"""Rivals spend what they say, choose what they claim to, and learn."""
+"""Baselines that adapt to a budget (ToMe, DynamicViT, exits) spend what they say, choose as they claim, and learn."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from torch.nn.functional import cross_entropy
 
 from miaformer.engine.cost import count_macs
 from miaformer.engine.masked import Masked
-from miaformer.evaluation.controls import top_tokens_policy
-from miaformer.lab.baselines.exits import EarlyExit, exit_table
+from miaformer.lab.baselines.exits import EarlyExit, ExitsObjective, exit_table
 from miaformer.lab.baselines.merging import _merged, merged_logits, merged_macs, merges_drawn, merges_for
-from miaformer.lab.baselines.policies import TopTokens, token_scorers
+from miaformer.lab.baselines.tokens import (
+    LEAST_KEEP,
+    RelaxedTopTokens,
+    TopTokens,
+    drawn_keep,
+    token_scorers,
+    top_tokens_policy,
+)
 from miaformer.model.model import MIAFormer
 from miaformer.training.gates import Draws
-from miaformer.training.objective import Objective, Step
+from miaformer.training.objective import Step
 from miaformer.training.recipes import Stage, get_recipe
-from miaformer.training.rivals import LEAST_KEEP, RelaxedTopTokens, drawn_keep
 
 
 @pytest.fixture
@@ -220,7 +225,7 @@ def test_exits_are_trained_on_the_answers_after_every_block(model: MIAFormer, im
     drawn = draws_of(model, len(images))
     step = Step(drawn, drawn, torch.zeros(len(images)), torch.zeros(len(images)), (0.0, 1.0), 1.0)
     stage = Stage("exits", epochs=1, lr=0)
-    found = Objective(model, stage, get_recipe("digits"), None)(images, labels, step).task_loss
+    found = ExitsObjective(model, stage, get_recipe("digits"), None)(images, labels, step).task_loss
     x, losses = model.embed(images), []
     for block in model.backbone.blocks:
         x = block(x)

@@ -80,7 +80,7 @@ def decide(
 @cache
 def _loop() -> Callable[..., None] | None:
     try:
-        found: Callable[..., None] = import_module("miaformer.engine.native.loop").decide
+        found: Callable[..., None] = import_module("miaformer.engine.native_loop").decide
     except ImportError:
         return None
     return found

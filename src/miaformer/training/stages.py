@@ -1,0 +1,188 @@
+"""Our kinds of stages: how each chooses decisions for the objective (DESIGN.md, section 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.layers import PatchDropout
+from torch import Tensor, nn
+
+from miaformer.engine.cost import Cost
+from miaformer.engine.decisions import Gates, HostGates
+from miaformer.engine.masked import Masked
+from miaformer.engine.walk import Execution, Policy
+from miaformer.model.model import MIAFormer
+from miaformer.model.policy import Fixed
+from miaformer.model.resolution import drawn_size, resized
+from miaformer.training.gates import Draws, Leaving, Relaxed, Sampled, elastic_decisions
+from miaformer.training.objective import Objective, Outcome, Step, Targets, UnderPolicy
+from miaformer.vit.backbone import transformer_blocks
+
+
+class Backbone(Objective):
+    """The static model.
+
+    A share of the patch tokens is left out (Liu et al. 2022, PatchDropout), and early answers are supervised (Lee et
+    al. 2015), of a block drawn for each image: both make a backbone that can do with less.
+    """
+
+    dense = True
+
+    def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
+        logits, early = self._logits(images, step)
+        task = targets.loss(logits)
+        if early is not None:
+            task = task + self.stage.early_weight * targets.loss(early)
+        return Outcome.of_all_alike(task, logits, targets)
+
+    def _logits(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Of the whole model and, where the stage wants it, early ones."""
+        backbone, (least, most) = self.model.backbone, self.stage.patch_drop
+        blocks = transformer_blocks(backbone)
+        if not most and not self.stage.early_weight:
+            return backbone(images), None
+        rate = least + (most - least) * float(step.draws.shared[0])
+        drop = PatchDropout(rate, num_prefix_tokens=backbone.num_prefix_tokens)
+        x = backbone.norm_pre(drop(backbone._pos_embed(backbone.patch_embed(images))))
+        before: list[Tensor] = []  # each block
+        for block in blocks:
+            before.append(x)
+            x = block(x)
+        if not self.stage.early_weight:
+            return self.answer(x), None
+        half = len(blocks) // 2
+        drawn = half + (step.draws.leaving * (len(blocks) - half)).long()
+        early = torch.stack(before[half:])[drawn - half, torch.arange(len(x), device=x.device)]
+        return self.answer(x), self.answer(early)
+
+
+class Resolution(Objective):
+    """The static model on images of the sizes that it is looked at in, one drawn each step."""
+
+    def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
+        size = drawn_size(self.model.macs_of_sizes(), float(step.draws.shared[0]))
+        logits = self.model.backbone(resized(images, size))
+        return Outcome.of_all_alike(
+            targets.loss(logits), logits, targets, self.model.cost(size).backbone / cost.backbone
+        )
+
+
+class Elastic(UnderPolicy):
+    """Random decisions at every grain."""
+
+    def policy(self, step: Step, cost: Cost) -> Policy:
+        return Fixed(elastic_decisions(step.draws, cost, self.stage, self.model.adapt_config))
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What came of walking through the blocks under a policy. Where images leave by chance (`Leaving`): the logits of
+    the likeliest block to leave after; task loss and MACs as expected over all.
+    """
+
+    logits: Tensor  # (B, classes)
+    task: Tensor  # (B,)
+    macs: Tensor  # (B,)
+    exits: Tensor | None = None  # (B, L + 1), detached: the task loss after so many blocks
+
+
+class Deciding(Objective):
+    """Controllers decide, and learn."""
+
+    trains_controllers = True
+
+    def executed(
+        self, x: Tensor, targets: Targets, policy: Relaxed | Sampled, execution: Execution, cost: Cost
+    ) -> Executed:
+        """x: (B, P+N, C), embedded images."""
+        leaving = policy.leaving
+        if leaving is None:
+            features, steps = self.model.walk(x, policy, execution, cost)
+            logits = self.answer(features)
+            return Executed(logits, targets.loss(logits), steps.macs)
+        after: list[Tensor] = [x]  # each block
+
+        def remembering(index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor:
+            after.append(execution(index, block, x, gates))
+            return after[-1]
+
+        _, steps = self.model.walk(x, policy, remembering, cost)
+        probability = leaving.probabilities()  # (B, L + 1)
+        answers, tasks = self.answers(after, targets, cost)
+        chosen = probability.argmax(dim=1)
+        logits = answers[chosen, torch.arange(len(x), device=x.device)]
+        return Executed(logits, (probability * tasks).sum(dim=1), leaving.expected_macs(steps, cost), tasks.detach())
+
+
+class Supervised(Deciding):
+    """Controllers and weights together: relaxed gates, and the cost by its weight."""
+
+    values_compute = True
+
+    def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
+        policy = relaxed(self.model, step.log_prices, step.draws, step.temperature)
+        done = self.executed(self.model.embed(images), targets, policy, Masked(cost), cost)
+        spent, full = done.macs / cost.backbone, step.draws.full
+        loss = done.task + step.values * spent * ~full + _misjudged(policy, targets.difficulty(done.task), step, done)
+        return Outcome.of(loss, done.task, done.logits, targets, spent, full)
+
+
+class Reinforce(Deciding):
+    """Two samples an image, each the other's baseline (leave one out); weights learn on both.
+
+    The task term of the controllers' gradient is estimated by sampling; the cost term is differentiated in closed
+    form. Williams 1992; Kool et al. 2019 for the baseline.
+    """
+
+    samples_twice = True
+
+    def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
+        model, config = self.model, self.model.adapt_config
+        progressive = config.rules.progressive
+        x = model.embed(images)
+        execution = self.execution(cost, images)
+        samples = []
+        for draws in (step.draws, step.other_draws):
+            leaving = Leaving.where_nested(config)
+            policy = Sampled(model.controllers, step.log_prices, draws, step.temperature, cost, progressive, leaving)
+            samples.append((policy, self.executed(x, targets, policy, execution, cost)))
+        (one, done), (other, done_2) = samples
+        advantage = (done.task - done_2.task).detach()  # of the second sample's gain; the first one's is its negative
+        estimator = 0.5 * advantage * (one.log_prob - other.log_prob)
+        expected = 0.5 * (one.expected_macs + other.expected_macs) / cost.backbone
+        difficulty = targets.difficulty(done.task)
+        misjudged = 0.5 * (_misjudged(one, difficulty, step, done) + _misjudged(other, difficulty, step, done_2))
+        loss = 0.5 * (done.task + done_2.task) + estimator + step.values * expected + misjudged
+        spent = 0.5 * (done.macs + done_2.macs) / cost.backbone
+        return Outcome.of(loss, done.task, done.logits, targets, spent, step.draws.full)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {  # by kind of stage; a probe has none, see `probe`
+    "backbone": Backbone,
+    "elastic": Elastic,
+    "supervised": Supervised,
+    "reinforce": Reinforce,
+    "resolution": Resolution,
+}
+
+
+def relaxed(model: MIAFormer, log_prices: Tensor, draws: Draws, temperature: float) -> Relaxed:
+    """The controllers' relaxed decisions at log-prices (B,)."""
+    return Relaxed(model.controllers, log_prices, draws, temperature, Leaving.where_nested(model.adapt_config))
+
+
+def _misjudged(policy: Relaxed | Sampled, difficulty: Tensor, step: Step, done: Executed) -> Tensor:
+    """How far off (B,) the controllers' predictions of difficulty are, squared, summed over blocks.
+
+    Difficulty is the teacher's loss; where images may leave, from half of the depth on, the loss of leaving now.
+    Earlier there is hardly an answer yet, and before the first block it is the same for all images.
+    """
+    mean, std = step.difficulty
+    logs = [difficulty] * len(policy.difficulties)
+    if done.exits is not None:
+        half = len(logs) // 2
+        logs[half:] = done.exits[:, half:-1].clamp(min=1e-4).log().unbind(dim=1)
+    targets = [((log - mean) / max(std, 1e-3)).clamp(-3, 3) for log in logs]
+    errors = [(p - target).square() for p, target in zip(policy.difficulties, targets, strict=True)]
+    return 0.1 * torch.stack(errors).sum(dim=0)
