@@ -69,7 +69,7 @@ def plot_classes(
         one = seen[label]
         cell = figure.add_subplot(grid[row, 0])
         if high > low:  # else no tokens are chosen
-            cell.imshow(maps[label], cmap="Blues", vmin=low, vmax=high)
+            cell.imshow(maps[label].numpy(), cmap="Blues", vmin=low, vmax=high)
         name = f"{short(classes[label])}\n{one.macs_fraction / one.images:.3f}"
         cell.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=INK)
         bare(cell)
