@@ -99,6 +99,17 @@ class CommandParser(argparse.ArgumentParser):
         about = f"data type: {', '.join(DTYPES)} (default: float32)"
         self.add_argument("--dtype", choices=DTYPES, default="float32", metavar="T", help=about)
 
+    def add_engine(self, names: Sequence[str]) -> None:
+        """The first one is the default."""
+        meanings = {
+            "auto": "the faster one here, timed on the first images",
+            "eager": "PyTorch",
+            "onnx": "ONNX Runtime (CPU, float32)",
+        }
+        shown = "; ".join(f"{name}: {meanings[name]}" for name in names)
+        about = f"what runs the model at a budget or cap. {shown} (default: {names[0]})"
+        self.add_argument("--engine", choices=names, default=names[0], metavar="E", help=about)
+
 
 def _add_image_column(parser: Any) -> None:
     parser.add_argument("--image-column", metavar="C", help="image column of a table (default: detected)")

@@ -81,6 +81,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_cap()
     parser.add_top_k()
     parser.add_number("--batch-size", 32, "images per batch")
+    parser.add_engine(("eager", "onnx"))
     parser.add_dtype()
     parser.add_device()
     group = parser.add_argument_group("Ray (needs the extra `ray`)")
@@ -175,7 +176,7 @@ def _classifier(args: argparse.Namespace, model: MIAFormer) -> BatchClassifier:
         raise ValueError(f"{args.model} has no classifier (num_classes=0)")
     if next(model.parameters()).device.type == "cpu":
         model.prepack()  # 5 % of the time of a small model at the default batch size, more of a large one
-    return BatchClassifier(Predictor(model), top_k=args.top_k, budget=args.budget, cap=args.cap)
+    return BatchClassifier(Predictor(model, engine=args.engine), top_k=args.top_k, budget=args.budget, cap=args.cap)
 
 
 def _settings(
@@ -195,6 +196,7 @@ def _settings(
         "--classes": classes and f"of content {classes}",
         "--batch-size": args.batch_size,
         "--dtype": args.dtype,
+        "--engine": args.engine,
         "--device": str(device),
         "on Ray": args.ray_workers is not None,
         "--threads": torch.get_num_threads() if device.type == "cpu" else None,

@@ -105,6 +105,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--no-page", action="store_true", help="serve no page at / and no /explain")
     parser.add_argument("--access-log", action="store_true", help="log one line per request")
+    parser.add_engine(("auto", "eager", "onnx"))
     parser.add_dtype()
     parser.add_device()
     parser.set_defaults(run=run)
@@ -124,7 +125,13 @@ def _predictor(args: argparse.Namespace) -> Predictor:
     model = open_model(args.model, device, args.dtype, **own_model(args))
     if device.type == "cpu":
         model.prepack()
-    return Predictor(model)
+    return Predictor(model, engine=args.engine, on_choice=_say_choice)
+
+
+def _say_choice(kind: str, ms: dict[str, float]) -> None:
+    fastest, *others = sorted(ms, key=lambda name: ms[name])
+    shown = ", ".join(f"{name} {ms[name]:.2g}" for name in others)
+    _say(f"engine for {kind}: {fastest}, {ms[fastest]:.2g} ms a picture ({shown})")
 
 
 def _outline(args: argparse.Namespace) -> Predictor:

@@ -46,8 +46,9 @@ def decide(
     token_multiple: int,
     formula: Formula,
     grid: tuple[int, int],
-) -> tuple[Array, Array, Array, Array]:
-    """Depth (B,), heads (B, H) and tokens (B, N) bool, and logits (B, N) of the tokens, -inf where none was asked for.
+) -> tuple[Array, Array, Array, Array | None]:
+    """Depth (B,), heads (B, H) and tokens (B, N) bool, and logits (B, N) of the tokens: -inf where none was asked for,
+    None where the block decides none.
 
     x: (B, P+N, C); active: (B, N) bool; affordable: (B,) bool, None for all; formula: of the block's controller;
     grid: rows and columns of the patch tokens.
@@ -74,7 +75,7 @@ def decide(
         kept,
         scores,
     )
-    return depth, heads, kept, scores
+    return depth, heads, kept, scores if formula.decides_tokens else None
 
 
 @cache

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from miaformer.engine.cap import Purse
@@ -101,7 +102,7 @@ def walk(
         if affordable is not None:
             asked = replace(asked, depth=asked.depth & affordable, is_effective=False)
         ledger.pay_for_scores(index, active, asked.depth)
-        gates = ledger.cut(index, asked.effective(active, cost.num_prefix_tokens, rules))
+        gates = ledger.cut(index, asked.effective(active, cost.num_prefix_tokens, rules), rules)
         if rules.progressive:
             active = gates.tokens if gates.depth.all() else np.where(gates.depth[:, None], gates.tokens, active)
         x = execution(index, block, x, gates)
@@ -149,6 +150,7 @@ class _Ledger:
         self.scores = [policy.token_score_macs(cost, index) for index in range(cost.depth)]
         contexts = _context_macs(policy, cost)
         self.purse = None if cap_macs is None else Purse(cost, cap_macs, contexts)
+        self.last_scores: NDArray[Any] | None = None  # (B, N)
         self.macs: Counts = np.full(batch, cost.fixed + contexts, dtype=np.int64)
 
     def _scoring(self, index: int, active: Booleans) -> Counts:
@@ -167,10 +169,17 @@ class _Ledger:
             if self.purse is not None:
                 self.purse.pay(scoring)
 
-    def cut(self, index: int, gates: HostGates) -> HostGates:
-        """The gates, cut to what can be paid, and paid."""
+    def cut(self, index: int, gates: HostGates, rules: Rules) -> HostGates:
+        """The gates, cut to what can be paid, and paid. Tokens that this block does not score are cut by the scores
+        that they had last, where they are the same tokens still.
+        """
         if self.purse is None:
             return gates
+        if rules.progressive:
+            if gates.token_scores is not None:
+                executed, before = gates.depth[:, None], self.last_scores
+                self.last_scores = np.where(executed, gates.token_scores, 0.0 if before is None else before)
+            gates = replace(gates, token_scores=self.last_scores)
         gates = self.purse.limit(index, gates)
         self.purse.pay(self.cost.of_host(index, gates))
         return gates

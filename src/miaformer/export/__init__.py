@@ -41,7 +41,8 @@ def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = Non
     cap, give one above 1; a budget out of the calibrated range counts as the nearest end. A cap below `least_macs` of
     the file's metadata cannot be kept: everything is skipped then. A model that chooses resolutions looks at the image
     in the largest size that budget and cap allow, and in the smallest at least (`export.sizes`). Outputs: `logits`
-    (1, classes), `macs_fraction` (1,), with `trace` also `depth` (1, L), `heads` (1, L, H), `tokens` (1, L, N), bool.
+    (1, classes), `macs_fraction` (1,), with `trace` also `depth` (1, L), `heads` (1, L, H), `tokens` (1, L, N), bool,
+    and `macs` (1,) int64.
     price: decide at this price, whatever budget is given; a model that is not calibrated needs one.
 
     Raises ValueError, naming it, for what cannot be exported.
@@ -67,6 +68,7 @@ def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = Non
         blocks.append(done)
     outputs = _outputs(graph, model, image.rows, image.macs)
     if trace:
+        outputs["macs"] = (image.macs, TensorProto.INT64, [1])
         for name, shape in _trace_shapes(cost).items():
             parts = [getattr(done, name) for done in blocks]
             if shape:
@@ -83,6 +85,7 @@ def _export_sizes(model: MIAFormer, path: str | Path, price: float | None, trace
     rows, macs, grid_size = sizes.write(graph, model)
     outputs = _outputs(graph, model, rows, macs)
     if trace:
+        outputs["macs"] = (macs, TensorProto.INT64, [1])
         kept = graph.op("Less", graph.constant(np.arange(cost.num_patches)), grid_size)
         executed = {"depth": np.ones((1, cost.depth), bool), "heads": np.ones((1, cost.depth, cost.num_heads), bool)}
         values = {name: graph.constant(value) for name, value in executed.items()}
@@ -163,7 +166,7 @@ def open_session(path: str | Path, threads: int | None = None) -> Any:
 def run_session(
     session: Any, images: NDArray[np.float32], budget: float = 1.0, cap: float = 4.0
 ) -> dict[str, NDArray[Any]]:
-    """What an adaptive file gives for one image (1, 3, H, W), by the names of its outputs.
+    """What an adaptive file gives for one image (1, 3, H, W), by the names of its outputs, and in how many `looks`.
 
     A file of a model that looks twice says in its metadata, as `looks`, at which budgets: then it is run again where
     the first answer is not confident, and the MACs of both runs are added up.
@@ -185,7 +188,7 @@ def run_session(
     def look(budget: float, cap: float) -> dict[str, NDArray[Any]]:
         feed = {"images": images, "budget": np.float32(budget), "cap": np.float32(cap)}
         values = session.run(names, {name: np.asarray(value) for name, value in feed.items() if name in inputs})
-        return dict(zip(names, values, strict=True))
+        return {**dict(zip(names, values, strict=True)), "looks": np.ones(1, np.int64)}
 
     row = row_of([Looks(**one) for one in json.loads(meta.get("looks", "[]"))], budget)
     if row is None:
@@ -199,7 +202,10 @@ def run_session(
     if scores.max() / scores.sum() >= row.confidence or not more:
         return first
     second = look(row.second, left)
-    return {**second, "macs_fraction": second["macs_fraction"] + first["macs_fraction"]}
+    for name in ("macs_fraction", "macs", "looks"):
+        if name in second:
+            second[name] = first[name] + second[name]
+    return second
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

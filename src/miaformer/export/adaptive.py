@@ -222,12 +222,17 @@ class AdaptiveWriter:
             order = graph.op("CumSum", graph.op("Cast", heads, to=TensorProto.INT64), graph.constant(0, INT))
             kept_heads = graph.op("And", heads, graph.op("LessOrEqual", order, num_heads))
         places = graph.op("Slice", ranked, graph.ints(0), count)
-        everything = graph.op("Equal", count, graph.op("Shape", image.active))
-        active, rows = graph.choose(
-            everything,
-            lambda g: [image.active, self._kept_rows(g, image, None)],
-            lambda g: [g.op("Gather", image.active, places, axis=0), self._kept_rows(g, image, places)],
-        )
+
+        def ordered(inner: Graph) -> list[str]:
+            return [inner.op("Gather", image.active, places, axis=0), self._kept_rows(inner, image, places)]
+
+        if self.controllers[index].rank:  # best first, from here on: a cap cuts the last ones
+            active, rows = ordered(graph)
+        else:
+            everything = graph.op("Equal", count, graph.op("Shape", image.active))
+            active, rows = graph.choose(
+                everything, lambda inner: [image.active, self._kept_rows(inner, image, None)], ordered
+            )
         changed = self._block(graph, writer, rows, kept_heads, num_heads)
         tokens = graph.op(
             "ScatterElements", graph.constant(np.zeros(cost.num_patches, bool)), active, self._trues(graph, active)

@@ -38,7 +38,7 @@ def requested(
     if isinstance(policy, Look | TwoLooks):
         return policy
     if price is None and policy is None:
-        budget = _allowed(model, cap, batch) if budget is None else budget
+        budget = allowed(model, cap, batch) if budget is None else budget
         if budget is not None:
             budgets = per_image("budget", budget, batch)
             return _in_two(model, budgets, batch) or Look(model.learned(model.price_of(budgets), batch))
@@ -59,7 +59,7 @@ def one_policy(
             raise TypeError(f"policy={policy!r} is none: give one of miaformer.policy, for example Random(tokens=0.5)")
         return policy
     if price is None:
-        budget = _allowed(model, cap, batch) if budget is None else budget
+        budget = allowed(model, cap, batch) if budget is None else budget
         if budget is None:
             return Full()
         price = model.price_of(per_image("budget", budget, batch))
@@ -71,7 +71,7 @@ def at_budget(model: MIAFormer, budget: float) -> Look | TwoLooks:
     return _in_two(model, per_image("budget", budget), 1) or Look(model.learned(model.price_of(budget)))
 
 
-def _allowed(model: MIAFormer, cap: Budget | None, batch: int) -> Tensor | None:
+def allowed(model: MIAFormer, cap: Budget | None, batch: int) -> Tensor | None:
     """The budget of a call that gives none: what its cap allows, of a calibrated model. None: everything."""
     if model.calibration is None or cap is None:
         return None

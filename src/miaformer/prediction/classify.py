@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from miaformer.prediction.predictor import Predictor
 
 
-def fingerprint(model: MIAFormer) -> str:
-    """A short digest of all that a model's answers depend on: weights, settings, calibration, preparation, names."""
+def fingerprint(model: MIAFormer, size: int = 4) -> str:
+    """A digest, of `size` bytes, of all that answers depend on: weights, settings, calibration, preparation, names."""
     import torch
 
-    digest = hashlib.blake2b(digest_size=4)
+    digest = hashlib.blake2b(digest_size=size)
     about = (model.adapt_config, model.calibration, sorted(model.pretrained_cfg.items()))
     digest.update(repr(about).encode())
     for name, tensor in model.state_dict().items():

@@ -10,7 +10,6 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from miaformer.data.images import open_image
@@ -63,11 +62,8 @@ def _prepared(predictor: Predictor, encoded: bytes, name: str, max_pixels: int) 
 
 
 def _dense(predictor: Predictor, image: Tensor, top_k: int) -> list[dict[str, Any]]:
-    """What the backbone says, as timm runs it."""
-    model = predictor.model
-    with torch.inference_mode():
-        logits = model.backbone(image[None].to(next(model.parameters())))
-        return [guess.to_json() for guess in predictor.guesses(logits, top_k)[0]]
+    """What the backbone says."""
+    return [guess.to_json() for guess in predictor.guesses(predictor.dense(image[None]), top_k)[0]]
 
 
 def _explained(predictor: Predictor, image: Tensor, budget: float | None, cap: float | None, top_k: int) -> Explanation:
