@@ -26,7 +26,7 @@ from miaformer.evaluation import (
 )
 from miaformer.model.policy import Static
 
-POINT = {  # DESIGN.md, section 9, and macs_fraction_std
+POINT = {  # names that programs read
     "policy",
     "budget",
     "price",

@@ -87,7 +87,7 @@ def drawn_decisions(model: MIAFormer, batch: int, keeps: tuple[float, float, flo
 
 
 def executed_plainly(model: MIAFormer, x: Tensor, decisions: Decisions) -> Tensor:
-    """DESIGN.md, section 3, to the letter: image by image, head by head, with lists of indices."""
+    """What docs/concepts.md says, to the letter: image by image, head by head, with lists of indices."""
     x, prefix = x.clone(), model.num_prefix_tokens
     for image in range(len(x)):
         for index, block in enumerate(model.backbone.blocks):

@@ -10,9 +10,10 @@ learns to tell: where nothing else is known, harder images get more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from miaformer.engine.changes import Seen
 from miaformer.engine.dither import dither
 
 ALWAYS = 1000.0  # the logit of what is not decided: no price, and no gradient, reaches so far
@@ -243,6 +245,45 @@ class Formula:
         """What `native` is given of it."""
         parts = self.pooled, self.pooled_bias, self.outputs, self.outputs_bias, self.bounds, self.gain, self.shift
         return tuple(np.ascontiguousarray(part.detach().float().cpu().numpy()) for part in parts)
+
+
+class Controllers(nn.ModuleList):
+    """The controllers of all blocks, which remember their formulas at the last prices while their weights stay."""
+
+    _known: tuple[list[float], Seen, list[Formula]] | None = None
+
+    def __iter__(self) -> Iterator[Controller]:
+        return cast(Iterator[Controller], super().__iter__())
+
+    def formulas(self, log_price: Tensor) -> list[Formula]:
+        prices, parameters = log_price.tolist(), self._now()
+        known = self._known  # once: another thread may ask at other prices meanwhile
+        if known is None or known[0] != prices or not known[1].still(parameters):
+            known = (prices, Seen(parameters), _formulas(list(self), log_price))
+            self._known = known
+        return known[2]
+
+    def _now(self) -> list[Tensor]:
+        """The parameters, whoever has put them there; `parameters()` takes ten times as long."""
+        found: list[Tensor] = []
+        left: list[nn.Module] = [self]
+        while left:
+            module = left.pop()
+            found += [p for p in module._parameters.values() if p is not None]
+            left += [m for m in module._modules.values() if m is not None]
+        return found
+
+    def train(self, mode: bool = True) -> Self:
+        self._known = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_known"}
+
+
+@torch.no_grad()
+def _formulas(controllers: Sequence[Controller], log_price: Tensor) -> list[Formula]:
+    return Formula.of(controllers, log_price)
 
 
 def means(x: Tensor, active: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:

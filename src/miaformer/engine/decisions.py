@@ -23,7 +23,7 @@ DepthChoice = Literal["nested", "any"]
 
 @dataclass(frozen=True)
 class Rules:
-    """Which decisions there can be (DESIGN.md, section 3)."""
+    """Which decisions there can be (docs/concepts.md)."""
 
     depth_choice: DepthChoice = "any"
     head_choice: HeadChoice = "nested"

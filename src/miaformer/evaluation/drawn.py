@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miaformer.engine.controller import KEEP_LOGIT, LOGIT_BOUND, Controller, Formula, bounded, means, seen
-from miaformer.engine.controllers import Controllers
+from miaformer.engine.controller import KEEP_LOGIT, LOGIT_BOUND, Controller, Controllers, Formula, bounded, means, seen
 from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import HostGates
 from miaformer.engine.sparse import Sparse

@@ -32,7 +32,7 @@ def evaluate(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """The report of `miaformer eval` (DESIGN.md, section 9), ready for JSON.
+    """The report of `evaluate_data` and of `miaformer eval --json`.
 
     batches: of the test set, passed over once. budgets: fractions of the backbone's MACs. policies: of
     `POLICIES`; "full" is one point whatever the budgets. calibration: batches of the calibration set, passed

@@ -1,4 +1,8 @@
-"""Models for ONNX Runtime: one file that skips at run time, or one with a fixed policy and no control flow."""
+"""Models for ONNX Runtime: one file that skips at run time, or one with a fixed policy and no control flow.
+
+`graph` writes nodes; `blocks` writes a block, `adaptive` what decides around it, `sizes` the choice of a resolution;
+`parts` has PyTorch's exporter write what decides nothing. `dense`: the static model, also in 8-bit integers.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""How a backbone is made adaptive: the choices of DESIGN.md, section 3, and the size of the controllers."""
+"""How a backbone is made adaptive: which decisions there can be (docs/concepts.md), and the size of the controllers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from miaformer.engine.controller import Controller
-from miaformer.engine.controllers import Controllers
+from miaformer.engine.controller import Controller, Controllers
 from miaformer.engine.decisions import DepthChoice, HeadChoice, MlpWidth, Rules, TokenScope
 
 ControlledGrain = Literal["depth", "heads", "tokens"]  # what controllers decide

@@ -32,7 +32,7 @@ from miaformer.model.classes import in_own_order
 from miaformer.model.config import AdaptConfig
 from miaformer.model.output import Output
 from miaformer.model.policy import AnyPolicy, Learned, Look, Sampling, TwoLooks
-from miaformer.model.prices import Budget, at_budget, drawing, one_policy, per_image, requested
+from miaformer.model.requests import Budget, at_budget, drawing, one_policy, per_image, requested
 from miaformer.model.resolution import Size, image_sizes
 from miaformer.model.running import cap_too_low, run_looks
 from miaformer.model.saved import ModelFiles, SavedModel, write_model_files

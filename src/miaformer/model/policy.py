@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from miaformer.engine.controller import Controller, Formula
-from miaformer.engine.controllers import Controllers
+from miaformer.engine.controller import Controller, Controllers, Formula
 from miaformer.engine.cost import Cost
 from miaformer.engine.deciding import decide
 from miaformer.engine.decisions import Decisions, Gates, HostGates

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from miaformer.model.model import MIAFormer
-    from miaformer.model.prices import Budget
+    from miaformer.model.requests import Budget
     from miaformer.prediction.predictor import Predictor
 
 

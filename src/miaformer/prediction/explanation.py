@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from miaformer.model.prices import Budget, per_image
+from miaformer.model.requests import Budget, per_image
 from miaformer.prediction.predictor import Prediction, Predictor
 
 LONGEST = 512  # pixels of a picture that is shown

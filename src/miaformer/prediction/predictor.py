@@ -15,7 +15,7 @@ from miaformer.data.images import MAX_PIXELS, open_image
 from miaformer.model.model import MIAFormer
 from miaformer.model.output import Output
 from miaformer.model.policy import Policy
-from miaformer.model.prices import Budget, allowed, per_image
+from miaformer.model.requests import Budget, allowed, per_image
 
 if TYPE_CHECKING:
     from miaformer.data.transforms import Transform

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from miaformer.reports.looks import pushed_apart
 from miaformer.reports.page import Markup, join, tag
+from miaformer.reports.style import pushed_apart
 
 ACCENT = ""  # the page's own accent colour
 # Of everything else: hues that can be told apart on white and, lighter, on black.

@@ -12,7 +12,7 @@ from torch import Tensor
 from miaformer.evaluation.calibration import LabelledBatch
 from miaformer.model.model import MIAFormer
 from miaformer.reports.extremes import Ends, Extreme, as_picture, kept_share, run_each
-from miaformer.reports.looks import FAINT, INK, bare, new_figure, save, short
+from miaformer.reports.style import FAINT, INK, bare, new_figure, save, short
 
 COUNT = 5  # of a class's cheapest and of its most expensive
 

@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from miaformer.reports.looks import INK, new_figure, plain, reference_line, save
+from miaformer.reports.style import INK, new_figure, plain, reference_line, save
 
 _LOOKS = {  # colour, marker
     "learned": ("#1f6fb2", "o"),

@@ -13,8 +13,8 @@ from PIL import Image
 
 from miaformer.prediction.explanation import Explanation
 from miaformer.prediction.predictor import Guess
-from miaformer.reports.looks import with_unit
 from miaformer.reports.page import Markup, bar, data_uri, document, is_small, join, percent, picture, tag
+from miaformer.reports.style import with_unit
 
 THUMBNAIL = 192  # pixels
 MOST_ACROSS = 12  # blocks beside one another

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from miaformer.prediction.explanation import Explanation
-from miaformer.reports.looks import FAINT, INK, KEPT, SKIPPED, new_figure, rectangle, save, short, with_unit
+from miaformer.reports.style import FAINT, INK, KEPT, SKIPPED, new_figure, rectangle, save, short, with_unit
 
 Array = NDArray[Any]
 

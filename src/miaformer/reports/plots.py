@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from miaformer.evaluation.calibration import LabelledBatch
 from miaformer.model.model import MIAFormer
 from miaformer.reports.extremes import Extreme, as_picture, extremes, kept_share
-from miaformer.reports.looks import (
+from miaformer.reports.style import (
     FAINT,
     INK,
     KEPT,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from miaformer.lab.attacks.evaluate import WORST
-from miaformer.reports.looks import new_figure, plain, save
+from miaformer.reports.style import new_figure, plain, save
 
 
 def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:

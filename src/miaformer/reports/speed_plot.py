@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from miaformer.reports.looks import FAINT, INK, new_figure, plain, save
+from miaformer.reports.style import FAINT, INK, new_figure, plain, save
 
 _AXES = ("dtype", "batch", "engine", "grains")
 _X = "mean MACs per image, as a fraction of the dense model's"

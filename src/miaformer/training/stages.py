@@ -1,4 +1,4 @@
-"""Our kinds of stages: how each chooses decisions for the objective (DESIGN.md, section 6)."""
+"""Our kinds of stages: how each chooses decisions for the objective (docs/concepts.md)."""
 
 from __future__ import annotations
 
