@@ -227,7 +227,7 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
     for at in table.adaptivity:
         say(
             f"Does compute follow difficulty? At {at['budget']:g}: rank correlation of MACs with the backbone's loss "
-            f"{at['loss']:+.3f}, with its margin {at['margin']:+.3f}."
+            f"{at['loss']:+.3f}, with minus its margin {at['margin']:+.3f}."
         )
     seconds = comparison.core_seconds(measured)
     if "backbone" in seconds and "learned" in seconds:
@@ -303,7 +303,7 @@ def _table(table: Table) -> Any:
 
     shown = RichTable(
         caption=f"{table.num_images:,} test images; intervals of 95 % over images; hardest: the tenth with the "
-        "greatest dense loss; ours less: by how many points `learned` is ahead. MACs and time: of the backbone's."
+        "greatest dense loss; ours minus it: the lead of `learned`, in points. MACs and time: of the backbone's."
     )
     shown.add_column(COLUMNS[0], no_wrap=True)
     for name in COLUMNS[1:]:
