@@ -256,9 +256,9 @@ def test_wrong_settings_are_named() -> None:
         Stage("elastic", epochs=1, lr=1, patch_drop=(0.5, 0.5))
     with pytest.raises(ValueError, match="early_weight=-1 must not be negative"):
         Stage("backbone", epochs=1, lr=1, early_weight=-1)
-    with pytest.raises(ValueError, match=r"anneal=0 must lie in 0 to 1"):
+    with pytest.raises(ValueError, match=r"anneal=0 must be in \(0, 1\]"):
         Stage("elastic", epochs=1, lr=1, anneal=0)
-    with pytest.raises(ValueError, match=r"exit_share=1\.5 must lie in 0 to 1"):
+    with pytest.raises(ValueError, match=r"exit_share=1\.5 must be in \[0, 1\]"):
         Stage("elastic", epochs=1, lr=1, exit_share=1.5)
     with pytest.raises(ValueError, match="no setting epochs"):
         RECIPE.with_changes(epochs=3)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from miaformer.engine.cap import Purse
+from miaformer.engine.cap import RemainingMacs
 from miaformer.engine.cost import Cost, Counts
 from miaformer.engine.decisions import Booleans, Decisions, Gates, HostGates, Rules, from_host
 
@@ -148,7 +148,7 @@ class _Ledger:
         self.cost, self.rules = cost, rules
         self.scores = [policy.token_score_macs(cost, index) for index in range(cost.depth)]
         contexts = _context_macs(policy, cost)
-        self.purse = None if cap_macs is None else Purse(cost, cap_macs, contexts)
+        self.remaining = None if cap_macs is None else RemainingMacs(cost, cap_macs, contexts)
         self.macs: Counts = np.full(batch, cost.fixed + contexts, dtype=np.int64)
 
     def _scoring(self, index: int, active: Booleans) -> Counts:
@@ -157,20 +157,20 @@ class _Ledger:
         return scored * self.scores[index]
 
     def affordable(self, index: int, active: Booleans) -> Booleans | None:
-        return None if self.purse is None else self.purse.affordable(index, self._scoring(index, active))
+        return None if self.remaining is None else self.remaining.affordable(index, self._scoring(index, active))
 
     def pay_for_scores(self, index: int, active: Booleans, asked: Booleans) -> None:
         """Take what scoring the tokens took, for the images (B,) whose policy asked for the block."""
         if self.scores[index]:
             scoring = self._scoring(index, active) * asked
             self.macs = self.macs + scoring
-            if self.purse is not None:
-                self.purse.pay(scoring)
+            if self.remaining is not None:
+                self.remaining.pay(scoring)
 
     def cut(self, index: int, gates: HostGates) -> HostGates:
         """The gates, cut to what can be paid, and paid."""
-        if self.purse is None:
+        if self.remaining is None:
             return gates
-        gates = self.purse.limit(index, gates)
-        self.purse.pay(self.cost.of_host(index, gates))
+        gates = self.remaining.limit(index, gates)
+        self.remaining.pay(self.cost.of_host(index, gates))
         return gates
