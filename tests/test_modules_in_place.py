@@ -130,7 +130,7 @@ def test_of_what_is_no_plain_layer_no_heads_are_cut(kind: str) -> None:
     model = enliven(adapt(vit(0))).eval()
     images = pictures(model.backbone, 4)
     put([transformer_blocks(model.backbone)[0]], kind, random.Random(0))
-    with torch.no_grad(), pytest.raises(ValueError, match=r"not a plain torch\.nn\.Linear"):
+    with torch.no_grad(), pytest.raises(ValueError, match="can only be called as a whole"):
         model.run(images, policy=Random(heads=0.4, seed=1))
     assert relative(model.run(images, policy=Full()).logits, model.backbone(images)) < 1e-4
 

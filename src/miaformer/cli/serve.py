@@ -73,7 +73,10 @@ def add_parser(subparsers: Any) -> None:
         "request may set (default: the largest calibrated)",
     )
     spending.add_argument(
-        "--min-budget", type=float, metavar="B", help="lowest mean MACs under load (default: half of --budget)"
+        "--min-budget",
+        type=float,
+        metavar="B",
+        help="lowest mean MACs under load (default: half of --budget, or the smallest calibrated if that is larger)",
     )
     spending.add_argument("--cap", type=float, metavar="C", help="hard limit on the MACs of any image")
     spending.add_argument(
