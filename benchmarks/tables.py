@@ -26,18 +26,19 @@ CARD = "src/miaformer/model/bundled/cifar10-small/README.md"
 PAGES = ("README.md", "docs/gain.md", "docs/speed.md", "docs/results.md", "docs/robustness.md", CARD)
 
 Report = dict[str, Any]
+ALL_GRAINS = "blocks, heads, tokens"
 
 
 def speed(report: Report, name: str) -> str:
     """Every row of `miaformer bench`."""
-    head = ("dtype", "batch", "engine", "decided", "budget", "MACs (± between images)", "time", "efficiency")
+    head = ("dtype", "batch", "engine", "grains", "budget", "MACs (± between images)", "time", "efficiency")
     rows = [
         (
             row["dtype"],
             row["batch"],
             row["engine"],
-            row["grains"],
-            "all kept" if row["budget"] == 1 else f"{row['budget']:g}",
+            ALL_GRAINS if row["grains"] == "all" else row["grains"],
+            "everything" if row["budget"] == 1 else f"{row['budget']:g}",
             f"{row['macs_fraction']:.3f} ± {row['macs_fraction_std']:.3f}",
             f"{row['time_fraction']:.2f}",
             f"**{row['efficiency']:.2f}**",
@@ -58,17 +59,17 @@ def speed_summary(report: Report, name: str) -> str:
         if row["engine"] != "eager":
             continue
         other = packed[row["batch"], row["grains"], row["budget"]]
-        one_grain = "blocks, heads and tokens" if row["grains"] == "all" else f"{row['grains']} alone"
+        grains = ALL_GRAINS if row["grains"] == "all" else f"{row['grains']} alone"
         rows.append(
             (
                 row["batch"],
-                "everything kept" if row["budget"] == 1 else one_grain,
+                "everything" if row["budget"] == 1 else grains,
                 f"{row['macs_fraction']:.2f}",
                 f"{row['time_fraction']:.2f} ({other['time_fraction']:.2f})",
                 f"{row['efficiency']:.2f} ({other['efficiency']:.2f})",
             )
         )
-    made = _table(("batch", "decided", "MACs", "time", "efficiency"), rows)
+    made = _table(("batch", "grains", "MACs", "time", "efficiency"), rows)
     return f"{made}\n\nFrom `{_command(report)}` ([JSON](benchmarks/results/{name}))."
 
 
@@ -82,8 +83,11 @@ def onnx_agreement(report: Report, name: str) -> str:
         )
         for row in report["rows"]
     ]
-    head = ("budget", "MACs (± between images)", "pictures with any other decision", "logits of the others, relative")
-    command = f"`{report['command']}` ([JSON](../benchmarks/results/{name})), {report['pictures']} pictures"
+    head = (
+        *("budget", "MACs (± between images)", "images whose decisions differ"),
+        "relative difference of the other images' logits",
+    )
+    command = f"`{report['command']}` ([JSON](../benchmarks/results/{name})), {report['pictures']} images"
     return f"{command}\n\n{_table(head, rows)}"
 
 
@@ -201,26 +205,36 @@ def comparison(report: Report, name: str) -> str:
 
 METHODS = {
     "learned": "**ours**",
-    "static": "static: the same for every image",
-    "random": "random: as much as ours, by chance",
-    "dense": "dense, trained on for as long",
-    "backbone": "dense, as it was fine-tuned",
-    "shallow": "shallow ViTs: the first blocks, trained on",
+    "static": "static: the same decisions for every image",
+    "random": "random: as much compute as ours, chosen at random",
+    "dense": "dense, trained further for the same epochs",
+    "backbone": "dense, fine-tuned only",
+    "shallow": "shallow ViTs: the first blocks, trained further",
     "cls-attention": "EViT's criterion: tokens by class attention",
     "top-tokens": "DynamicViT: tokens by trained scorers",
     "merging": "ToMe, fine-tuned",
     "merging-free": "ToMe, without training",
     "exits": "early exits by confidence",
-    "even-exits": "ours without controllers: an even share of tokens, leaving when confident",
+    "even-exits": "ours without controllers: evenly spread tokens, early exit by confidence",
     "resolution": "lower input resolution, fine-tuned",
     "resolution-free": "lower input resolution, without training",
-    "resolution-looks": "a smaller image first, a larger one where not confident",
-    "int8": "int8 (ONNX Runtime), of dense",
+    "resolution-looks": "a smaller image first, a larger one if not confident",
+    "int8": "int8 (ONNX Runtime) of the further-trained dense model",
 }
 
 
+MET = 0.01  # MACs fractions that differ from a budget by more than this are printed
+MACS_IN_BRACKETS = f"In brackets: MACs that differ from the budget by more than {MET:g}"
+
+
+def _accuracy_at(row: dict[str, Any], budget: float) -> str:
+    """Accuracy in per cent, with the MACs fraction where it is not the budget."""
+    accuracy, macs = f"{100 * row['accuracy']:.1f}", row["macs_fraction"]
+    return accuracy if abs(macs - budget) <= MET else f"{accuracy} (at {macs:.2f})"
+
+
 def by_budget(report: Report, name: str) -> str:
-    """Accuracy by method and budget; models that know no budget stand where their MACs are nearest to it."""
+    """Accuracy by method and budget; a method without budgets appears where its MACs are near one."""
     budgets = sorted({row["budget"] for row in report["rows"] if row["budget"] is not None})
     equal = report["at_equal_accuracy"]
 
@@ -228,10 +242,9 @@ def by_budget(report: Report, name: str) -> str:
         for row in report["rows"]:
             if row["name"] != method:
                 continue
-            if row["budget"] == budget:
-                return f"{100 * row['accuracy']:.1f}"
-            if row["budget"] is None and method != "dense" and abs(row["macs_fraction"] - budget) < 0.06:
-                return f"{100 * row['accuracy']:.1f} (at {row['macs_fraction']:.2f})"
+            is_near = row["budget"] is None and method != "dense" and abs(row["macs_fraction"] - budget) < 0.06
+            if row["budget"] == budget or is_near:
+                return _accuracy_at(row, budget)
         return ""
 
     dense = next(row for row in report["rows"] if row["name"] == "dense")
@@ -244,9 +257,9 @@ def by_budget(report: Report, name: str) -> str:
         )
         for method in dict.fromkeys(row["name"] for row in report["rows"])
     ]
-    head = ("method", *(f"{budget:g}" for budget in budgets), "1", "MACs at half a point below dense")
-    made = _table(head, rows)
-    return f"Accuracy in per cent by budget, {report['num_images']:,} test images; `{_command(report)}`\n\n{made}"
+    head = ("method", *(f"{budget:g}" for budget in budgets), "1", "MACs for half a point of loss")
+    about = f"Accuracy in per cent by budget, {report['num_images']:,} test images. {MACS_IN_BRACKETS}"
+    return f"{about}; `{_command(report)}`\n\n{_table(head, rows)}"
 
 
 ONE_POINT = 0.01  # of accuracy
@@ -273,16 +286,20 @@ def baselines(report: Report, name: str, link: str = "../benchmarks/results/") -
         for method in methods
     ]
     head = (
-        *("method", *(f"{budget:g}" for budget in budgets), "1", "MACs at one point below dense"),
+        *("method", *(f"{budget:g}" for budget in budgets), "1", "MACs for one point of loss"),
         *(f"ms at batch {size}" for size in sizes),
-        "minutes of adaptation",
+        "adaptation, core minutes",
     )
     about = (
-        f"Accuracy in per cent by budget, {report['num_images']:,} test images; methods that know no budget stand by "
-        "the most MACs that it allows. In brackets intervals of 95 %. Milliseconds a batch: of the fastest setting "
-        "less than one point below dense, on the engine that runs it fastest, and as a fraction of the dense model's "
-        "time on its own fastest engine"
+        f"Accuracy in per cent by budget, {report['num_images']:,} test images; a method without budgets appears at "
+        f"its largest setting within each budget. {MACS_IN_BRACKETS}. MACs for one point of loss: the MACs at which "
+        "accuracy is one point below dense, with the 95 % interval"
     )
+    if sizes:
+        about += (
+            ". Milliseconds per batch: for the fastest setting that loses less than one point, on its fastest engine; "
+            "in brackets the fraction of the dense model's time on the dense model's own fastest engine, and the engine"
+        )
     return f"{about}; `{_command(report)}` ([JSON]({link}{name}))\n\n{_table(head, rows)}"
 
 
@@ -292,15 +309,12 @@ def baselines_readme(report: Report, name: str) -> str:
 
 
 def _within_budget(rows: list[dict[str, Any]], budget: float) -> str:
-    """Accuracy at a budget; of a method that knows none, that of the most MACs within it."""
+    """Accuracy at a budget; of a method without budgets, at its largest setting within it."""
     for row in rows:
         if row["budget"] == budget:
-            return f"{100 * row['accuracy']:.1f}"
+            return _accuracy_at(row, budget)
     within = [row for row in rows if row["budget"] is None and row["macs_fraction"] <= budget + 0.005]
-    if not within:
-        return ""
-    row = max(within, key=lambda row: row["macs_fraction"])
-    return f"{100 * row['accuracy']:.1f} (at {row['macs_fraction']:.2f})"
+    return _accuracy_at(max(within, key=lambda row: row["macs_fraction"]), budget) if within else ""
 
 
 def _macs_below(found: dict[str, Any], method: str) -> str:
@@ -319,10 +333,7 @@ def _fastest(rows: list[dict[str, Any]], size: str, least_accuracy: float) -> st
 
 def _minutes(report: Report, method: str) -> str:
     found = report.get("adaptation", {}).get("learned" if method in ("static", "random") else method)
-    if found is None:
-        return ""
-    share = found["share_of_backbone"]
-    return f"{found['minutes']:.0f}" + ("" if share is None else f" ({share:.2f} of fine-tuning)")
+    return "" if found is None else f"{found['minutes']:.0f}"
 
 
 def card(report: Report, name: str) -> str:
@@ -334,7 +345,11 @@ def card(report: Report, name: str) -> str:
     ]
     dense = next(row for row in report["rows"] if row["name"] == "dense")
     rows.append(
-        ("static backbone, trained on for as long", f"{dense['macs_fraction']:.3f}", _percent(dense["accuracy"]))
+        (
+            "dense backbone, trained further for the same epochs",
+            f"{dense['macs_fraction']:.3f}",
+            _percent(dense["accuracy"]),
+        )
     )
     images = f"{report['num_images']:,} test images of CIFAR-10 stored as JPEG"
     return f"{images}, MACs as a fraction of the backbone's:\n\n{_table(('budget', 'MACs', 'accuracy'), rows)}"
@@ -362,8 +377,8 @@ def seeds(report: Report, name: str) -> str:
         "budget",
         "MACs (± between images)",
         "accuracy of each seed, %",
-        "rank correlation with loss",
-        "with margin",
+        "rank correlation of MACs with loss",
+        "with minus the margin",
     )
     return _table(head, rows)
 
@@ -390,8 +405,8 @@ def ablations(report: Report, name: str) -> str:
     rows = [(method, *(cell(method, budget) for budget in budgets)) for method in methods]
     head = ("", *(f"{budget:g}" for budget in budgets))
     return (
-        f"`{_command(report)}` ([JSON](../benchmarks/results/{name})); in brackets the interval of what the whole "
-        f"is ahead, in points\n\n{_table(head, rows)}"
+        f"`{_command(report)}` ([JSON](../benchmarks/results/{name})); in brackets the 95 % "
+        f"interval of the lead of `learned`, in points\n\n{_table(head, rows)}"
     )
 
 
@@ -407,12 +422,12 @@ def digits(report: Report, name: str) -> str:
         accuracies = (f"{100 * point['accuracy']:.1f} %" for point in (static, random))
         rows.append((f"{budget:g}", f"**{100 * learned['accuracy']:.1f} %**", *accuracies, spent))
     head = (
-        *("budget", "learned", "static, the same for every image", "random"),
-        "MACs, learned: mean, 95th percentile, most",
+        *("budget", "learned", "static: the same decisions for every image", "random"),
+        "MACs, learned: mean, 95th percentile, maximum",
     )
     images = report["seeds"][0]["num_images"]
     return (
-        f"Recipe `digits`, mean of {mean['seeds']} seeds, test split ({images} renderings); dense "
+        f"Recipe `digits`, mean of {mean['seeds']} seeds, test split ({images} images); dense "
         f"{100 * mean['dense_accuracy']:.1f} %. MACs include the controllers\n"
         f"({100 * mean['controllers_macs_fraction']:.2f} % of the backbone's at most).\n\n{_table(head, rows)}\n\n"
         "Rank correlation of an image's MACs with the dense model's loss on it: "

@@ -211,7 +211,7 @@ def time(canvas: Canvas) -> None:
     """MACs and time of three ViTs at a budget of one half, as `miaformer bench` measured them."""
     left, across = 190, 430
     y = 40
-    for name, file in (("DeiT-Ti", "speed-deit-tiny"), ("DeiT-S", "speed-deit-small"), ("ViT-B", "speed-deit-base")):
+    for name, file in (("DeiT-Ti", "speed-deit-tiny"), ("DeiT-S", "speed-deit-small"), ("DeiT-B", "speed-deit-base")):
         rows = json.loads((RESULTS / f"{file}.json").read_text())["rows"]
         for batch in (1, 8):
             row = next(

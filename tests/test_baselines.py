@@ -287,7 +287,7 @@ def test_the_table_of_baselines_says_what_one_point_buys() -> None:
     tables = load_script("benchmarks/tables.py")
     made = {line.split(" | ")[0]: line for line in tables.TABLES["baselines"](report, "x.json").splitlines()}
     assert "| 89.5 |" in made["| **ours**"]
-    assert "5.0 (0.50, onnx) | 5.0 (0.50, eager) | 12 (0.25 of fine-tuning)" in made["| **ours**"]
+    assert "5.0 (0.50, onnx) | 5.0 (0.50, eager) | 12 |" in made["| **ours**"]
     lower = made["| lower input resolution, fine-tuned"]
     assert "| 85.0 (at 0.39) |" in lower
     assert "5.0 (0.70, onnx)" in lower

@@ -239,7 +239,7 @@ def test_commands_take_names_of_columns(tmp_path: Path, calibrated: Path, capsys
     assert len(out.read_text().splitlines()) == 31
     status, _, said = run(capsys, "train", "--recipe", "finetune", "--label-column", "kind", "--out", tmp_path / "run")
     assert status == 2
-    assert "Give --data" in said
+    assert "--label-column needs --data" in said
 
 
 def test_text_that_is_no_path_is_no_picture(tmp_path: Path) -> None:

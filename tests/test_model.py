@@ -339,7 +339,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "cap above one": ({"cap": 2.0}, ValueError, r"cap=2\.0 must be a fraction"),
     "cap of too little": ({"cap": 1e-6}, ValueError, "cap=.* is less than the .* give a larger cap"),
     "execution": ({"execution": "fast"}, ValueError, "execution='fast' must be 'sparse' or 'masked'"),
-    "policy": ({"policy": "random"}, TypeError, "policy='random' is none: .*Random"),
+    "policy": ({"policy": "random"}, TypeError, "policy='random' is not a policy: .*Random"),
 }
 
 

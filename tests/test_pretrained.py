@@ -379,7 +379,7 @@ def test_class_names_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path:
     path.write_text("Äffchen\nbär\n", encoding="utf-8-sig")
     assert read_class_names(path) == ["Äffchen", "bär"]
     path.write_text("Äffchen\nbär\n", encoding="latin-1")
-    with pytest.raises(ValueError, match=r"names\.txt is not encoded as UTF-8 .* at byte 0"):
+    with pytest.raises(ValueError, match=r"names\.txt is not valid UTF-8 .* at byte 0"):
         read_class_names(path)
 
 

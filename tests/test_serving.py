@@ -637,5 +637,5 @@ def test_pages_of_other_sites_may_ask_where_they_are_allowed(predictor: Predicto
     "wrong", ["example.org", "https://example.org/page", "", "https://*.example.org", "https://Example.org"]
 )
 def test_an_origin_that_is_none_is_refused(wrong: str) -> None:
-    with pytest.raises(ValueError, match="is no origin"):
+    with pytest.raises(ValueError, match="is not a valid origin"):
         Settings(allow_origins=(wrong,))

@@ -133,7 +133,7 @@ def named_columns(args: argparse.Namespace) -> None:
     if image is None and label is None:
         return
     if args.data is None:
-        raise ValueError(f"--{'label' if image is None else 'image'}-column: of which data? Give --data")
+        raise ValueError(f"--{'label' if image is None else 'image'}-column needs --data")
     args.data = with_columns(args.data, image, label)
 
 

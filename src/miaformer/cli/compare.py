@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Train and measure methods that adapt one backbone, and plot their curves together: accuracy over MACs and over time.
 
-All methods start from the same backbone (the recipe's first stage, its pretrained weights, or --backbone) and get the
-same epochs, teacher and augmentation. Each method is timed on the fastest engine that runs it, at batch sizes 1 and
-32, next to the backbone on its own fastest engine. DIR keeps what is trained and measured, and a later call does not
-repeat it, so a comparison can grow over days. Ctrl-C saves the state, and the same command continues.
+All methods start from the same backbone (the recipe's first stage, its pretrained weights, or --backbone). Those that
+train do so for the same number of epochs, with the same teacher and augmentation. Each method is timed on the fastest
+engine that runs it, at batch sizes 1 and 32, next to the backbone on its own fastest engine. DIR keeps what is trained
+and measured, and a later call does not repeat it, so a comparison can grow over days. Ctrl-C saves the state, and the
+same command continues.
 
 methods:
   learned        our method; the `static` and `random` policies are measured on its weights at the same budgets
@@ -88,7 +89,9 @@ def add_parser(subparsers: Any) -> None:
         "--no-times", action="store_true", help="skip timing, to run it in a later call on an idle machine"
     )
     parser.add_argument(
-        "--only-times", action="store_true", help="time what is measured and not timed yet; its models must be in DIR"
+        "--only-times",
+        action="store_true",
+        help="time the methods that are measured but not timed yet; their models must be in DIR",
     )
     parser.add_outputs("all figures", "the curves")
     parser.add_argument(
@@ -227,7 +230,7 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
     for at in table.adaptivity:
         say(
             f"Does compute follow difficulty? At {at['budget']:g}: rank correlation of MACs with the backbone's loss "
-            f"{at['loss']:+.3f}, with its margin {at['margin']:+.3f}."
+            f"{at['loss']:+.3f}, with minus its margin {at['margin']:+.3f}."
         )
     seconds = comparison.core_seconds(measured)
     if "backbone" in seconds and "learned" in seconds:
@@ -303,7 +306,7 @@ def _table(table: Table) -> Any:
 
     shown = RichTable(
         caption=f"{table.num_images:,} test images; intervals of 95 % over images; hardest: the tenth with the "
-        "greatest dense loss; ours less: by how many points `learned` is ahead. MACs and time: of the backbone's."
+        "greatest dense loss; ours minus it: the lead of `learned`, in points. MACs and time: of the backbone's."
     )
     shown.add_column(COLUMNS[0], no_wrap=True)
     for name in COLUMNS[1:]:

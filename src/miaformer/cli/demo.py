@@ -1,4 +1,4 @@
-"""`miaformer demo`: the whole way on embedded data: train, calibrate, evaluate, time, draw."""
+"""`miaformer demo`: end to end on built-in data: train, calibrate, evaluate, time, draw."""
 
 from __future__ import annotations
 

@@ -61,14 +61,14 @@ def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> in
         batch = Batch(images, unknown, unknown)
         picture = out / "pictures.png"
         plot_adaptivity(model, [batch], picture, BUDGETS[1], classes=names)
-        say(f"{picture}: who gets the least and the most compute")
+        say(f"{picture}: the images that take the least and the most compute")
     return 1 if failed else 0
 
 
 def _table(pictures: Sequence[str], outputs: dict[float, Output], names: Sequence[str]) -> Any:
     from rich.table import Table
 
-    caption = f"the likeliest of {', '.join(names)}; in brackets what it took of the dense model's MACs"
+    caption = f"most likely class out of {', '.join(names)}; in brackets: MACs as a fraction of the dense model's"
     table = Table(caption=caption)
     table.add_column("picture", overflow="ellipsis", no_wrap=True)
     for budget in outputs:

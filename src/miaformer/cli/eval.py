@@ -13,7 +13,7 @@ DESCRIPTION = """\
 Evaluate MODEL on DATA: the accuracy of each policy at each budget, and the compute that images take.
 
 policies:
-  learned        the model's controllers, which decide for each image
+  learned        the model's own decisions for each image
   static         the mean decisions of the learned policy, the same for every image: the baseline for `learned`
   random         keeps blocks, heads and tokens as often as the learned policy does, but at random
   cls-attention  keeps as many tokens as the budget allows: those that the class token attends to most (EViT)

@@ -173,9 +173,9 @@ def report_table(report: Mapping[str, Any]) -> Table:
 
 def report_notes(report: Mapping[str, Any]) -> list[str]:
     """What a table of numbers leaves unsaid, a line each."""
-    notes = [f"{report['num_images']:,} images; dense: {report['dense']['macs'] / 1e6:,.1f} M MACs an image."]
+    notes = [f"{report['num_images']:,} images; dense: {report['dense']['macs'] / 1e6:,.1f} M MACs per image."]
     if share := report["controllers"]["macs_fraction"]:
-        notes.append(f"Controllers take at most {100 * share:.2f} % of that, and it is counted.")
+        notes.append(f"Controllers take at most {100 * share:.2f} % of that; all MACs above include them.")
     for point in report["adaptivity"]["by_budget"]:
         notes.append(
             f"Does compute follow difficulty? At {point['budget']:g}: rank correlation of dense loss and MACs "

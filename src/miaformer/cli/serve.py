@@ -24,7 +24,7 @@ DESCRIPTION = """\
 Serve a model over HTTP: POST /predict, GET /health, GET /metrics (Prometheus), an API page at /docs, and at / a page
 to try the model. Images of different requests share batches, each with its own budget.
 
-Compute adapts to load. While nothing waits, an image gets --budget. When requests arrive faster than the server can
+Compute adapts to load. While no request waits, an image gets --budget. When requests arrive faster than the server can
 answer at that budget, it lowers the budget, down to --min-budget, so that answers arrive within --p95-ms. If that
 is not enough, it refuses requests, with 503 and Retry-After. Each answer says which budget the image got, and how
 much compute it took.
@@ -35,7 +35,7 @@ examples:
   miaformer serve cifar10-small
       the bundled model, at http://127.0.0.1:8000
   miaformer serve runs/photos/model --host 0.0.0.0 --port 80 --budget 0.8 --min-budget 0.4 --p95-ms 300
-      answer within 0.3 s, at up to twice the load
+      aim for a p95 latency of 0.3 s; under load, spend down to half as much on each image
   miaformer serve runs/photos/model --replicas 1 8 --ray-address auto
       run the same application on a Ray cluster, in as many processes as the load requires
   curl --data-binary @cat.jpg 'http://127.0.0.1:8000/predict?budget=0.5&top_k=3'
@@ -69,11 +69,19 @@ def add_parser(subparsers: Any) -> None:
         "--budget",
         type=float,
         metavar="B",
-        help="mean MACs while nothing waits, and the most that a request may ask for",
+        help="mean MACs while no request waits, as a fraction of the dense model's; also the largest budget a "
+        "request may set (default: the largest calibrated)",
     )
-    spending.add_argument("--min-budget", type=float, metavar="B", help="lowest mean MACs under load")
+    spending.add_argument(
+        "--min-budget",
+        type=float,
+        metavar="B",
+        help="lowest mean MACs under load (default: half of --budget, or the smallest calibrated if that is larger)",
+    )
     spending.add_argument("--cap", type=float, metavar="C", help="hard limit on the MACs of any image")
-    spending.add_argument("--static", action="store_true", help="execute everything: the baseline to compare with")
+    spending.add_argument(
+        "--static", action="store_true", help="run the dense model: execute everything, whatever the load"
+    )
     limits = parser.add_argument_group("limits")
     for name, metavar, kind, about in _LIMITS:
         option, default = f"--{name.replace('_', '-')}", getattr(Settings, name)

@@ -15,7 +15,7 @@ probe -> backbone -> resolution), then calibrate its budgets.
 
 DIR gets recipe.json, environment.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/: a directory
 that eval, predict and MIAFormer.from_pretrained() take. Ctrl-C saves a checkpoint, and --resume continues from it,
-exactly. If a run fails before its first checkpoint, another one can start in the same directory.
+exactly. If a run fails before its first checkpoint, you can start again in the same directory.
 """
 
 EPILOG = """\
@@ -50,9 +50,7 @@ def add_parser(subparsers: Any) -> None:
         "--weights", metavar="FILE", help="checkpoint of this ViT: .safetensors, .pth, .pt, .bin or .ckpt"
     )
     start.add_argument("--image-size", type=int, metavar="N", help="image size, N x N pixels (default: as in FILE)")
-    start.add_argument(
-        "--classes", metavar="FILE", help="class names of the classifier in --weights, one per line, in its order"
-    )
+    start.add_argument("--classes", metavar="FILE", help="class names, one per line, in label order")
     start.add_argument(
         "--backbone", metavar="MODEL", help="directory of an adaptive model whose backbone to start from"
     )

@@ -1,4 +1,4 @@
-"""`digits`: a small, real, embedded data set whose images differ in difficulty.
+"""`digits`: a small, real, built-in data set whose images differ in difficulty.
 
 Scikit-learn's 1,797 handwritten digits (8 x 8, Alpaydin & Kaynak 1998) are each drawn several times on a grey
 canvas: off-centre, slightly turned, at different sizes and contrasts, with noise and light clutter, faint

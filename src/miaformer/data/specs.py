@@ -14,7 +14,7 @@ from miaformer.data.source import ImageData, Split, check_split
 from miaformer.data.splits import Source, choose_split
 
 ACCEPTED = (
-    "'digits' (embedded), a folder of class folders (ROOT/cat/1.png, or ROOT/train/cat/1.png and "
+    "'digits' (built in), a folder of class folders (ROOT/cat/1.png, or ROOT/train/cat/1.png and "
     "ROOT/val/cat/2.png), a CSV or TSV file of paths and labels, a folder of parquet files as `datasets` writes "
     "them, or a name that timm.data.create_dataset takes: 'torch/cifar10:ROOT', 'hfds/OWNER/NAME'"
 )

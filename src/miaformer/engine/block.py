@@ -103,28 +103,29 @@ def check_own_forward(block: Any) -> None:
             )
 
 
-def check_plain(blocks: Iterable[Any], done: str) -> None:
-    """Raises ValueError, naming it, for a layer that is not plain and of which something cannot be done."""
+def check_plain(blocks: Iterable[Any], done: str, instead: str) -> None:
+    """Raises ValueError for a layer that is not plain, with what cannot be done with it and what to do instead."""
     for index, block in enumerate(blocks):
         attn, mlp = {"qkv": block.attn.qkv, "proj": block.attn.proj}, {"fc2": block.mlp.fc2}
         layers = {**attn, **mlp, **{f"fc1[{i}]": layer for i, layer in enumerate(input_layers(block.mlp))}}
         for name, layer in layers.items():
             if not is_plain(layer):
-                raise ValueError(f"{name} of block {index} is {_shown(layer)}. It cannot be {done}")
+                raise ValueError(f"{name} of block {index} cannot be {done}: it {_shown(layer)}. {instead}")
 
 
 def _shown(layer: Any) -> str:
     kind = type(layer)
-    what = "has hooks, or a forward() of its own" if kind is nn.Linear else f"is {kind.__module__}.{kind.__qualname__}"
-    return f"no plain torch.nn.Linear: it {what}"
+    if kind is nn.Linear:
+        return "has hooks or a forward() of its own"
+    return f"is {kind.__module__}.{kind.__qualname__}, not a plain torch.nn.Linear"
 
 
 def _called(layer: Any, x: Tensor, width: Width) -> Tensor:
     """What a layer that is not plain gives, which cannot be cut."""
     if width.heads is not _ALL:
         raise ValueError(
-            f"a layer of the backbone is {_shown(layer)}. It is called as a whole, and cannot be for some of its heads "
-            "alone: leave 'heads' out of the grains"
+            f"a layer of the backbone {_shown(layer)}. It can only be called as a whole, not for some of its heads: "
+            "leave 'heads' out of the grains"
         )
     out: Tensor = layer(x)
     return out

@@ -14,8 +14,8 @@ from miaformer.engine.cost import Cost, Counts
 from miaformer.engine.decisions import Booleans, HostGates
 
 
-class Purse:
-    """What each of a batch's images may still spend, in MACs.
+class RemainingMacs:
+    """The MACs that each image of a batch may still spend.
 
     macs: (B,), the cap of each image; contexts: MACs that the policy takes for any image. They are set aside
     at once, with the patch embedding and the classifier: every image pays them whatever is decided.

@@ -36,7 +36,7 @@ class Sparse:
 
     def __call__(self, index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor:
         if not isinstance(gates, HostGates):
-            raise TypeError("sparse execution carries out boolean gates; numbers need masked execution")
+            raise TypeError("sparse execution needs boolean gates, got floating-point ones: use masked execution")
         batch, num_rows, dim = x.shape
         read_prefix = self.cost.num_prefix_tokens if self.cost.trims(index) else None
         plan = _Plan(gates, self.cost.num_prefix_tokens)

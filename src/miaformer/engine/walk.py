@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from miaformer.engine.cap import Purse
+from miaformer.engine.cap import RemainingMacs
 from miaformer.engine.cost import Cost, Counts
 from miaformer.engine.decisions import Booleans, Decisions, Gates, HostGates, Rules, from_host
 
@@ -149,7 +149,7 @@ class _Ledger:
         self.cost, self.rules = cost, rules
         self.scores = [policy.token_score_macs(cost, index) for index in range(cost.depth)]
         contexts = _context_macs(policy, cost)
-        self.purse = None if cap_macs is None else Purse(cost, cap_macs, contexts)
+        self.remaining = None if cap_macs is None else RemainingMacs(cost, cap_macs, contexts)
         self.last_scores: NDArray[Any] | None = None  # (B, N)
         self.macs: Counts = np.full(batch, cost.fixed + contexts, dtype=np.int64)
 
@@ -159,27 +159,27 @@ class _Ledger:
         return scored * self.scores[index]
 
     def affordable(self, index: int, active: Booleans) -> Booleans | None:
-        return None if self.purse is None else self.purse.affordable(index, self._scoring(index, active))
+        return None if self.remaining is None else self.remaining.affordable(index, self._scoring(index, active))
 
     def pay_for_scores(self, index: int, active: Booleans, asked: Booleans) -> None:
         """Take what scoring the tokens took, for the images (B,) whose policy asked for the block."""
         if self.scores[index]:
             scoring = self._scoring(index, active) * asked
             self.macs = self.macs + scoring
-            if self.purse is not None:
-                self.purse.pay(scoring)
+            if self.remaining is not None:
+                self.remaining.pay(scoring)
 
     def cut(self, index: int, gates: HostGates, rules: Rules) -> HostGates:
         """The gates, cut to what can be paid, and paid. Tokens that this block does not score are cut by the scores
         that they had last, where they are the same tokens still.
         """
-        if self.purse is None:
+        if self.remaining is None:
             return gates
         if rules.progressive:
             if gates.token_scores is not None:
                 executed, before = gates.depth[:, None], self.last_scores
                 self.last_scores = np.where(executed, gates.token_scores, 0.0 if before is None else before)
             gates = replace(gates, token_scores=self.last_scores)
-        gates = self.purse.limit(index, gates)
-        self.purse.pay(self.cost.of_host(index, gates))
+        gates = self.remaining.limit(index, gates)
+        self.remaining.pay(self.cost.of_host(index, gates))
         return gates

@@ -226,7 +226,7 @@ def _check_exportable(model: MIAFormer) -> None:
             )
         if cost.embed_dim % cost.num_heads or cost.mlp_hidden % cost.num_heads:
             raise ValueError("subsets of heads whose groups of units differ in size cannot be exported")
-    check_plain(transformer_blocks(model.backbone), "exported: merge it into the weights first")
+    check_plain(transformer_blocks(model.backbone), "exported", "Merge it into the weights first")
     if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
         raise ValueError(
             f"export takes a float32 model on the CPU, this one is {parameter.dtype} on {parameter.device}"

@@ -286,7 +286,7 @@ class AdaptiveWriter:
         return str(graph.op("Or", kept, graph.op("Equal", graph.constant(np.arange(count)), best)))
 
     def _capped(self, graph: Graph, table: str, image: Image, num_heads: str, count: str) -> tuple[str, str]:
-        """Heads and tokens (1,) cut to what is left: fewer tokens first, then fewer heads (`cap.Purse`)."""
+        """Heads and tokens (1,) cut to what is left: fewer tokens first, then fewer heads (`cap.RemainingMacs`)."""
         fewest = 0 if self.cost.num_prefix_tokens else 1
         costs = graph.op("GatherND", table, graph.op("Concat", num_heads, count, axis=0))
         over = graph.op("Greater", graph.op("Reshape", costs, graph.ints(1)), image.left)

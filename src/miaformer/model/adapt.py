@@ -49,7 +49,7 @@ def adapt(
     if calibration_images is not None:
         static.check_images(calibration_images, vit, "calibration_images")
     if "heads" in settings.grains:
-        check_plain(static.transformer_blocks(vit), "left out of in part: leave 'heads' out of the grains")
+        check_plain(static.transformer_blocks(vit), "executed in part", "Leave 'heads' out of the grains")
     orders = importance_orders(vit, calibration_images) if settings.cuts_heads else identity_orders(vit)
     if settings.mlp_width != "coupled":  # nothing chooses among channels
         orders["channels"] = identity_orders(vit)["channels"]

@@ -18,7 +18,7 @@ def read_class_names(file: str | Path) -> list[str]:
         return Path(file).read_text(encoding="utf-8-sig").splitlines()  # Windows' editors write a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file} is not encoded as UTF-8 ({error.reason} at byte {error.start}): save it so"
+            f"{file} is not valid UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
         ) from error
 
 

@@ -34,4 +34,4 @@ def load(name: str | Path) -> MIAFormer:
     try:
         return MIAFormer.from_pretrained(spec).float().eval()
     except OSError as error:  # of the network, or of the hub's answer
-        raise ValueError(f"no model {spec!r}: no such directory, and not to be had from the hub: {error}") from error
+        raise ValueError(f"no model {spec!r}: no such directory, and the hub did not return it: {error}") from error

@@ -28,7 +28,8 @@ LEAST_GAP = 0.03  # between the fractions of the looks that are tried
 class Looks:
     """How a mean budget is spent in two looks.
 
-    first, second: the mean MACs fractions of one look each. confidence: images whose first answer has less look again.
+    first, second: the mean MACs fractions of one look each. confidence: images whose first answer is less
+    confident get a second look.
     """
 
     budget: float

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from miaformer.engine.block import check_plain
-from miaformer.engine.cap import Purse
+from miaformer.engine.cap import RemainingMacs
 from miaformer.engine.controller import LEAST_LOG_PRICE, LOG_PRICE_RANGE
 from miaformer.engine.cost import Cost, Counts, cost_of
 from miaformer.engine.masked import Masked
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from miaformer.data import ImageData
 
 
-NOT_SAVED = "saved, for it would not come back: merge adapters into the weights first, and quantise afterwards"
+NOT_SAVED = ("saved or restored", "Merge adapters into the weights first; quantise after saving")
 
 
 class MIAFormer(
@@ -155,7 +155,7 @@ class MIAFormer(
         batch = 1 if isinstance(cap, str) else per_image("cap", cap).numel()
         caps = _cap_macs(cap, batch, cost)
         if not self.adapt_config.chooses_resolution:
-            Purse(cost, caps, self._context_macs())
+            RemainingMacs(cost, caps, self._context_macs())
         elif caps.min() < self.least_macs():
             raise cap_too_low(self)
 
@@ -316,7 +316,7 @@ class MIAFormer(
         found that better: images whose first answer is not confident are executed again, and both looks count.
         execution: "sparse" computes nothing that is skipped; "masked" computes
         all and is the reference. sample: draw the controllers' decisions instead of taking the likelier one, as
-        `Sampling` says how; spends what the budget says only nearly, which was measured without.
+        `Sampling` says how; meets the budget only approximately, because calibration takes the likelier decision.
 
         Raises ValueError or TypeError, naming what was wrong, for images of wrong shape, type or with NaN, for a
         budget without calibration, for a cap below what embedding, controllers and classifier take, and for sample
@@ -425,7 +425,7 @@ class MIAFormer(
     # What it becomes -------------------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        check_plain(static.transformer_blocks(self.backbone), NOT_SAVED)
+        check_plain(static.transformer_blocks(self.backbone), *NOT_SAVED)
         static.check_describes(self._description, self.backbone)
         write_model_files(
             save_directory,
@@ -453,7 +453,7 @@ class MIAFormer(
 
         Raises ValueError, naming it, for a layer that was put in the place of a linear one.
         """
-        check_plain(static.transformer_blocks(self.backbone), "given back as timm's: merge it into the weights first")
+        check_plain(static.transformer_blocks(self.backbone), "part of a timm model", "Merge it into the weights first")
         parameter = next(self.backbone.parameters())
         description = self._description if image_size is None else {**self._description, "dynamic_img_size": False}
         twin = static.build(description).to(device=parameter.device, dtype=parameter.dtype)
@@ -471,8 +471,8 @@ class MIAFormer(
 def _check_is_not_transformed() -> None:
     if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
         raise ValueError(
-            "decisions are made in Python, from values that torch.func's transforms (grad, vmap, ...) do not show: use "
-            "autograd, loss.backward() or torch.autograd.grad, or transform model.backbone, which decides nothing"
+            "torch.func transforms (grad, vmap, ...) do not work on an adaptive model, because decisions depend on "
+            "tensor values. Use loss.backward() or torch.autograd.grad, or transform model.backbone"
         )
 
 

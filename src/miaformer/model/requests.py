@@ -56,7 +56,9 @@ def one_policy(
     """The same in one look."""
     if policy is not None:
         if isinstance(policy, Look | TwoLooks) or not hasattr(policy, "decide"):
-            raise TypeError(f"policy={policy!r} is none: give one of miaformer.policy, for example Random(tokens=0.5)")
+            raise TypeError(
+                f"policy={policy!r} is not a policy: pass one from miaformer.policy, for example Random(tokens=0.5)"
+            )
         return policy
     if price is None:
         budget = allowed(model, cap, batch) if budget is None else budget

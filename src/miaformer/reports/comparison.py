@@ -82,15 +82,15 @@ def _table(rows: Sequence[Row], differences: Sequence[Row]) -> Markup:
     order = written(rows, differences)
     strong = [place for place, (row, _) in enumerate(order) if row["name"] == OURS]
     caption = (
-        "In brackets 95 % intervals over images. Hardest: the tenth with the greatest dense loss. Ours less: by how "
-        "many points ours is ahead. MACs and time: of the backbone's."
+        "In brackets 95 % intervals over images. Hardest: the tenth with the greatest dense loss. Ours minus it: the "
+        "lead of `learned`, in points. MACs and time: of the backbone's."
     )
     return table(COLUMNS, (cells for _, cells in order), caption, strong)
 
 
 def _equal_accuracy(found: Mapping[str, float]) -> Iterable[Markup]:
     if found:
-        yield tag("h2", "MACs at half a point below dense")
+        yield tag("h2", "MACs for half a point of loss")
         order = sorted(found.items(), key=lambda pair: pair[1])
         strong = [place for place, (name, _) in enumerate(order) if name == OURS]
         yield table(("method", "MACs"), [(name, f"{value:.3f}") for name, value in order], None, strong)
@@ -99,7 +99,7 @@ def _equal_accuracy(found: Mapping[str, float]) -> Iterable[Markup]:
 def _one_point_below(found: Mapping[str, Any]) -> Iterable[Markup]:
     """Older reports have none."""
     if found.get("methods"):
-        yield tag("h2", "MACs at one point below dense")
+        yield tag("h2", "MACs for one point of loss")
         order = sorted(found["methods"].items(), key=lambda pair: pair[1]["macs_fraction"])
         strong = [place for place, (name, _) in enumerate(order) if name == OURS]
         cells = [(name, f"{one['macs_fraction']:.3f}", between(one["interval"])) for name, one in order]
@@ -130,7 +130,7 @@ def _adaptivity(points: Sequence[Row]) -> Iterable[Markup]:
         yield tag("h2", "Does compute follow difficulty?")
         rows = [(f"{point['budget']:g}", f"{point['loss']:+.3f}", f"{point['margin']:+.3f}") for point in points]
         caption = "Rank correlation of what ours spends on an image with how hard it is for the backbone."
-        yield table(("budget", "with its loss", "with its margin"), rows, caption)
+        yield table(("budget", "with its loss", "with minus its margin"), rows, caption)
 
 
 def _durations(seconds: Mapping[str, float]) -> Iterable[Markup]:

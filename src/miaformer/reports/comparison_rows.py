@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 OURS = "learned"
-COLUMNS = ("method", "budget", "MACs", "time", "accuracy, %", "hardest tenth, %", "ours less")
+COLUMNS = ("method", "budget", "MACs", "time", "accuracy, %", "hardest tenth, %", "ours minus it, points")
 Row = Mapping[str, Any]  # of a method at a budget, as `miaformer compare --json` writes it
 
 

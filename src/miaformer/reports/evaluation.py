@@ -52,7 +52,7 @@ def _points(report: Mapping[str, Any]) -> Markup:
 def _facts(report: Mapping[str, Any]) -> dict[str, object]:
     found: dict[str, object] = {
         "Images": f"{report['num_images']:,}",
-        "Dense MACs an image": f"{report['dense']['macs'] / 1e6:,.1f} M",
+        "Dense MACs per image": f"{report['dense']['macs'] / 1e6:,.1f} M",
         "Controllers, at most": percent(report["controllers"]["macs_fraction"], 2) + " of that, counted",
     }
     if report.get("cap") is not None:

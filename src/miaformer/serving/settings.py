@@ -46,8 +46,8 @@ class Settings:
         for origin in self.allow_origins:
             if origin != "*" and not re.fullmatch(r"https?://[a-z0-9.\-\[\]:]+", origin):
                 raise ValueError(
-                    f"allow_origins: {origin!r} is no origin as browsers send it: give https://example.org, in small "
-                    "letters, or * for any"
+                    f"allow_origins: {origin!r} is not a valid origin: use the form https://example.org in lower case, "
+                    "or * for any"
                 )
         if self.max_held_bytes < self.max_upload_bytes:
             raise ValueError(

@@ -81,8 +81,8 @@ def learnable(recipe: Recipe, model: MIAFormer, objectives: Mapping[str, type[Ob
     stages = tuple(filter(learns, recipe.stages))
     if recipe.stages and not stages:
         raise ValueError(
-            f"what recipe {recipe.name!r} trains is frozen: nothing would learn. Let some of it, "
-            "model.requires_grad_(True)"
+            f"recipe {recipe.name!r} has nothing to train: all its parameters are frozen. Unfreeze some, for example "
+            "with model.requires_grad_(True)"
         )
     return replace(recipe, stages=stages)
 
@@ -91,7 +91,7 @@ def check_trainable(model: MIAFormer) -> None:
     """Raises ValueError for weights that optimisers cannot change, or would lose steps of by rounding, and for layers
     whose model could not be saved in the end.
     """
-    check_plain(transformer_blocks(model.backbone), NOT_SAVED)
+    check_plain(transformer_blocks(model.backbone), *NOT_SAVED)
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ValueError(

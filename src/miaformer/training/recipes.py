@@ -38,14 +38,16 @@ class Stage:
         if self.epochs < 0 or self.lr < 0 or self.controller_lr < 0:
             raise ValueError(f"{self.kind} stage: epochs, lr and controller_lr must not be negative")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"{self.kind} stage: layer_decay={self.layer_decay} must lie in 0 to 1, 0 excluded")
+            raise ValueError(f"{self.kind} stage: layer_decay={self.layer_decay} must be in (0, 1]")
         if not 0 < self.anneal <= 1:
-            raise ValueError(f"{self.kind} stage: anneal={self.anneal} must lie in 0 to 1, 0 excluded")
+            raise ValueError(f"{self.kind} stage: anneal={self.anneal} must be in (0, 1]")
         if not 0 <= self.exit_share <= 1:
-            raise ValueError(f"{self.kind} stage: exit_share={self.exit_share} must lie in 0 to 1")
+            raise ValueError(f"{self.kind} stage: exit_share={self.exit_share} must be in [0, 1]")
         least, most = self.patch_drop
         if not 0 <= least <= most < 1:
-            raise ValueError(f"{self.kind} stage: patch_drop={self.patch_drop} must rise within 0 to 1, 1 excluded")
+            raise ValueError(
+                f"{self.kind} stage: patch_drop={self.patch_drop} must be two numbers in [0, 1), the smaller one first"
+            )
         if self.early_weight < 0:
             raise ValueError(f"{self.kind} stage: early_weight={self.early_weight} must not be negative")
         if (most or self.early_weight) and self.kind != "backbone":
@@ -121,7 +123,7 @@ class Recipe:
             value = getattr(self, setting.name)
             if setting.name in _CHOSEN_WHERE_NONE:
                 if value is not None and type(value) is not int:
-                    raise ValueError(f"{setting.name}={value!r} must be a number, and whole, or None: chosen")
+                    raise ValueError(f"{setting.name}={value!r} must be an integer, or None to choose it automatically")
             elif type(setting.default) in (int, float) and (
                 isinstance(value, bool) or not isinstance(value, int | float)
             ):

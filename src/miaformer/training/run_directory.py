@@ -91,7 +91,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 @contextmanager
 def claimed(out: Path, description: dict[str, Any], accelerator: Accelerator, seed: int) -> Iterator[None]:
-    """`out` says what run it holds, from when training starts: what failed before leaves nothing behind."""
+    """Record in `out` which run it holds, once training starts; a run that fails earlier leaves nothing behind."""
     with ExitStack() as stack:
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)

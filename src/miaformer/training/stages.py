@@ -23,8 +23,8 @@ from miaformer.vit.backbone import transformer_blocks
 class Backbone(Objective):
     """The static model.
 
-    A share of the patch tokens is left out (Liu et al. 2022, PatchDropout), and early answers are supervised (Lee et
-    al. 2015), of a block drawn for each image: both make a backbone that can do with less.
+    Drops a share of the patch tokens (Liu et al. 2022, PatchDropout) and supervises the answer after one random block
+    per image (Lee et al. 2015), so that the backbone tolerates skipping.
     """
 
     dense = True

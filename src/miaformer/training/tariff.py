@@ -1,4 +1,5 @@
-"""The tariff: what a budget costs while training, two curves over budgets that follow from what is spent and felt.
+"""The price of each budget during training: two curves over budgets, updated from the MACs spent and from the
+gradient with respect to the price.
 
 Controllers see a log-price, on a scale of their own, which `price_scale` ties to units of loss. The tariff keeps the
 mean spending of images that were asked for a budget at that budget, by raising the log-price where too much is spent:

@@ -27,11 +27,11 @@ def _static(name: str) -> Callable[[MIAFormer, Question], list[Entry]]:
     return lambda model, question: [as_backbone(name, model, question)]
 
 
-DENSE = Method("dense", "the backbone, trained on for as long", one_stage("backbone"), _static("dense"))
+DENSE = Method("dense", "the backbone, trained further for the same epochs", one_stage("backbone"), _static("dense"))
 SHALLOW = [
     Method(
         f"shallow-{fraction:g}",
-        f"the first blocks, about {fraction:g} of them, trained on",
+        f"the first blocks, about {fraction:g} of them, trained further",
         one_stage("backbone"),
         _static("shallow"),
         reshape=first_blocks(fraction),
