@@ -45,7 +45,9 @@ class Stage:
             raise ValueError(f"{self.kind} stage: exit_share={self.exit_share} must be in [0, 1]")
         least, most = self.patch_drop
         if not 0 <= least <= most < 1:
-            raise ValueError(f"{self.kind} stage: patch_drop={self.patch_drop} must be two numbers in [0, 1), the smaller one first")
+            raise ValueError(
+                f"{self.kind} stage: patch_drop={self.patch_drop} must be two numbers in [0, 1), the smaller one first"
+            )
         if self.early_weight < 0:
             raise ValueError(f"{self.kind} stage: early_weight={self.early_weight} must not be negative")
         if (most or self.early_weight) and self.kind != "backbone":
