@@ -250,9 +250,7 @@ def test_metrics_tell_accuracy_macs_and_their_variance(uninterrupted: Path) -> N
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(ValueError, match="unknown recipe 'cifra10'"):
         get_recipe("cifra10")
-    with pytest.raises(
-        ValueError, match=r"patch_drop=\(0\.5, 1\.0\) must be two numbers in \[0, 1\), the smaller one first"
-    ):
+    with pytest.raises(ValueError, match=r"patch_drop=\(0\.5, 1\.0\) must be two numbers in \[0, 1\)"):
         Stage("backbone", epochs=1, lr=1, patch_drop=(0.5, 1.0))
     with pytest.raises(ValueError, match="elastic stage: patch_drop and early_weight are for the backbone"):
         Stage("elastic", epochs=1, lr=1, patch_drop=(0.5, 0.5))
