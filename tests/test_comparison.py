@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tiny_training import tiny_model
 
-from miaformer.cli import main
+from miaformer.cli import build_parser, main
 from miaformer.cli.compare import _table
 from miaformer.lab.comparison import ABLATIONS, BASELINES, METHODS, Comparison
 from miaformer.lab.comparison.harness import Run, runs
@@ -431,3 +432,9 @@ def test_static_models_of_one_name_keep_their_own_differences() -> None:
     cells = dict(zip(shown.columns[2]._cells, shown.columns[6]._cells, strict=True))
     assert cells["0.300"].startswith("+20.00")
     assert cells["0.600"].startswith("+1.00")
+
+
+def test_the_help_names_every_method() -> None:
+    commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    said = commands.choices["compare"].format_help().split()
+    assert [name for name in METHODS if name not in said] == []
