@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from miaformer.evaluation import calibrate
 # The same examples in every run; machines that run tests are too uneven for deadlines.
 settings.register_profile("seeded", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("seeded")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Exported files and chosen engines: neither found in the user's cache nor left there."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MIAFORMER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ for needed in ("onnx", "onnxruntime", "onnxscript"):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MIAFORMER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -98,11 +98,11 @@ def test_budgets_and_caps_that_cannot_be_are_refused_alike() -> None:
         onnx.run(torch.full_like(images, torch.nan), budget=0.9)
 
 
-def test_files_are_made_once_for_a_model(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_made_once_for_a_model(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = calibrated()
     images = pictures(model.backbone, 1).float()
     first = Predictor(model, engine="onnx").run(images, budget=0.9)
-    (made,) = own_cache.glob("*.onnx")
+    (made,) = empty_cache.glob("*.onnx")
     written = made.stat().st_mtime_ns
     again = Predictor(model, engine="onnx")
     assert torch.equal(pickle.loads(pickle.dumps(again.engine)).run(images, [0.9], None).logits, first.logits)
@@ -110,7 +110,7 @@ def test_files_are_made_once_for_a_model(own_cache: Path, monkeypatch: pytest.Mo
     with torch.no_grad():
         model.backbone.head.bias += 1  # another model: another file
     assert Predictor(model, engine="onnx").run(images, budget=0.9).logits.sum() != first.logits.sum()
-    assert len(list(own_cache.glob("*.onnx"))) == 2
+    assert len(list(empty_cache.glob("*.onnx"))) == 2
 
 
 def test_what_onnx_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_slow_candidates_are_timed_five_times_at_least() -> None:
     ("single", "batches"), [("onnx", "eager"), ("eager", "onnx"), ("onnx", "onnx"), ("eager", "eager")]
 )
 def test_auto_takes_what_was_faster_of_its_kind_and_remembers(
-    single: str, batches: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    single: str, batches: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load("cifar10-small")
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -223,7 +223,7 @@ def test_auto_takes_what_was_faster_of_its_kind_and_remembers(
     again.run(images[:1], budget=0.5)
     assert ran[-1][0] == single
     assert timed == [1, 3]
-    (own_cache / engines.TIMED).write_text("{ no JSON")
+    (empty_cache / engines.TIMED).write_text("{ no JSON")
     Predictor(model, engine="auto").run(images[:1], budget=0.5)
     assert timed == [1, 3, 1]
-    assert json.loads((own_cache / engines.TIMED).read_text())
+    assert json.loads((empty_cache / engines.TIMED).read_text())

@@ -33,7 +33,7 @@ def server(calibrated: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         [sys.executable, "-m", "miaformer", *map(str, argv)], stderr=subprocess.PIPE, text=True, bufsize=1
     )
     assert process.stderr is not None
-    line = process.stderr.readline()
+    line = next(line for line in process.stderr if " engine for " not in line)  # which engines were chosen comes first
     found = re.search(r"serving \S+ at (http://127\.0\.0\.1:\d+): budget 0\.\d\d, under load down to 0\.\d\d", line)
     assert found, line
     with process:
