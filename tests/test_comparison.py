@@ -8,6 +8,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from miaformer.lab.comparison.method import Question, adaptation_epochs
 from miaformer.lab.comparison.results import Difficulty, Point, read_points, summarise
 from miaformer.model.adapt import adapt
 from miaformer.model.model import MIAFormer
+from miaformer.reports.comparison_plot import plot_comparison
 from miaformer.training import RECIPES, Recipe, get_recipe, new_backbone
 from miaformer.training.progress import DURATIONS, Duration, core_seconds
 
@@ -438,3 +440,16 @@ def test_the_help_names_every_method() -> None:
     commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     said = commands.choices["compare"].format_help().replace(",", " ").split()
     assert [name for name in METHODS if name not in said] == []
+
+
+def test_the_legend_names_methods_that_were_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"name": name, "macs_fraction": 0.5, "accuracy": 0.9, "accuracy_interval": (0.88, 0.92), "time_fraction": time}
+        for name, time in (("learned", 0.6), ("merging", None), ("backbone", None))
+    ]
+    drawn: list[Any] = []
+    monkeypatch.setattr("miaformer.reports.comparison_plot.save", lambda figure, path: drawn.append(figure))
+    plot_comparison(rows, tmp_path / "plot.png", "three methods")
+    (legend,) = [axes.get_legend() for axes in drawn[0].axes if axes.get_legend() is not None]
+    assert [text.get_text() for text in legend.get_texts()] == ["learned", "merging", "backbone"]

@@ -94,6 +94,7 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: 
             axes.set_title(f"Accuracy per compute: {title}", loc="left", color=INK)
     if shared is not None and (low := _lowest(rows)) is not None:
         shared.set_ylim(bottom=low, top=100 * max(row["accuracy_interval"][1] for row in rows) + 0.5)
-    figure.axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    every_method = figure.axes[0].get_legend_handles_labels()  # of time only those that were timed
+    figure.axes[-1].legend(*every_method, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     save(figure, path)
