@@ -134,6 +134,28 @@ def test_what_onnx_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.Mon
         Predictor(model, engine="tensorrt")
 
 
+def test_auto_goes_on_in_pytorch_where_a_model_cannot_be_exported_or_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = load("cifar10-small")
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("MIAFORMER_CACHE", str(tmp_path / "file"))
+    auto = Predictor(model, engine="auto")
+    assert torch.equal(auto.run(images, budget=0.5).logits, model(images, budget=0.5))
+    assert "onnx is left out" in caplog.text
+    assert "MIAFORMER_CACHE" in caplog.text
+    with pytest.raises(ValueError, match="cannot be written"):
+        Predictor(model, engine="onnx").run(images, budget=0.5)
+
+    monkeypatch.setenv("MIAFORMER_CACHE", str(tmp_path / "cache"))
+    many_heads = calibrated(head_choice="subset")
+    monkeypatch.setattr("miaformer.export.MOST_SUBSET_HEADS", 1)
+    own = pictures(many_heads.backbone, 2).float()
+    assert torch.equal(Predictor(many_heads, engine="auto").run(own, budget=0.9).logits, many_heads(own, budget=0.9))
+    assert "subset of heads" in caplog.text
+
+
 # What `auto` takes -----------------------------------------------------------------------------------------------
 
 

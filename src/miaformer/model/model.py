@@ -32,7 +32,7 @@ from miaformer.model.classes import in_own_order
 from miaformer.model.config import AdaptConfig
 from miaformer.model.output import Output
 from miaformer.model.policy import AnyPolicy, Learned, Look, Sampling, TwoLooks
-from miaformer.model.requests import Budget, at_budget, drawing, one_policy, per_image, requested
+from miaformer.model.requests import Budget, at_budget, drawing, in_one_look, per_image, requested
 from miaformer.model.resolution import Size, image_sizes
 from miaformer.model.running import cap_too_low, run_looks
 from miaformer.model.saved import ModelFiles, SavedModel, write_model_files
@@ -354,7 +354,7 @@ class MIAFormer(
             )
         cost = replace(self.cost((images.shape[-2], images.shape[-1])), trims_last_block=False)
         cap_macs = None if cap is None else _cap_macs(cap, len(images), cost)
-        policy = one_policy(self, None, budget, price, cap, len(images))
+        policy = in_one_look(self, budget, price, cap, len(images))
         x, _ = self.walk_images(images, cost, policy, cap_macs, "sparse")
         return self._in_first_order(self.backbone.norm(x))
 

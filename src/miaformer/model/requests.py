@@ -32,45 +32,44 @@ def requested(
     Raises TypeError or ValueError for what is no policy, for more than one of policy, budget and price, and for a
     budget that the model does not know.
     """
-    given = [name for name, value in (("policy", policy), ("budget", budget), ("price", price)) if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"Give one of policy, budget and price, not {' and '.join(given)}")
+    _check_one(policy=policy, budget=budget, price=price)
     if isinstance(policy, Look | TwoLooks):
         return policy
-    if price is None and policy is None:
-        budget = allowed(model, cap, batch) if budget is None else budget
-        if budget is not None:
-            budgets = per_image("budget", budget, batch)
-            return _in_two(model, budgets, batch) or Look(model.learned(model.price_of(budgets), batch))
-    return Look(one_policy(model, policy, budget, price, cap, batch))
-
-
-def one_policy(
-    model: MIAFormer,
-    policy: AnyPolicy | None,
-    budget: Budget | None,
-    price: Budget | None,
-    cap: Budget | None,
-    batch: int,
-) -> Policy:
-    """The same in one look."""
     if policy is not None:
-        if isinstance(policy, Look | TwoLooks) or not hasattr(policy, "decide"):
+        if not hasattr(policy, "decide"):
             raise TypeError(
                 f"policy={policy!r} is not a policy: pass one from miaformer.policy, for example Random(tokens=0.5)"
             )
-        return policy
+        return Look(policy)
+    spent = allowed(model, cap, batch) if budget is None and price is None else budget
+    if spent is not None:
+        return at_budget(model, spent, batch)
+    return Look(in_one_look(model, None, price, cap, batch))
+
+
+def in_one_look(
+    model: MIAFormer, budget: Budget | None, price: Budget | None, cap: Budget | None, batch: int
+) -> Policy:
+    """The policy of a call that looks once. Raises ValueError as `requested` does."""
+    _check_one(budget=budget, price=price)
     if price is None:
-        budget = allowed(model, cap, batch) if budget is None else budget
-        if budget is None:
+        spent = allowed(model, cap, batch) if budget is None else budget
+        if spent is None:
             return Full()
-        price = model.price_of(per_image("budget", budget, batch))
+        price = model.price_of(per_image("budget", spent, batch))
     return model.learned(price, batch)
 
 
-def at_budget(model: MIAFormer, budget: float) -> Look | TwoLooks:
+def at_budget(model: MIAFormer, budget: Budget, batch: int = 1) -> Look | TwoLooks:
     """What a call with this budget executes, as a policy."""
-    return _in_two(model, per_image("budget", budget), 1) or Look(model.learned(model.price_of(budget)))
+    budgets = per_image("budget", budget, batch)
+    return _in_two(model, budgets, batch) or Look(model.learned(model.price_of(budgets), batch))
+
+
+def _check_one(**given: object) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"Give one of policy, budget and price, not {' and '.join(names)}")
 
 
 def allowed(model: MIAFormer, cap: Budget | None, batch: int) -> Tensor | None:

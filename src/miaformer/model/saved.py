@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-class SavedModel(ModelHubMixin):
+class SavedModel(ModelHubMixin, ABC):
     """The hub's interface, with our files behind it."""
 
     def save_pretrained(self, save_directory: str | Path, *, repo_id: str | None = None, **settings: Any) -> str | None:
@@ -184,6 +185,6 @@ class SavedModel(ModelHubMixin):
         return cls.of_files(read_model_files(directory))
 
     @classmethod
+    @abstractmethod
     def of_files(cls, files: ModelFiles) -> Self:
         """The model that files hold."""
-        raise NotImplementedError

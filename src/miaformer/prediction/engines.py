@@ -8,13 +8,14 @@ image at a time; several images run side by side, one a thread. Which is faster 
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,7 @@ SECONDS = 0.4  # that timing a candidate may take
 LEAST_CALLS = 5
 TIMED = "engines.json"
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
+_log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -90,9 +92,11 @@ class OnnxRuntime:
         if len(batch) == 1:
             found = [run_session(self._alone, batch, budgets[0], most[0])]
         else:
-            each = zip(range(len(batch)), budgets, most, strict=True)
-            found = list(self._pool.map(lambda one: run_session(self._each, batch[one[0] :][:1], *one[1:]), each))
-        values = {name: torch.from_numpy(np.concatenate([one[name] for one in found])) for name in found[0]}
+            each = self._each  # opened once, before threads ask for it
+            found = list(
+                self._pool.map(lambda image, *spent: run_session(each, image[None], *spent), batch, budgets, most)
+            )
+        values = {name: torch.from_numpy(np.concatenate([part[name] for part in found])) for name in found[0]}
         patches = values["tokens"].any(dim=1).sum(dim=1).tolist() if len(self._grids) > 1 else []
         whole = self.model.cost().grid
         grid = torch.tensor([self._grids.get(count, whole) for count in patches] or [whole] * len(batch))
@@ -143,9 +147,14 @@ class OnnxRuntime:
         """What `export` writes of the model, made once for all processes of this machine."""
         path = cache_folder() / f"{_key(self.model)}-{kind}.onnx"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with torch.inference_mode(False), whole_file(path) as unfinished:
-                export(unfinished)
+            unfinished = path.with_name(f"{os.getpid()}-{path.name}")  # several processes may start at once
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with torch.inference_mode(False):
+                    export(unfinished)
+                unfinished.replace(path)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be written ({error}): set MIAFORMER_CACHE to a folder") from error
         return path
 
 
@@ -230,8 +239,15 @@ class Chosen:
             calls = {
                 name: lambda engine=engine: engine.run(images, budgets, caps) for name, engine in self.engines.items()
             }
+            calls["eager"]()  # raises what is wrong with the call itself
+            try:
+                calls["onnx"]()
+            except ValueError as error:  # not every model can be exported
+                _log.warning("the engine onnx is left out: %s", error)
+                del self.engines["onnx"]
+                return self.engines["eager"]
             found = {name: 1000 * taken / len(images) for name, taken in faster(calls).items()}
-            with whole_file(cache_folder() / TIMED) as unfinished:
+            with suppress(OSError), whole_file(cache_folder() / TIMED) as unfinished:
                 unfinished.write_text(json.dumps({**_timed_before(), key: found}, indent=2) + "\n")
         if self.on_choice is not None:
             self.on_choice(what, found)
@@ -254,8 +270,7 @@ def _key(model: MIAFormer) -> str:
 def _machine() -> str:
     from miaformer.engine.processor import processor_name
 
-    versions = hashlib.blake2b(repr(torch.__version__).encode(), digest_size=4).hexdigest()
-    return f"{processor_name()}, {torch.get_num_threads()} threads, {versions}"
+    return f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def open_engine(
