@@ -69,7 +69,10 @@ class Eager:
 
 
 class OnnxRuntime:
-    """Files of the model are made when they are first needed, and kept in `cache_folder`."""
+    """Files of the model are made when they are first needed, and kept in `cache_folder`.
+
+    A model that is trained after its first run here has to be given to a new engine.
+    """
 
     name = "onnx"
 
@@ -155,6 +158,9 @@ class OnnxRuntime:
                 unfinished.replace(path)
             except OSError as error:
                 raise ValueError(f"{path} cannot be written ({error}): set MIAFORMER_CACHE to a folder") from error
+            finally:  # Ctrl-C too leaves nothing behind
+                with suppress(OSError):
+                    unfinished.unlink(missing_ok=True)
         return path
 
 
