@@ -150,7 +150,7 @@ def test_auto_goes_on_in_pytorch_where_a_model_cannot_be_exported_or_kept(
 
     monkeypatch.setenv("MIAFORMER_CACHE", str(tmp_path / "cache"))
     many_heads = calibrated(head_choice="subset")
-    monkeypatch.setattr("miaformer.export.MOST_SUBSET_HEADS", 1)
+    monkeypatch.setattr("miaformer.export.files.MOST_SUBSET_HEADS", 1)
     own = pictures(many_heads.backbone, 2).float()
     assert torch.equal(Predictor(many_heads, engine="auto").run(own, budget=0.9).logits, many_heads(own, budget=0.9))
     assert "subset of heads" in caplog.text
