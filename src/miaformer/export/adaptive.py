@@ -1,12 +1,14 @@
 """The adaptive forward pass of one image as ONNX nodes: decide, skip by `If`, gather what is kept.
 
-In progressive scope, where only prefix rows are read in the end, the rows that are left are carried packed and those
-that were dropped are forgotten; else all rows are carried, and what a block changed is scattered back.
+A small model's time in ONNX Runtime is that of its nodes, so what is known when the file is written is not left to it:
+what a block does not decide is a constant, and is cut, ranked or masked in the rare branch alone where the cap is
+reached. In progressive scope, where only prefix rows are read in the end, the rows that are left are carried packed and
+those that were dropped are forgotten; else all rows are carried, and what a block changed is scattered back.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ class Image:
 
     rows: str  # (P + active, C) where packed, else (P + N, C)
     active: str  # (active,) int64, which patch tokens may be kept, ascending or as they were ranked
+    is_active: str  # (N,) bool, the same
     macs: str  # (1,) int64, spent
     left: str  # (1,) int64, what the cap leaves; negative where the image has left
 
@@ -49,6 +52,28 @@ class Done:
     tokens: str  # (N,) bool
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a controller says. Values of the graph; None of what its block does not decide."""
+
+    depth: str  # (1,), a logit
+    heads: str | None  # (H,), logits
+    tokens: str | None  # (1,), what the logits of all tokens share
+    direction: str | None  # (1, C), what tokens are compared with
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What of an executed block is kept. Values of the graph."""
+
+    heads: str  # (H,) bool
+    num_heads: str  # (1,) int64
+    rows: str  # (P + kept, C)
+    active: str  # (kept,) int64, the patch tokens among them
+    is_active: str  # (N,) bool, the same
+    macs: str  # (1,) int64
+
+
 class AdaptiveWriter:
     """Writes the blocks of a model, each behind its controller."""
 
@@ -56,81 +81,113 @@ class AdaptiveWriter:
         self.model, self.cost = model, model.cost()
         config = model.adapt_config
         self.rules = config.rules
+        self.decides_heads = "heads" in config.grains
         self.packed = self.rules.progressive and self.cost.trims_last_block
         self.multiple = config.rows_multiple(self.cost.num_patches)
         self.controllers: list[Controller] = list(model.controllers)
-        self.log_price = log_price
-        self.prices = self._price_parts(graph)
+        self.columns = [self._columns(controller) for controller in self.controllers]
+        self.contexts, self.shifts = self._prices(graph, log_price)
+        self.no_heads, self.no_tokens = (
+            graph.constant(np.zeros(n, bool)) for n in (self.cost.num_heads, self.cost.num_patches)
+        )
+        self.every_head = graph.constant(np.ones(self.cost.num_heads, bool))
 
-    def _price_parts(self, graph: Graph) -> str:
-        """What the price adds to the context of each block, (L, hidden)."""
+    def _columns(self, controller: Controller) -> list[int]:
+        """The grain of each logit that is asked for: 0 depth, 1 heads, 2 what tokens share."""
+        return [0] + [1] * self.cost.num_heads * self.decides_heads + [2] * bool(controller.rank)
+
+    def _prices(self, graph: Graph, log_price: str) -> tuple[list[str], list[str]]:
+        """What the price adds to the context of each block, (1, hidden), and to its logits, (J,)."""
         low, high = LOG_PRICE_RANGE
         width = (high - low) / (PRICE_FEATURES - 1)
-        clipped = graph.op("Clip", self.log_price, graph.constant(low, FLOAT), graph.constant(high, FLOAT))
+        clipped = graph.op("Clip", log_price, graph.constant(low, FLOAT), graph.constant(high, FLOAT))
         offsets = graph.op("Sub", clipped, graph.constant(np.linspace(low, high, PRICE_FEATURES), FLOAT))
         scaled = graph.op("Mul", graph.op("Mul", offsets, offsets), graph.constant(-0.5 / width**2, FLOAT))
         features = graph.op("Unsqueeze", graph.op("Exp", scaled), graph.ints(1))  # (features, 1)
         weights = graph.constant(np.stack([array(c.price.weight) for c in self.controllers]))
-        parts = graph.op("Squeeze", graph.op("MatMul", weights, features), graph.ints(2))
-        return str(graph.op("Add", parts, graph.constant(np.stack([array(c.pooled.bias) for c in self.controllers]))))
+        parts = graph.op("Squeeze", graph.op("MatMul", weights, features), graph.ints(2))  # (L, hidden)
+        contexts = graph.op("Add", parts, graph.constant(np.stack([array(c.pooled.bias) for c in self.controllers])))
+        each = list(zip(self.controllers, self.columns, strict=True))
+        slopes = np.concatenate([array(torch.nn.functional.softplus(c.slope.float()))[grains] for c, grains in each])
+        keep = np.concatenate([np.array(c.keep_logits)[grains] for c, grains in each])
+        shift = graph.op("Sub", graph.constant(keep, FLOAT), graph.op("Mul", log_price, graph.constant(slopes)))
+        return graph.split(contexts, [1] * len(each)), graph.split(shift, [len(grains) for _, grains in each])
 
     def write(self, graph: Graph, index: int, block: Any, image: Image) -> tuple[Image, Done]:
         """One block: the image after it, and what was done."""
         controller, cost = self.controllers[index], self.cost
         writer = BlockWriter.of(graph, cost, block, index)
-        logits, direction = self._logits(graph, index, image)
-        depth = graph.op("Greater", self._at(graph, logits, 0), graph.constant([0.0], FLOAT))
-        scoring = self._scoring(graph, controller, image)
-        least = int(cost.of_host(index, _gates(cost, 1, 0 if cost.num_prefix_tokens else 1))[0])
-        needed = graph.op("Add", scoring, graph.ints(least))
+        said = self._said(graph, index, image)
+        needed = graph.ints(int(cost.of_host(index, _gates(cost, 1, 0 if cost.num_prefix_tokens else 1))[0]))
+        scoring = None  # MACs (1,)
+        if controller.rank:
+            available = graph.op("Shape", image.active)
+            scoring = graph.op("Mul", available, graph.ints(controller.token_score_macs))
+            needed = graph.op("Add", scoring, needed)
+        depth = graph.op("Greater", said.depth, graph.constant([0.0], FLOAT))
         depth = graph.op("And", depth, graph.op("GreaterOrEqual", image.left, needed))
         if not cost.num_prefix_tokens and not controller.rank:  # without any row there is nothing to execute
             depth = graph.op("And", depth, graph.op("Greater", graph.op("Shape", image.active), graph.ints(0)))
-        nothing = [graph.constant(np.zeros(n, bool)) for n in (cost.num_heads, cost.num_patches)]
+
+        def skip(inner: Graph, image: Image = image) -> list[str]:
+            left = inner.ints(-1) if self.rules.leaves else image.left  # who left can pay for no block
+            return [*astuple(replace(image, left=left)), inner.constant([False]), self.no_heads, self.no_tokens]
 
         def execute(inner: Graph) -> list[str]:
-            left = inner.op("Sub", image.left, scoring)
-            macs = inner.op("Add", image.macs, scoring)
-            ranked, count = self._tokens(inner, controller, image, logits, direction)
-            if not cost.num_prefix_tokens:
-                some = inner.op("Greater", count, inner.ints(0))
-                return inner.choose(
-                    some,
-                    lambda g: self._execute(g, writer, replace(image, macs=macs, left=left), logits, ranked, count),
-                    lambda g: [
-                        image.rows,
-                        image.active,
-                        macs,
-                        g.ints(-1) if self.rules.leaves else left,
-                        g.constant([False]),
-                        *nothing,
-                    ],
-                )
-            return self._execute(inner, writer, replace(image, macs=macs, left=left), logits, ranked, count)
+            paid = image
+            if scoring is not None:
+                left, macs = inner.op("Sub", image.left, scoring), inner.op("Add", image.macs, scoring)
+                paid = replace(image, left=left, macs=macs)
+            if not controller.rank:
+                return self._execute(inner, writer, paid, said, None, inner.op("Shape", image.active))
+            ranked, count = self._tokens(inner, controller, image, said)
+            if cost.num_prefix_tokens:
+                return self._execute(inner, writer, paid, said, ranked, count)
+            return inner.choose(
+                inner.op("Greater", count, inner.ints(0)),
+                lambda g: self._execute(g, writer, paid, said, ranked, count),
+                lambda g: skip(g, paid),
+            )
 
-        def skip(inner: Graph) -> list[str]:
-            left = inner.ints(-1) if self.rules.leaves else image.left  # who left can pay for no block
-            return [image.rows, image.active, image.macs, left, inner.constant([False]), *nothing]
+        *after, depth, heads, tokens = graph.choose(depth, execute, skip)
+        return Image(*after), Done(depth, heads, tokens)
 
-        rows, active, macs, left, *done = graph.choose(depth, execute, skip)
-        return Image(rows, active, macs, left), Done(*done)
-
-    def _logits(self, graph: Graph, index: int, image: Image) -> tuple[str, str]:
-        """Logits (1, J) and the direction (1, C) that tokens are compared with: those of `Formula`."""
-        c, prefix = self.controllers[index], self.cost.num_prefix_tokens
-        weights: list[Tensor] = [c.gates.weight]
-        biases: list[Tensor] = [c.gates.bias]
+    def _said(self, graph: Graph, index: int, image: Image) -> Said:
+        """As `Formula` has it."""
+        c, grains = self.controllers[index], self.columns[index]
+        heads = self.cost.num_heads if self.decides_heads else 0
+        layers = [(c.gates.weight[: 1 + heads], c.gates.bias[: 1 + heads])]
         if c.rank:
-            weights.append(c.query.weight[-1:])
-            biases.append(c.query.bias[-1:])
-        grains = [0] + [1] * (c.gates.out_features - 1) + [2] * bool(c.rank)
+            layers.append((c.query.weight[-1:], c.query.bias[-1:]))
+        layers.append((c.difficulty.weight, c.difficulty.bias))
+        weight, bias = (torch.cat(parts).float() for parts in zip(*layers, strict=True))
         bounds = torch.tensor([LOGIT_BOUND] * len(grains) + [DIFFICULTY_BOUND])
-        outputs = torch.cat([*weights, c.difficulty.weight]).float() / bounds[:, None]
-        outputs_bias = torch.cat([*biases, c.difficulty.bias]).float() / bounds
-        if c.rank:
+        weight, bias = weight / bounds[:, None], bias / bounds
+        compares = c.rank and not c.even  # else all tokens have the same content
+        if compares:
             key = c.key.weight.t().float()  # what tokens are compared with is one layer of the context, as in `Formula`
-            outputs = torch.cat([outputs, key @ c.query.weight[:-1].float()])
-            outputs_bias = torch.cat([outputs_bias, key @ c.query.bias[:-1].float()])
+            weight = torch.cat([weight, key @ c.query.weight[:-1].float()])
+            bias = torch.cat([bias, key @ c.query.bias[:-1].float()])
+        seen = self._normalised(graph, graph.op("Concat", *self._means(graph, image), axis=0))
+        seen = graph.op("Reshape", seen, graph.ints(1, -1))
+        read = graph.op("Gemm", seen, graph.constant(array(c.pooled.weight.t())), self.contexts[index])
+        content = graph.op(
+            "Gemm", graph.op("Gelu", read), graph.constant(array(weight.t())), graph.constant(array(bias))
+        )
+        direction = None
+        if compares:
+            content, direction = graph.split(content, [len(bounds), c.embed_dim], axis=1)
+        mixing = np.zeros((len(bounds), len(grains)), FLOAT)  # from bounded contents to logits
+        mixing[: len(grains)] = np.eye(len(grains)) * LOGIT_BOUND
+        mixing[-1] = DIFFICULTY_BOUND * array(torch.nn.functional.softplus(c.gain.float()))[grains]
+        logits = graph.op("Gemm", graph.op("Tanh", content), graph.constant(mixing), self.shifts[index])
+        sizes = [size for size in (1, heads, int(bool(c.rank))) if size]
+        parts = graph.split(graph.op("Reshape", logits, graph.ints(-1)), sizes)
+        return Said(parts[0], parts[1] if heads else None, parts[-1] if c.rank else None, direction)
+
+    def _means(self, graph: Graph, image: Image) -> tuple[str, str]:
+        """Of the active patch tokens and of the prefix tokens, (1, C) each."""
+        prefix = self.cost.num_prefix_tokens
         first = graph.op("Slice", image.rows, graph.ints(0), graph.ints(prefix)) if prefix else ""
         if prefix > 1:
             first = graph.op("ReduceSum", first, graph.ints(0), keepdims=1)
@@ -139,28 +196,10 @@ class AdaptiveWriter:
         else:
             total = graph.op("ReduceSum", self._active_rows(graph, image), graph.ints(0), keepdims=1)
         count = graph.op("Max", graph.op("Shape", image.active), graph.ints(1))
-        pooled = means = graph.op("Div", total, graph.op("Cast", count, to=TensorProto.FLOAT))
-        if prefix:
-            means = first if prefix == 1 else graph.op("Mul", first, graph.constant(1 / prefix, FLOAT))
-        seen = self._normalised(graph, graph.op("Concat", pooled, means, axis=0))
-        seen = graph.op("Reshape", seen, graph.ints(1, -1))
-        price = graph.op("Gather", self.prices, graph.ints(index), axis=0)
-        read = graph.op("Gemm", seen, graph.constant(array(c.pooled.weight.t())), price)
-        context = graph.op("Gelu", read)
-        out = graph.op("Gemm", context, graph.constant(array(outputs.t())), graph.constant(array(outputs_bias)))
-        content, direction = out, ""
-        if c.rank:
-            content, direction = graph.op("Split", out, graph.ints(len(bounds), c.embed_dim), outputs=2, axis=1)
-        mixing = np.zeros((len(bounds), len(grains)), FLOAT)  # from bounded contents to logits
-        mixing[: len(grains)] = np.eye(len(grains)) * LOGIT_BOUND
-        mixing[-1] = DIFFICULTY_BOUND * array(torch.nn.functional.softplus(c.gain.float()))[grains]
-        slopes = array(torch.nn.functional.softplus(c.slope.float()))[grains]
-        shift = graph.op(
-            "Sub",
-            graph.constant(np.array(c.keep_logits)[grains], FLOAT),
-            graph.op("Mul", self.log_price, graph.constant(slopes)),
-        )
-        return graph.op("Gemm", graph.op("Tanh", content), graph.constant(mixing), shift), direction
+        pooled = graph.op("Div", total, graph.op("Cast", count, to=TensorProto.FLOAT))
+        if prefix > 1:
+            first = graph.op("Mul", first, graph.constant(1 / prefix, FLOAT))
+        return pooled, first or pooled
 
     def _active_rows(self, graph: Graph, image: Image) -> str:
         """Rows (active, C) of the tokens that may be kept."""
@@ -170,28 +209,17 @@ class AdaptiveWriter:
         rows = graph.op("Add", image.active, graph.ints(prefix)) if prefix else image.active
         return str(graph.op("Gather", image.rows, rows, axis=0))
 
-    def _scoring(self, graph: Graph, controller: Controller, image: Image) -> str:
-        """MACs (1,) of scoring the tokens."""
-        if not controller.rank:
-            return graph.ints(0)
-        return str(graph.op("Mul", graph.op("Shape", image.active), graph.ints(controller.token_score_macs)))
-
-    def _tokens(
-        self, graph: Graph, controller: Controller, image: Image, logits: str, direction: str
-    ) -> tuple[str, str]:
+    def _tokens(self, graph: Graph, controller: Controller, image: Image, said: Said) -> tuple[str, str]:
         """The active tokens, best first, by their place among the active; and how many are kept, (1,)."""
-        available = graph.op("Shape", image.active)
-        if not controller.rank:
-            places = graph.op("Range", graph.constant(0, INT), graph.op("Squeeze", available), graph.constant(1, INT))
-            return places, available
-        tokens = self._normalised(graph, self._active_rows(graph, image))
-        scores = graph.op("MatMul", tokens, graph.op("Squeeze", direction, graph.ints(0)))
-        bounded = graph.op("Tanh", graph.op("Mul", scores, graph.constant(1 / LOGIT_BOUND, FLOAT)))
-        shared = self._at(graph, logits, self.cost.num_heads + 1)
-        logit = graph.op("Add", graph.op("Mul", bounded, graph.constant(LOGIT_BOUND, FLOAT)), shared)
+        available, logit = graph.op("Shape", image.active), said.tokens
         if controller.dithers:
             thresholds = graph.constant(controller.thresholds(self.cost.grid), FLOAT)
             logit = graph.op("Add", logit, graph.op("Gather", thresholds, image.active, axis=0))
+        if said.direction is not None:
+            tokens = self._normalised(graph, self._active_rows(graph, image))
+            scores = graph.op("MatMul", tokens, graph.op("Squeeze", said.direction, graph.ints(0)))
+            bounded = graph.op("Tanh", graph.op("Mul", scores, graph.constant(1 / LOGIT_BOUND, FLOAT)))
+            logit = graph.op("Add", graph.op("Mul", bounded, graph.constant(LOGIT_BOUND, FLOAT)), logit)
         _, places = graph.op("TopK", logit, available, outputs=2, axis=0)
         count = self._how_many(graph, graph.op("Greater", logit, graph.constant(0.0, FLOAT)))
         if self.multiple > 1:
@@ -207,75 +235,86 @@ class AdaptiveWriter:
         return str(graph.op("Where", graph.op("Greater", count, graph.ints(0)), wanted, count))
 
     def _execute(
-        self, graph: Graph, writer: BlockWriter, image: Image, logits: str, ranked: str, count: str
+        self, graph: Graph, writer: BlockWriter, image: Image, said: Said, ranked: str | None, count: str
     ) -> list[str]:
+        """ranked: the active tokens, best first, by their place among the active; None: none is to be dropped."""
         cost, index = self.cost, writer.index
-        heads = self._heads(graph, logits)
-        num_heads = graph.op("ReduceSum", graph.op("Cast", heads, to=TensorProto.INT64), graph.ints(0), keepdims=1)
-        table = graph.constant(_block_macs(cost, index))  # (H + 1, N + 1)
-        num_heads, count = self._capped(graph, table, image, num_heads, count)
-        macs = graph.op("GatherND", table, graph.op("Concat", num_heads, count, axis=0))
-        macs = graph.op("Reshape", macs, graph.ints(1))
-        if self.rules.nested_heads:
-            kept_heads = graph.op("Less", graph.constant(np.arange(cost.num_heads)), num_heads)
-        else:  # the first of those asked for
-            order = graph.op("CumSum", graph.op("Cast", heads, to=TensorProto.INT64), graph.constant(0, INT))
-            kept_heads = graph.op("And", heads, graph.op("LessOrEqual", order, num_heads))
-        places = graph.op("Slice", ranked, graph.ints(0), count)
+        heads, num_heads = self.every_head, graph.ints(cost.num_heads)
+        if said.heads is not None:
+            heads = self._heads(graph, said.heads)
+            num_heads = graph.op("ReduceSum", graph.op("Cast", heads, to=TensorProto.INT64), graph.ints(0), keepdims=1)
+        table = _block_macs(cost, index)  # (H + 1, N + 1)
+        macs = self._macs(graph, table, num_heads if said.heads is not None else None, count)
 
-        def ordered(inner: Graph) -> list[str]:
-            return [inner.op("Gather", image.active, places, axis=0), self._kept_rows(inner, image, places)]
+        def cut(inner: Graph) -> list[str]:
+            fewer_heads, fewer = self._capped(inner, inner.constant(table), image, num_heads, count)
+            last = inner.op("Range", inner.constant(0, INT), inner.op("Squeeze", count), inner.constant(1, INT))
+            places = inner.op("Slice", ranked or last, inner.ints(0), fewer)
+            cheaper = self._macs(inner, table, fewer_heads, fewer)
+            return [self._first(inner, heads, fewer_heads), fewer_heads, *self._kept(inner, image, places), cheaper]
 
-        if self.controllers[index].rank:  # best first, from here on: a cap cuts the last ones
-            active, rows = ordered(graph)
-        else:
-            everything = graph.op("Equal", count, graph.op("Shape", image.active))
-            active, rows = graph.choose(
-                everything, lambda inner: [image.active, self._kept_rows(inner, image, None)], ordered
-            )
-        changed = self._block(graph, writer, rows, kept_heads, num_heads)
-        tokens = graph.op(
-            "ScatterElements", graph.constant(np.zeros(cost.num_patches, bool)), active, self._trues(graph, active)
-        )
-        after = changed
+        def as_asked(inner: Graph) -> list[str]:
+            if ranked is None:
+                rows = image.rows if self.packed else self._rows(inner, image, None)
+                return [heads, num_heads, rows, image.active, image.is_active, macs]
+            places = inner.op("Slice", ranked, inner.ints(0), count)
+            return [heads, num_heads, *self._kept(inner, image, places), macs]
+
+        kept = Kept(*graph.choose(graph.op("Greater", macs, image.left), cut, as_asked))
+        after = self._block(graph, writer, kept.rows, kept.heads, kept.num_heads)
         if not self.packed:
-            where = graph.op("Add", active, graph.ints(cost.num_prefix_tokens))
-            if cost.num_prefix_tokens:
-                where = graph.op("Concat", graph.constant(np.arange(cost.num_prefix_tokens)), where, axis=0)
-            if cost.trims(index):
-                where = graph.constant(np.arange(cost.num_prefix_tokens))
-            after = graph.op("ScatterND", image.rows, graph.op("Unsqueeze", where, graph.ints(1)), changed)
-        next_active = active if self.rules.progressive else image.active
-        spent = graph.op("Add", image.macs, macs)
-        return [
-            after,
-            next_active,
-            spent,
-            graph.op("Sub", image.left, macs),
-            graph.constant([True]),
-            kept_heads,
-            tokens,
-        ]
+            where = graph.constant(np.arange(cost.num_prefix_tokens))
+            if not cost.trims(index):
+                where = self._places_in_all(graph, kept.active)
+            after = graph.op("ScatterND", image.rows, graph.op("Unsqueeze", where, graph.ints(1)), after)
+        spent, left = graph.op("Add", image.macs, kept.macs), graph.op("Sub", image.left, kept.macs)
+        image = replace(image, rows=after, macs=spent, left=left)
+        if self.rules.progressive:
+            image = replace(image, active=kept.active, is_active=kept.is_active)
+        return [*astuple(image), graph.constant([True]), kept.heads, kept.is_active]
 
-    def _kept_rows(self, graph: Graph, image: Image, places: str | None) -> str:
+    @staticmethod
+    def _macs(graph: Graph, table: Any, num_heads: str | None, count: str) -> str:
+        """MACs (1,) of so many heads, None: all, and tokens."""
+        if num_heads is None:
+            return str(graph.op("Gather", graph.constant(table[-1]), count))
+        found = graph.op("GatherND", graph.constant(table), graph.op("Concat", num_heads, count, axis=0))
+        return str(graph.op("Reshape", found, graph.ints(1)))
+
+    def _first(self, graph: Graph, heads: str, count: str) -> str:
+        """The first `count` of those asked for, (H,) bool."""
+        if self.rules.nested_heads:
+            return str(graph.op("Less", graph.constant(np.arange(self.cost.num_heads)), count))
+        order = graph.op("CumSum", graph.op("Cast", heads, to=TensorProto.INT64), graph.constant(0, INT))
+        return str(graph.op("And", heads, graph.op("LessOrEqual", order, count)))
+
+    def _kept(self, graph: Graph, image: Image, places: str) -> tuple[str, str, str]:
+        """Rows, active and is_active of the tokens in these places among the active."""
+        active = graph.op("Gather", image.active, places, axis=0)
+        trues = graph.op("Expand", graph.constant([True]), graph.op("Shape", active))
+        is_active = graph.op("ScatterElements", self.no_tokens, active, trues)
+        return self._rows(graph, image, places), active, is_active
+
+    def _rows(self, graph: Graph, image: Image, places: str | None) -> str:
         """Rows (P + kept, C). places: of the kept tokens among the active; None: all of them."""
-        prefix = self.cost.num_prefix_tokens
-        if places is None and self.packed:
-            return image.rows
         if self.packed:
-            rows = graph.op("Add", places or "", graph.ints(prefix))
+            where = self._places_in_all(graph, places or "")
         else:
-            tokens = image.active if places is None else graph.op("Gather", image.active, places, axis=0)
-            rows = graph.op("Add", tokens, graph.ints(prefix))
-        if prefix:
-            rows = graph.op("Concat", graph.constant(np.arange(prefix)), rows, axis=0)
-        return str(graph.op("Gather", image.rows, rows, axis=0))
+            active = image.active if places is None else graph.op("Gather", image.active, places, axis=0)
+            where = self._places_in_all(graph, active)
+        return str(graph.op("Gather", image.rows, where, axis=0))
 
-    def _heads(self, graph: Graph, logits: str) -> str:
-        """The heads (H,) bool that are kept rather than not, at least one."""
+    def _places_in_all(self, graph: Graph, patches: str) -> str:
+        """The prefix rows and these patch rows."""
+        prefix = self.cost.num_prefix_tokens
+        if not prefix:
+            return patches
+        rows = graph.op("Add", patches, graph.ints(prefix))
+        return str(graph.op("Concat", graph.constant(np.arange(prefix)), rows, axis=0))
+
+    def _heads(self, graph: Graph, own: str) -> str:
+        """The heads (H,) bool that are kept rather than not, at least one, by their logits."""
         count = self.cost.num_heads
-        own = graph.op("Slice", logits, graph.ints(1), graph.ints(1 + count), graph.ints(1))
-        own = graph.op("Reshape", own, graph.ints(count))
         kept = graph.op("Greater", own, graph.constant(0.0, FLOAT))
         if self.rules.nested_heads:
             first = graph.constant(np.arange(count) == 0)
@@ -288,20 +327,13 @@ class AdaptiveWriter:
     def _capped(self, graph: Graph, table: str, image: Image, num_heads: str, count: str) -> tuple[str, str]:
         """Heads and tokens (1,) cut to what is left: fewer tokens first, then fewer heads (`cap.RemainingMacs`)."""
         fewest = 0 if self.cost.num_prefix_tokens else 1
-        costs = graph.op("GatherND", table, graph.op("Concat", num_heads, count, axis=0))
-        over = graph.op("Greater", graph.op("Reshape", costs, graph.ints(1)), image.left)
-
-        def cut(inner: Graph) -> list[str]:
-            fits = inner.op("LessOrEqual", table, image.left)
-            at_fewest = inner.op("Gather", fits, inner.constant(fewest, INT), axis=1)  # (H + 1,), falling from True
-            most = inner.op("Sub", self._how_many(inner, at_fewest), inner.ints(1))
-            heads = inner.op("Min", num_heads, most)
-            for_heads = inner.op("Squeeze", inner.op("Gather", fits, heads, axis=0), inner.ints(0))
-            tokens = inner.op("Min", count, inner.op("Sub", self._how_many(inner, for_heads), inner.ints(1)))
-            tokens = inner.op("Where", inner.op("Equal", heads, num_heads), tokens, inner.ints(fewest))
-            return [heads, tokens]
-
-        heads, tokens = graph.choose(over, cut, lambda _: [num_heads, count])
+        fits = graph.op("LessOrEqual", table, image.left)
+        at_fewest = graph.op("Gather", fits, graph.constant(fewest, INT), axis=1)  # (H + 1,), falling from True
+        most = graph.op("Sub", self._how_many(graph, at_fewest), graph.ints(1))
+        heads = graph.op("Min", num_heads, most)
+        for_heads = graph.op("Squeeze", graph.op("Gather", fits, heads, axis=0), graph.ints(0))
+        tokens = graph.op("Min", count, graph.op("Sub", self._how_many(graph, for_heads), graph.ints(1)))
+        tokens = graph.op("Where", graph.op("Equal", heads, num_heads), tokens, graph.ints(fewest))
         return heads, tokens
 
     def _block(self, graph: Graph, writer: BlockWriter, rows: str, kept_heads: str, num_heads: str) -> str:
@@ -339,19 +371,9 @@ class AdaptiveWriter:
         return str(graph.op("LayerNormalization", rows, scale, axis=-1, epsilon=1e-5))
 
     @staticmethod
-    def _at(graph: Graph, logits: str, column: int) -> str:
-        """One of the logits, (1,)."""
-        one = graph.op("Slice", logits, graph.ints(column), graph.ints(column + 1), graph.ints(1))
-        return str(graph.op("Reshape", one, graph.ints(1)))
-
-    @staticmethod
     def _how_many(graph: Graph, flags: str) -> str:
         """(1,) int64."""
         return str(graph.op("ReduceSum", graph.op("Cast", flags, to=TensorProto.INT64), graph.ints(0), keepdims=1))
-
-    @staticmethod
-    def _trues(graph: Graph, like: str) -> str:
-        return str(graph.op("Expand", graph.constant([True]), graph.op("Shape", like)))
 
 
 def write_log_price(graph: Graph, budget: str, table: Calibration, scale: Tensor) -> str:

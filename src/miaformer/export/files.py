@@ -57,7 +57,8 @@ def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = Non
     cap = graph.op("Clip", "cap", graph.constant(0.0, np.float32), graph.constant(4.0, np.float32))
     cap = graph.op("Mul", graph.op("Cast", cap, to=TensorProto.DOUBLE), graph.constant(float(cost.backbone)))
     left = graph.op("Sub", graph.op("Cast", cap, to=TensorProto.INT64), spent)
-    image = Image(rows, graph.constant(np.arange(cost.num_patches)), spent, left)
+    every_token = np.arange(cost.num_patches)
+    image = Image(rows, graph.constant(every_token), graph.constant(every_token >= 0), spent, left)
     blocks = []
     for index, block in enumerate(model.backbone.blocks):
         image, done = writer.write(graph, index, block, image)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,12 +53,23 @@ class Graph:
         self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, **attributes))
         return names[0] if outputs == 1 else names
 
+    def split(self, value: str, sizes: Sequence[int], axis: int = 0) -> list[str]:
+        """Parts of these sizes, along an axis."""
+        if len(sizes) == 1:
+            return [value]
+        return list(self.op("Split", value, self.ints(*sizes), outputs=len(sizes), axis=axis))
+
     def choose(self, condition: str, *branches: Callable[[Graph], list[str]]) -> list[str]:
         """`If`: the values of the first branch where the condition holds, else those of the second."""
         protos, count = [], 0
         for branch in branches:
             inner = Graph(self)
-            values = [inner.op("Identity", value) for value in branch(inner)]
+            values = branch(inner)
+            own = {name for node in inner.nodes for name in node.output}
+            for place, value in enumerate(values):  # an output has to be a value of the branch's own, and each another
+                if value not in own:
+                    values[place] = inner.op("Identity", value)
+                own.discard(value)
             count = len(values)
             outputs = [onnx.ValueInfoProto(name=value) for value in values]
             protos.append(helper.make_graph(inner.nodes, self.name("branch"), [], outputs))
