@@ -211,7 +211,7 @@ class AdaptiveWriter:
 
     def _tokens(self, graph: Graph, controller: Controller, image: Image, said: Said) -> tuple[str, str]:
         """The active tokens, best first, by their place among the active; and how many are kept, (1,)."""
-        available, logit = graph.op("Shape", image.active), said.tokens
+        available, logit = graph.op("Shape", image.active), said.tokens or ""
         if controller.dithers:
             thresholds = graph.constant(controller.thresholds(self.cost.grid), FLOAT)
             logit = graph.op("Add", logit, graph.op("Gather", thresholds, image.active, axis=0))
