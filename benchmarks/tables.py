@@ -219,7 +219,7 @@ METHODS = {
     "resolution": "lower input resolution, fine-tuned",
     "resolution-free": "lower input resolution, without training",
     "resolution-looks": "a smaller image first, a larger one if not confident",
-    "int8": "int8 (ONNX Runtime) of the further-trained dense model",
+    "int8": "int8 (ONNX Runtime), without training",
 }
 
 

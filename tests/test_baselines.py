@@ -30,7 +30,6 @@ from miaformer.lab.comparison.results import Difficulty, Point
 from miaformer.lab.comparison.timing import BATCHES, mean_times, read_times, time_entries
 from miaformer.model.policy import Full, Look, RandomLooks, TwoLooks
 from miaformer.training.progress import DURATIONS, core_seconds
-from miaformer.training.recipes import get_recipe
 
 GRID = {"img_size": 32, "patch_size": 4}  # 8 x 8 patches, as 112 pixels in patches of 14 are
 
@@ -150,15 +149,6 @@ def test_int8_agrees_with_float32_and_is_smaller(
     assert (spent == 1).all()
     assert entry.run(images[:1]).shape == (1, 4), "whatever the batch"
     assert sizes[1] < 0.5 * sizes[0]
-
-
-def test_int8_is_the_dense_controls_model() -> None:
-    recipe = get_recipe("digits")
-    int8, dense = METHODS["int8"], METHODS["dense"]
-    assert int8.trained_as == "dense"
-    assert int8.recipe is not None
-    assert dense.recipe is not None
-    assert int8.recipe(recipe) == dense.recipe(recipe)
 
 
 # time

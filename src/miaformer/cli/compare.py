@@ -39,7 +39,7 @@ methods:
                  smaller images; fine-tuned on all sizes at once, and without training
   resolution-looks
                  the model of `resolution`: a small image first, a larger one if the answer is not confident
-  int8           the model of `dense` in 8-bit integers, run by ONNX Runtime
+  int8           the backbone in 8-bit integers, without training, run by ONNX Runtime
   cls-attention  EViT: keeps the tokens that the class token attends to
   top-tokens     DynamicViT: keeps the tokens that trained scorers prefer
   merging merging-free

@@ -1,4 +1,4 @@
-"""8-bit integers as a method: the dense control's model, dynamically quantized and run by ONNX Runtime.
+"""8-bit integers as a method: the backbone, dynamically quantized and run by ONNX Runtime, without training.
 
 All its MACs are executed, each in less time.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from miaformer.evaluation.engines import EngineUnavailableError
 from miaformer.lab.comparison.engines import OnnxFile
-from miaformer.lab.comparison.method import Entry, Method, Question, image_shape, one_stage
+from miaformer.lab.comparison.method import Entry, Method, Question, image_shape
 from miaformer.model.model import MIAFormer
 
 
@@ -42,8 +42,7 @@ def _entries(model: MIAFormer, question: Question) -> list[Entry]:
 
 INT8 = Method(
     "int8",
-    "the dense control in 8-bit integers, by ONNX Runtime",
-    one_stage("backbone"),
+    "the backbone in 8-bit integers, by ONNX Runtime, without training",
+    None,
     _entries,
-    trained_as="dense",
 )
