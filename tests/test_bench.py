@@ -15,7 +15,6 @@ from miaformer.cli import main
 from miaformer.evaluation import bench_data
 from miaformer.evaluation.bench import bench
 from miaformer.evaluation.drawn import draw_controllers
-from miaformer.evaluation.engines import open_engines
 from miaformer.evaluation.timing import Race
 from miaformer.model.budget import calibrate
 
@@ -49,7 +48,7 @@ def test_drawn_controllers_decide_their_grains_image_by_image(grains: str) -> No
 
 def test_a_report_has_a_row_for_every_budget_and_its_numbers_agree() -> None:
     model, images = drawn("all")
-    report = bench({"all": model}, images, open_engines(["eager"]), batch_sizes=[1, 4], budgets=[0.5, 0.7], repeats=3)
+    report = bench({"all": model}, images, ["eager"], batch_sizes=[1, 4], budgets=[0.5, 0.7], repeats=3)
     assert [(row["batch"], row["budget"]) for row in report.rows] == [(b, x) for b in (1, 4) for x in (0.5, 0.7, 1.0)]
     for row in report.rows:
         assert row["efficiency"] == pytest.approx(row["macs_fraction"] / row["time_fraction"])

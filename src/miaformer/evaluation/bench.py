@@ -8,21 +8,24 @@ each other and with nothing else.
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from miaformer.evaluation.calibration import OnProgress
-from miaformer.evaluation.engines import DenseCall, Engine, EngineUnavailableError, SparseCall
 from miaformer.evaluation.timing import Race
+from miaformer.export.engines import Engine, EngineUnavailableError, open_engine
 from miaformer.model.budget import check_fraction
 from miaformer.model.model import MIAFormer
 
+TIMED_ENGINES = ("eager", "packed", "compile", "graphs", "onnx")
 FULL = 1.0  # the budget at which controllers run and everything is kept
 _REHEARSED_MS = 50.0  # calls shorter than this are rehearsed: what is left in caches is worth a few ms
 _FEWEST_SWEEPS = 5  # that batches of pictures are given up for
@@ -63,7 +66,7 @@ def stage_of(dtype: str, batch: int) -> str:
 def bench(
     models: Mapping[str, MIAFormer],
     pictures: Tensor,
-    engines: Sequence[Engine],
+    engines: Sequence[str] = TIMED_ENGINES,
     dtypes: Sequence[str] = ("float32",),
     batch_sizes: Sequence[int] = (1, 8, 32),
     budgets: Sequence[float] = (0.35, 0.5, 0.7),
@@ -80,30 +83,35 @@ def bench(
 
     Raises ValueError for models without calibration, and for settings out of range.
     """
-    _check(models, pictures, batch_sizes, budgets, repeats, seconds)
+    _check(models, pictures, engines, batch_sizes, budgets, repeats, seconds)
     device = next(next(iter(models.values())).parameters()).device
     budgets = sorted({*budgets} - {FULL})
     report = Report()
-    try:
-        for dtype in dict.fromkeys(dtypes):
-            converted = _in_dtype(models, getattr(torch, dtype))
-            for batch in sorted(set(batch_sizes)):
-                cell = _Cell(models, converted, dtype, batch, device, report)
-                cell.prepare(engines, budgets, pictures)
-                cell.time(pictures, repeats, seconds, on_progress)
-    except KeyboardInterrupt:
-        report.interrupted = True
+    with tempfile.TemporaryDirectory() as folder:  # exported once for all cells
+        try:
+            for dtype in dict.fromkeys(dtypes):
+                converted = _in_dtype(models, getattr(torch, dtype))
+                for batch in sorted(set(batch_sizes)):
+                    cell = _Cell(models, converted, dtype, batch, device, report, Path(folder))
+                    cell.prepare(list(dict.fromkeys(engines)), budgets, pictures)
+                    cell.time(pictures, repeats, seconds, on_progress)
+        except KeyboardInterrupt:
+            report.interrupted = True
     return report
 
 
 def _check(
     models: Mapping[str, MIAFormer],
     pictures: Tensor,
+    engines: Sequence[str],
     batch_sizes: Sequence[int],
     budgets: Sequence[float],
     repeats: int,
     seconds: float,
 ) -> None:
+    unknown = sorted(set(engines) - set(TIMED_ENGINES))
+    if unknown:
+        raise ValueError(f"unknown engine {', '.join(unknown)}: use some of {', '.join(TIMED_ENGINES)}")
     for grains, model in models.items():
         if model.calibration is None:
             raise ValueError(f"the model of grains {grains!r} is not calibrated, so it knows no budget to be timed at")
@@ -153,64 +161,66 @@ class _Cell:
         batch: int,
         device: torch.device,
         report: Report,
+        folder: Path,
     ) -> None:
         self.precise, self.models, self.dtype, self.batch = precise, models, dtype, batch
-        self.device, self.report = device, report
+        self.device, self.report, self.folder = device, report, folder
         self.contenders: list[_Contender] = []
 
     @torch.inference_mode()
-    def prepare(self, engines: Sequence[Engine], budgets: Sequence[float], pictures: Tensor) -> None:
+    def prepare(self, engines: Sequence[str], budgets: Sequence[float], pictures: Tensor) -> None:
         """Compile, export and so on, whatever takes its time once."""
         torch.compiler.reset()  # each shape is compiled anew; past a number of shapes it would silently run eager
         images = next(self._inputs(pictures, 1))
-        for engine in engines:
-            self._prepare_engine(engine, budgets, images)
+        for name in engines:
+            self._prepare_engine(name, budgets, images)
         if self.dtype != "float32":  # a dense model of full precision is a baseline too, where it is faster
-            for engine in engines:
-                self._add_dense(engine, "float32", next(iter(self.precise.values())), images)
+            for name in engines:
+                self._add_dense(name, "float32", next(iter(self.precise.values())), images)
 
-    def _prepare_engine(self, engine: Engine, budgets: Sequence[float], images: Mapping[str, Tensor]) -> None:
+    def _prepare_engine(self, name: str, budgets: Sequence[float], images: Mapping[str, Tensor]) -> None:
         first = next(iter(self.models))
-        if not self._add_dense(engine, self.dtype, self.models[first], images):
+        engine = self._add_dense(name, self.dtype, self.models[first], images)
+        if engine is None:
             return
         for grains, model in self.models.items():
+            assert model.calibration is not None
             try:
-                call = engine.sparse(model, images[self.dtype])
+                if grains != first:
+                    engine = open_engine(name, model, self.folder)
+                engine.run(images[self.dtype], [model.calibration.range[1]] * self.batch)
             except EngineUnavailableError as error:
-                self._leave_out(engine, "sparse", str(error))
+                self._leave_out(name, "sparse", str(error))
                 return
             for budget in (*budgets, *([FULL] if grains == first else [])):
                 try:
                     model.check_budget(budget)
                 except ValueError as error:
-                    self._leave_out(engine, f"sparse, {grains} at {budget:g}", str(error))
+                    self._leave_out(name, f"sparse, {grains} at {budget:g}", str(error))
                     continue
-                self._add_sparse(engine.name, grains, budget, call)
+                self._add_sparse(engine, grains, budget)
 
-    def _add_dense(self, engine: Engine, dtype: str, model: MIAFormer, images: Mapping[str, Tensor]) -> bool:
-        own = dtype == self.dtype
-        reason = engine.unsupported(getattr(torch, dtype), self.batch, self.device)
-        if reason is None:
-            try:
-                run: DenseCall = engine.dense(model, images[dtype])
-            except EngineUnavailableError as error:
-                reason = str(error)
-        if reason is not None:
-            self._leave_out(engine, "dense and sparse" if own else f"{dtype} dense", reason)
-            return False
-        self.contenders.append(_Contender(engine.name, dtype, lambda batch: run(batch[dtype])))
-        return True
+    def _add_dense(self, name: str, dtype: str, model: MIAFormer, images: Mapping[str, Tensor]) -> Engine | None:
+        try:
+            engine = open_engine(name, model, self.folder)
+            engine.dense(images[dtype])
+        except EngineUnavailableError as error:
+            self._leave_out(name, "dense and sparse" if dtype == self.dtype else f"{dtype} dense", str(error))
+            return None
+        self.contenders.append(_Contender(name, dtype, lambda batch: engine.dense(batch[dtype])))
+        return engine
 
-    def _add_sparse(self, engine: str, grains: str, budget: float, run: SparseCall) -> None:
+    def _add_sparse(self, engine: Engine, grains: str, budget: float) -> None:
         spent: dict[int, Tensor] = {}
+        budgets = [budget] * self.batch
 
         def call(batch: Mapping[str, Tensor]) -> None:
-            spent[id(batch)] = run(batch[self.dtype], budget)[1]
+            spent[id(batch)] = engine.run(batch[self.dtype], budgets).trace.macs_fraction
 
-        self.contenders.append(_Contender(engine, self.dtype, call, grains, budget, spent))
+        self.contenders.append(_Contender(engine.name, self.dtype, call, grains, budget, spent))
 
-    def _leave_out(self, engine: Engine, execution: str, reason: str) -> None:
-        self.report.leave_out(engine.name, execution, self.dtype, self.batch, reason)
+    def _leave_out(self, engine: str, execution: str, reason: str) -> None:
+        self.report.leave_out(engine, execution, self.dtype, self.batch, reason)
 
     def _inputs(self, pictures: Tensor, count: int) -> Iterator[dict[str, Tensor]]:
         """Batches of pictures, in this cell's dtype and in float32, where the model is."""

@@ -12,10 +12,9 @@ from torch import Tensor
 from miaformer.data import Batch, Batches, ImageData, build_transform
 from miaformer.data.pictures import read_pictures
 from miaformer.data.source import check_classes
-from miaformer.evaluation.bench import batches_of_size, bench
+from miaformer.evaluation.bench import TIMED_ENGINES, batches_of_size, bench
 from miaformer.evaluation.calibration import OnProgress, calibrate
 from miaformer.evaluation.drawn import Grains, drawn_models
-from miaformer.evaluation.engines import open_engines
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.evaluate import evaluate
 from miaformer.evaluation.memory import measure_memory
@@ -75,7 +74,7 @@ def calibration_facts(model: MIAFormer) -> dict[str, Any] | None:
 def bench_data(
     model: MIAFormer,
     data: str | Path,
-    engines: Sequence[str] = ("eager", "packed", "compile", "graphs", "onnx"),
+    engines: Sequence[str] = TIMED_ENGINES,
     dtypes: Sequence[str] = ("float32",),
     batch_sizes: Sequence[int] = (1, 8, 32),
     budgets: Sequence[float] = (0.35, 0.5, 0.7),
@@ -104,7 +103,7 @@ def bench_data(
     pictures = pictures[:wanted]
     models = {"all": model} if grains is None else drawn_models(model, held_out, seed, grains)
     _calibrate_all(models, held_out, str(data), on_progress)
-    found = bench(models, pictures, open_engines(engines), dtypes, batch_sizes, budgets, repeats, seconds, on_progress)
+    found = bench(models, pictures, engines, dtypes, batch_sizes, budgets, repeats, seconds, on_progress)
     report: dict[str, Any] = {"data": str(data), **found.to_json()}
     device = next(model.parameters()).device
     if memory and not found.interrupted:
