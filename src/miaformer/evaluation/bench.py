@@ -30,6 +30,7 @@ FULL = 1.0  # the budget at which controllers run and everything is kept
 _REHEARSED_MS = 50.0  # calls shorter than this are rehearsed: what is left in caches is worth a few ms
 _FEWEST_SWEEPS = 5  # that batches of pictures are given up for
 _PICTURES = 96  # of a cell, about: at most 16 batches, at least 2
+_FEWEST_PICTURES = 8  # however long they take: images differ in compute
 
 
 @dataclass
@@ -73,13 +74,14 @@ def bench(
     repeats: int = 15,
     seconds: float = 20.0,
     on_progress: OnProgress | None = None,
+    on_cell: Callable[[Report], None] | None = None,
 ) -> Report:
     """Time every engine, dense and sparse, at every dtype, batch size and budget; and with everything kept.
 
     models: float32, calibrated, by the grains that they decide (see `drawn_models`); they share a backbone. pictures:
     (n, 3, H, W) float32, normalised; repeated where they do not fill a batch. repeats: sweeps over a cell's batches
-    of pictures, at most; seconds: the time after which a cell ends, once each of its batches was timed. Ctrl-C ends it
-    with what there is.
+    of pictures, at most; seconds: the time after which a cell ends, once each of its batches was timed. on_cell: is
+    told after each dtype and batch size what there is. Ctrl-C ends it with that.
 
     Raises ValueError for models without calibration, and for settings out of range.
     """
@@ -95,6 +97,8 @@ def bench(
                     cell = _Cell(models, converted, dtype, batch, device, report, Path(folder))
                     cell.prepare(list(dict.fromkeys(engines)), budgets, pictures)
                     cell.time(pictures, repeats, seconds, on_progress)
+                    if on_cell is not None:
+                        on_cell(report)
         except KeyboardInterrupt:
             report.interrupted = True
     return report
@@ -243,7 +247,9 @@ class _Cell:
         round_seconds = sum(trial.last_ms) / 1000 * (2 if rehearse else 1)
         affordable = int(seconds / (round_seconds * min(repeats, _FEWEST_SWEEPS)))
         different = -(-len(pictures) // self.batch)
-        count = max(1, min(affordable, different, batches_of_size(self.batch)))
+        count = max(
+            min(affordable, different, batches_of_size(self.batch)), min(different, -(-_FEWEST_PICTURES // self.batch))
+        )
         race = Race(calls, list(self._inputs(pictures, count)), rehearse)
         start = time.perf_counter()
         try:
@@ -266,7 +272,7 @@ class _Cell:
             contender = self.contenders[place]
             if contender.dtype == self.dtype:
                 row = {"engine": contender.engine, "dtype": self.dtype, "ms": race.ms(place)}
-                self.report.dense.append({**row, **shared})
+                self.report.dense.append({**row, "variation": race.variation(place), **shared})
         for place, contender in enumerate(self.contenders):
             if contender.budget is None:
                 continue
@@ -289,5 +295,6 @@ class _Cell:
                 "best_dense_dtype": self.contenders[best].dtype,
                 "best_dense_ms": race.ms(best),
                 "best_time_fraction": race.fraction(place, best),
+                "best_spread": race.spread(place, best),
             }
             self.report.rows.append({**row, **shared})
