@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from vits import STRUCTURES, vit
 
 from miaformer import MIAFormer, adapt
-from miaformer.data import Batches, build_transform
+from miaformer.data import Batch, Batches, build_transform
 from miaformer.engine.cost import count_macs
-from miaformer.evaluation.engines import EngineUnavailableError
+from miaformer.evaluation import calibrate
 from miaformer.evaluation.intervals import resampled
+from miaformer.export.engines import EngineUnavailableError
+from miaformer.export.engines.onnx_runtime import OnnxModule
 from miaformer.lab.comparison import METHODS, summarise
-from miaformer.lab.comparison.engines import OnnxFile, of_module
+from miaformer.lab.comparison.engines import at_budgets, of_module
 from miaformer.lab.comparison.equal_accuracy import at_equal_accuracy
 from miaformer.lab.comparison.given import copy_backbone, is_copied
 from miaformer.lab.comparison.method import Entry, Question
@@ -58,7 +60,7 @@ def test_macs_of_every_size_are_those_counted(structure: str) -> None:
         spent: list[Tensor] = []
         counted = count_macs(lambda e=entry, s=small, kept=spent: kept.append(e.classify(s)[1]))  # type: ignore[misc]
         assert float(spent[0]) * model.cost().backbone == pytest.approx(counted, rel=1e-6)
-    onnx = entry.engines["onnx"](small)  # of the last; it raises where its logits differ
+    onnx = entry.engines["onnx"]  # of the last
     assert torch.allclose(onnx(small), entry.run(small), atol=1e-4)
 
 
@@ -165,13 +167,14 @@ def test_each_is_timed_on_its_fastest_engine(trained: MIAFormer, monkeypatch: py
     def only_one(images: Tensor) -> Any:
         if len(images) > 1:
             raise EngineUnavailableError("one image at a time")
-        return engine("quick")
+        return engine("quick")(images)
 
     monkeypatch.setattr("miaformer.evaluation.timing._milliseconds", lambda call: (call(), ms[said[-1]])[1])
-    both = {"timm": lambda images: engine("timm"), "onnx": lambda images: engine("onnx")}
+    both = {"timm": engine("timm"), "onnx": engine("onnx")}
     monkeypatch.setattr("miaformer.lab.comparison.timing.of_module", lambda module, shape: both)
     eager = engine("eager")
-    entry = Entry("x", None, lambda images: (eager(images), torch.ones(len(images))), engines={"quick": only_one})
+    others = {"quick": only_one, "wrong": lambda images: -trained.backbone(images)}
+    entry = Entry("x", None, lambda images: (eager(images), torch.ones(len(images))), engines=others)
     (times,) = time_entries(trained.backbone, [entry], images_of(trained, 64))
     assert {size: (one["engine"], one["dense_engine"]) for size, one in times.items()} == {
         "1": ("quick", "onnx"),
@@ -180,21 +183,33 @@ def test_each_is_timed_on_its_fastest_engine(trained: MIAFormer, monkeypatch: py
     assert (times["1"]["ms"], times["1"]["dense_ms"], times["1"]["fraction"]) == (3.0, 6.0, 0.5)
     assert times["1"]["batches"] == BATCHES[1]
     assert times["32"]["engines"] == {"eager": 9.0}
-    assert times["32"]["left_out"] == {"quick": "one image at a time"}
+    assert times["32"]["left_out"] == {"quick": "one image at a time", "wrong": "it gives other logits"}
     assert list(time_entries(trained.backbone, [entry], images_of(trained, 8))[0]) == ["1"], "no full batch of 32"
 
 
-def test_engines_answer_alike_or_are_left_out(trained: MIAFormer) -> None:
+def test_engines_answer_alike_or_say_why_not(trained: MIAFormer) -> None:
     pytest.importorskip("onnxruntime")
     images = images_of(trained, 3)
-    engines = of_module(trained.backbone, (3, 16, 16))
     with torch.inference_mode():
-        for prepare in engines.values():
-            torch.testing.assert_close(prepare(images)(images), trained.backbone(images), atol=1e-4, rtol=1e-3)
+        for call in of_module(trained.backbone, (3, 16, 16)).values():
+            torch.testing.assert_close(call(images), trained.backbone(images), atol=1e-4, rtol=1e-3)
     with pytest.raises(EngineUnavailableError, match="batches of 1"):
-        OnnxFile(lambda path: None, batch=1).prepare(images)
+        OnnxModule(lambda path: None, batch=1)(images)
     with pytest.raises(EngineUnavailableError, match="cannot be written"):
-        OnnxFile(_fails).prepare(images)
+        OnnxModule(_fails)(images)
+
+
+def test_the_learned_policy_is_run_by_onnx_in_batches_too() -> None:
+    pytest.importorskip("onnxruntime")
+    model = adapt(vit(**GRID), grains=("resolution",)).eval()
+    images = images_of(model, 6)
+    labels = torch.zeros(6, dtype=torch.int64)
+    calibrate(model, [Batch(images, labels, labels)])
+    onnx = at_budgets(model)
+    assert model.calibration is not None
+    for budget in model.calibration.range:
+        with torch.inference_mode():
+            torch.testing.assert_close(onnx(budget)(images), model(images, budget=budget), atol=1e-4, rtol=1e-4)
 
 
 def _fails(path: Path) -> None:

@@ -12,10 +12,10 @@ from vits import pictures, vit
 
 import miaformer
 from miaformer.cli import main
+from miaformer.cli.bench_output import bench_notes
 from miaformer.evaluation import bench_data
-from miaformer.evaluation.bench import bench
+from miaformer.evaluation.bench import _Cell, bench
 from miaformer.evaluation.drawn import draw_controllers
-from miaformer.evaluation.engines import open_engines
 from miaformer.evaluation.timing import Race
 from miaformer.model.budget import calibrate
 
@@ -49,7 +49,7 @@ def test_drawn_controllers_decide_their_grains_image_by_image(grains: str) -> No
 
 def test_a_report_has_a_row_for_every_budget_and_its_numbers_agree() -> None:
     model, images = drawn("all")
-    report = bench({"all": model}, images, open_engines(["eager"]), batch_sizes=[1, 4], budgets=[0.5, 0.7], repeats=3)
+    report = bench({"all": model}, images, ["eager"], batch_sizes=[1, 4], budgets=[0.5, 0.7], repeats=3)
     assert [(row["batch"], row["budget"]) for row in report.rows] == [(b, x) for b in (1, 4) for x in (0.5, 0.7, 1.0)]
     for row in report.rows:
         assert row["efficiency"] == pytest.approx(row["macs_fraction"] / row["time_fraction"])
@@ -67,6 +67,71 @@ def test_a_race_compares_each_round_with_itself(monkeypatch: pytest.MonkeyPatch)
         race.sweep()
     assert race.ms(0) == 3.0
     assert race.fraction(1, 0) == 0.5  # the median of 2, 0.5 and 0.5
+
+
+def test_variation_is_relative_to_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([8.0, 10.0, 10.0, 14.0, 20.0])
+    monkeypatch.setattr("miaformer.evaluation.timing._milliseconds", lambda call: next(times))
+    race = Race([lambda _: None], [None])
+    race.sweep()
+    assert race.variation(0) == 0, "of a single time nothing is known"
+    for _ in range(4):
+        race.sweep()
+    assert race.variation(0) == 0.4  # from 10 to 14, of 10
+
+
+def test_eight_pictures_are_timed_however_long_they_take() -> None:
+    model, images = drawn("all")
+    shown: list[list[int]] = []
+    report = bench(
+        {"all": model},
+        images,
+        ["eager"],
+        batch_sizes=[1, 4, 16],
+        budgets=[],
+        repeats=5,
+        seconds=1e-9,
+        on_cell=lambda report: shown.append([row["batch"] for row in report.rows]),
+    )
+    assert [(row["batch"], row["images"], row["repeats"]) for row in report.rows] == [(1, 8, 1), (4, 8, 1), (16, 16, 1)]
+    assert shown == [[1], [1, 4], [1, 4, 16]], "what there is, as it comes"
+
+
+def test_notes_warn_of_a_busy_machine_and_of_drawn_controllers() -> None:
+    model, images = drawn("all")
+    found = bench({"all": model}, images, ["eager"], batch_sizes=[1], budgets=[], repeats=1).to_json()
+    environment = {"threads": 1, "device": "cpu", "versions": {"torch": "2"}}
+    report: dict[str, Any] = {"model": "m", "data": "d", "environment": environment, "drawn": False, **found}
+    for variation, warns in ((0.19, False), (0.21, True)):
+        report["dense"][0]["variation"] = variation
+        assert ("Warning: the dense time of eager, float32, batch 1" in " ".join(bench_notes(report))) == warns
+    assert "drawn at random" not in " ".join(bench_notes(report))
+    assert "drawn at random" in " ".join(bench_notes({**report, "drawn": True}))
+
+
+def test_what_was_measured_is_kept_whatever_stops_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = drawn("all")
+    model.save_pretrained(tmp_path / "model")
+    prepare = _Cell.prepare
+
+    def killed(cell: _Cell, *rest: Any) -> None:
+        if cell.batch > 1:
+            raise SystemExit(143)
+        prepare(cell, *rest)
+
+    monkeypatch.setattr(_Cell, "prepare", killed)
+    arguments = ["bench", str(tmp_path / "model"), "--data", "digits", "--engines", "eager", "--batch-sizes", "1", "2"]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--budgets", "0.6", "--repeats", "1", "--seconds", "2", "--json", str(tmp_path / "b.json")])
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert [(row["batch"], row["budget"]) for row in report["rows"]] == [(1, 0.6), (1, 1.0)]
+    assert report["interrupted"]
+    assert report["environment"]["threads"] == torch.get_num_threads()
+    said = capsys.readouterr()
+    assert "2 tables to time, about 2 s each: 4 s" in said.out
+    assert "1 of 2 tables timed, about" in said.err
 
 
 def test_the_command_writes_rows_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime behind a predictor decides and answers as PyTorch does, and `auto` takes the faster one."""
+"""Every engine decides and answers as eager PyTorch does, and `auto` takes the fastest."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from vits import enliven, pictures, vit
 from miaformer import MIAFormer, Predictor, load
 from miaformer.data import Batch
 from miaformer.evaluation import calibrate
+from miaformer.export.engines import ENGINES, EngineUnavailableError, auto, onnx_runtime, open_engine
+from miaformer.export.engines.auto import Auto, Choice, faster
+from miaformer.export.engines.onnx_runtime import OnnxRuntime
+from miaformer.export.engines.pytorch import Compiled, Eager
 from miaformer.model.adapt import adapt
-from miaformer.prediction import engines
-from miaformer.prediction.engines import Chosen, Eager, OnnxRuntime, faster, open_engine, why_not_onnx
+from miaformer.model.policy import Full
 
 for needed in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(needed)
@@ -28,6 +31,12 @@ for needed in ("onnx", "onnxruntime", "onnxscript"):
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MIAFORMER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that several tests share, for exporting takes seconds."""
+    return tmp_path_factory.mktemp("exported")
 
 
 def calibrated(**config: Any) -> MIAFormer:
@@ -48,13 +57,27 @@ CONFIGS: list[Any] = [
 ]
 
 
+OTHERS = [
+    "packed",
+    "onnx",
+    pytest.param("compile", marks=pytest.mark.slow),  # compiles for a minute
+    pytest.param("graphs", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on CUDA only")),
+]
+
+
 @pytest.mark.parametrize("config", CONFIGS)
-def test_onnx_decides_and_answers_as_eager(config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_engine_decides_and_answers_as_eager(name: str, config: dict[str, Any]) -> None:
     """At one budget for all and one for each, under caps, alone and in batches; MACs to the last one."""
     model = calibrated(**config)
-    eager, onnx = Predictor(model), Predictor(model, engine="onnx")
+    eager, other = Predictor(model), Predictor(model, engine=name)
     images = pictures(model.backbone, 12).float()
+    torch.testing.assert_close(other.dense(images), eager.dense(images), atol=1e-4, rtol=1e-4)
     least, most = model.calibration.range if model.calibration else (0.0, 1.0)
+    if isinstance(other.engine, Compiled):
+        with pytest.raises(EngineUnavailableError, match="on the host"):
+            other.run(images, budget=most)
+        return
     between = torch.linspace(least, most, 12).tolist()
     least_cap = model.least_macs() / model.cost().backbone
     cap = least_cap + 0.4 * (1 - least_cap)
@@ -66,23 +89,33 @@ def test_onnx_decides_and_answers_as_eager(config: dict[str, Any]) -> None:
         {"budget": between, "cap": [cap] * 6 + [1.0] * 6},
     ]
     for spend in asked:
-        wanted, found = eager.run(images, **spend), onnx.run(images, **spend)
-        for name in ("depth", "heads", "tokens", "macs", "looks", "grid"):
-            assert torch.equal(getattr(wanted.trace, name), getattr(found.trace, name)), (spend, name)
+        wanted, found = eager.run(images, **spend), other.run(images, **spend)
+        for part in ("depth", "heads", "tokens", "macs", "looks", "grid"):
+            assert torch.equal(getattr(wanted.trace, part), getattr(found.trace, part)), (spend, part)
         torch.testing.assert_close(found.trace.macs_fraction, wanted.trace.macs_fraction)
         torch.testing.assert_close(found.logits, wanted.logits, atol=1e-4, rtol=1e-4)
-    alone = onnx.run(images[:1], budget=between[:1])
-    assert torch.equal(alone.trace.tokens, onnx.run(images, budget=between).trace.tokens[:1])
-    torch.testing.assert_close(onnx.dense(images), eager.dense(images), atol=1e-4, rtol=1e-4)
+    alone = other.run(images[:1], budget=between[:1])
+    assert torch.equal(alone.trace.tokens, other.run(images, budget=between).trace.tokens[:1])
 
 
-def test_what_asks_for_no_budget_is_run_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = calibrated()
-    onnx = Predictor(model, engine="onnx")
+@pytest.mark.parametrize("name", ["eager", "onnx"])
+def test_what_asks_for_no_budget_executes_everything(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the engine itself, calibrated or not; prices are PyTorch's."""
+    model = calibrated(**CONFIGS[0])
+    predictor = Predictor(model, engine=name)
     monkeypatch.setattr(OnnxRuntime, "run", None)
     images = pictures(model.backbone, 2).float()
-    assert torch.equal(onnx.run(images).logits, model(images))
-    assert torch.equal(onnx.run(images, price=1.0).logits, model(images, price=1.0))
+    for spend in ({}, {"policy": Full()}):
+        found = predictor.run(images, **spend)
+        torch.testing.assert_close(found.logits, model.backbone(images), atol=1e-4, rtol=1e-4)
+        assert found.trace.depth.all()
+        assert found.trace.tokens.all()
+        if name == "onnx":  # where PyTorch leaves out what nobody reads of the last block
+            assert found.trace.macs.tolist() == [model.cost().backbone] * 2
+            assert found.trace.macs_fraction.tolist() == [1.0, 1.0]
+    assert torch.equal(predictor.run(images, price=1.0).logits, model(images, price=1.0))
+    model.calibration = None
+    torch.testing.assert_close(predictor.run(images).logits, model.backbone(images), atol=1e-4, rtol=1e-4)
 
 
 def test_budgets_and_caps_that_cannot_be_are_refused_alike() -> None:
@@ -118,19 +151,21 @@ def test_what_onnx_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.Mon
     for change, reason in [
         (lambda m: m.bfloat16(), "bfloat16"),
         (lambda m: m.to("meta"), "on meta"),
-        (lambda m: setattr(m, "calibration", None), "not calibrated"),
     ]:
         changed = pickle.loads(pickle.dumps(model))
         change(changed)
-        assert reason in str(why_not_onnx(changed))
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(EngineUnavailableError, match=reason):
             Predictor(changed, engine="onnx")
-        assert isinstance(Chosen(changed).engines.get("eager"), Eager)
-        assert "onnx" not in Chosen(changed).engines
-    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "onnxscript" else name)
-    with pytest.raises(ValueError, match="pip install onnxscript"):
+        assert list(Auto(changed).engines) == ["eager"]
+    images = pictures(model.backbone, 1).float()
+    onnx = open_engine("onnx", model)
+    model.calibration = None
+    with pytest.raises(EngineUnavailableError, match="not calibrated"):
+        onnx.run(images, [0.5])
+    monkeypatch.setattr(onnx_runtime, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(EngineUnavailableError, match="pip install onnxscript"):
         open_engine("onnx", model)
-    with pytest.raises(ValueError, match="engine='tensorrt' must be one of auto, eager, onnx"):
+    with pytest.raises(ValueError, match=f"engine='tensorrt' must be one of {', '.join(ENGINES)}"):
         Predictor(model, engine="tensorrt")
 
 
@@ -200,52 +235,89 @@ def test_slow_candidates_are_timed_five_times_at_least() -> None:
     assert calls == {"one": 6, "other": 6}
 
 
-@pytest.mark.parametrize(
-    ("single", "batches"), [("onnx", "eager"), ("eager", "onnx"), ("onnx", "onnx"), ("eager", "eager")]
-)
-def test_auto_takes_what_was_faster_of_its_kind_and_remembers(
-    single: str, batches: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = load("cifar10-small")
-    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    ran: list[tuple[str, int]] = []
-
-    def note(name: str) -> Any:
-        kind = Eager if name == "eager" else OnnxRuntime
-        run = kind.run
-
-        def noted(self: Any, images: Tensor, *rest: Any) -> Any:
-            ran.append((name, len(images)))
-            return run(self, images, *rest)
-
-        monkeypatch.setattr(kind, "run", noted)
-
+def injected(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list[int]:
+    """Let every timing find these; gives the list of how many candidates each of them had."""
     timed: list[int] = []
 
-    def injected(calls: Any) -> dict[str, float]:
-        for call in calls.values():
-            call()
-        timed.append(ran[-1][1])
-        fast = single if ran[-1][1] == 1 else batches
-        return {fast: 0.001, "onnx" if fast == "eager" else "eager": 0.002}
+    def found(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+        timed.append(len(calls))
+        return {name: seconds[name] for name in calls}
 
-    for name in ("eager", "onnx"):
-        note(name)
-    monkeypatch.setattr(engines, "faster", injected)
-    said: list[tuple[str, dict[str, float]]] = []
-    auto = Predictor(model, engine="auto", on_choice=lambda *choice: said.append(choice))
+    monkeypatch.setattr(auto, "faster", found)
+    return timed
+
+
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """What ran from here on: engine, method, images."""
+    ran: list[tuple[str, str, int]] = []
+
+    def note(kind: type[Eager] | type[OnnxRuntime], method: str) -> None:
+        original = getattr(kind, method)
+
+        def call(self: Any, images: Tensor, *rest: Any) -> Any:
+            ran.append((kind.name, method, len(images)))
+            return original(self, images, *rest)
+
+        monkeypatch.setattr(kind, method, call)
+
+    for kind in (Eager, OnnxRuntime):
+        for method in ("run", "everything"):
+            note(kind, method)
+    return ran
+
+
+@pytest.mark.parametrize("fastest", ["eager", "onnx"])
+@pytest.mark.parametrize("dense", ["eager", "onnx"])
+@pytest.mark.parametrize("saves", [True, False])
+def test_auto_takes_the_fastest_and_says_where_dense_is(
+    fastest: str, dense: str, saves: bool, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIAFORMER_CACHE", str(exported))
+    (exported / auto.TIMED).unlink(missing_ok=True)
+    model = load("cifar10-small")
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seconds = {"eager": 0.020, "onnx": 0.020, "eager, dense": 0.040, "onnx, dense": 0.040}
+    seconds[fastest], seconds[f"{dense}, dense"] = 0.010, 0.015 if saves else 0.008
+    injected(monkeypatch, seconds)
+    ran = noted(monkeypatch)
+    said: list[Choice] = []
+    predictor = Predictor(model, engine="auto", on_choice=said.append)
+    for batch in (images[:1], images):
+        predictor.run(batch, budget=0.5)
+        assert ran[-1] == (fastest, "run", len(batch))
+        predictor.run(batch)
+        assert ran[-1] == (dense, "everything", len(batch))
+    assert [choice.kind for choice in said] == ["single images", "batches"]
+    assert said[1].ms[fastest] == pytest.approx(10 / 3)  # an image
+    lines = said[0].lines()
+    assert lines[0].startswith(f"engine for single images: {fastest}, 10 ms an image")
+    assert len(lines) == (1 if saves else 2)
+    if not saves:
+        assert f"the dense model is faster, {dense}, 8 ms" in lines[1]
+        assert "budget 0.5 saves MACs here, not time" in lines[1]
+
+
+def test_auto_chooses_for_each_kind_of_call_once_and_remembers(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIAFORMER_CACHE", str(exported))
+    (exported / auto.TIMED).unlink(missing_ok=True)
+    model = load("cifar10-small")
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    timed = injected(monkeypatch, {"eager": 0.02, "onnx": 0.01, "eager, dense": 0.03, "onnx, dense": 0.04})
+    ran = noted(monkeypatch)
+    predictor = Predictor(model, engine="auto")
     for batch in (images[:1], images, images[:2], images[1:2]):
-        auto.run(batch, budget=0.5)
-        assert ran[-1] == (single if len(batch) == 1 else batches, len(batch))
-    assert timed == [1, 3], "a kind is timed once"
-    assert [kind for kind, _ in said] == ["single pictures", "batches"]
-    assert said[1][1][batches] == pytest.approx(1 / 3)  # ms a picture
-
+        predictor.run(batch, budget=0.5)
+    assert timed == [4, 4]
     again = Predictor(model, engine="auto")  # in another process it would read the same file
     again.run(images[:1], budget=0.5)
-    assert ran[-1][0] == single
-    assert timed == [1, 3]
-    (empty_cache / engines.TIMED).write_text("{ no JSON")
+    assert timed == [4, 4]
+    Predictor(model, engine="auto").run(images[:1], budget=0.7)
+    assert timed == [4, 4, 4], "what is fastest at one budget need not be at another"
+    (exported / auto.TIMED).write_text("{ no JSON")
     Predictor(model, engine="auto").run(images[:1], budget=0.5)
-    assert timed == [1, 3, 1]
-    assert json.loads((empty_cache / engines.TIMED).read_text())
+    assert timed == [4, 4, 4, 4]
+    assert json.loads((exported / auto.TIMED).read_text())
+    model.calibration = None
+    Predictor(model, engine="auto").run(images)
+    assert timed[-1] == 2, "without a budget, only the two ways to execute everything"
+    assert ran[-1] == ("eager", "everything", 3)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from miaformer.data import Batches, ImageData
+    from miaformer.export.engines.auto import Choice
     from miaformer.model.model import MIAFormer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -99,16 +100,12 @@ class CommandParser(argparse.ArgumentParser):
         about = f"data type: {', '.join(DTYPES)} (default: float32)"
         self.add_argument("--dtype", choices=DTYPES, default="float32", metavar="T", help=about)
 
-    def add_engine(self, names: Sequence[str]) -> None:
-        """The first one is the default."""
-        meanings = {
-            "auto": "the faster one here, timed on the first images",
-            "eager": "PyTorch",
-            "onnx": "ONNX Runtime (CPU, float32)",
-        }
-        shown = "; ".join(f"{name}: {meanings[name]}" for name in names)
-        about = f"what runs the model at a budget or cap. {shown} (default: {names[0]})"
-        self.add_argument("--engine", choices=names, default=names[0], metavar="E", help=about)
+    def add_engine(self, default: str = "eager") -> None:
+        about = (
+            "what runs the model. eager: PyTorch; onnx: ONNX Runtime (CPU, float32); auto: the faster one here, timed "
+            f"on the first images (default: {default})"
+        )
+        self.add_argument("--engine", choices=("auto", "eager", "onnx"), default=default, metavar="E", help=about)
 
 
 def _add_image_column(parser: Any) -> None:
@@ -169,6 +166,13 @@ def open_device(name: str, threads: int | None = None) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {name} cannot be used here: {reason}") from error
     return device
+
+
+def say_choice(choice: Choice) -> None:
+    """Tell of what the engine `auto` timed, on stderr: results may go elsewhere."""
+    for line in choice.lines():
+        sys.stderr.write(f"miaformer: {line}\n")
+    sys.stderr.flush()
 
 
 def open_model(

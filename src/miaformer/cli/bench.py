@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 from miaformer.cli.arguments import DTYPES, add_command, check_positive, open_device, open_model, own_model
 
-ENGINES = ("eager", "packed", "compile", "graphs", "onnx")
+ENGINES = ("eager", "packed", "compile", "graphs", "onnx")  # bench.TIMED_ENGINES, which would import torch
 GRAINS = ("all", "depth", "heads", "tokens")
 
 DESCRIPTION = """\
@@ -20,7 +21,7 @@ engines:
   packed   the same, with sparse weights kept in the CPU's layout (MIAFormer.prepack)
   compile  torch.compile, dense only
   graphs   CUDA graphs (torch.compile, mode reduce-overhead), dense only, on CUDA
-  onnx     ONNX Runtime on the CPU
+  onnx     ONNX Runtime on the CPU; sparse batches run one image per thread
 
 MODEL may be timm:NAME, an unadapted timm ViT, with random weights unless --weights FILE or --pretrained is
 given. Its controllers are then drawn at random, so that decisions differ between images, and calibrated on images of
@@ -36,15 +37,18 @@ examples:
 JSON:
   {"rows": [{"engine", "dtype", "batch", "grains", "budget", "macs_fraction", "macs_fraction_std", "ms", "dense_ms",
              "time_fraction", "efficiency", "spread", "best_dense_engine", "best_dense_dtype", "best_dense_ms",
-             "best_time_fraction", "images", "repeats"}],
-   "dense": [{"engine", "dtype", "batch", "images", "repeats", "ms"}],
+             "best_time_fraction", "best_spread", "images", "repeats"}],
+   "dense": [{"engine", "dtype", "batch", "images", "repeats", "ms", "variation"}],
    "memory": [{"engine", "dtype", "batch", "grains", "budget", "dense_mb", "sparse_mb"}],
-   "left_out": [{"engine", "execution", "dtype", "batches", "reason"}], "environment": {...}, ...}
+   "left_out": [{"engine", "execution", "dtype", "batches", "reason"}], "drawn", "interrupted",
+   "environment": {...}, ...}
   Budget 1 runs the controllers and keeps everything. Times are medians over `repeats` rounds of each batch of images,
   then means over batches; fractions are taken within each round. efficiency = macs_fraction / time_fraction; spread
-  is the interquartile range of the time fractions of all rounds, on all batches. best_dense_*: the fastest dense
+  is the interquartile range of the time fractions of all rounds, on all batches; variation that of the times over their
+  median. best_dense_*: the fastest dense
   execution of any engine here, in this dtype or float32. Memory is the most that running took on top of the loaded
-  model.
+  model. FILE is written after each dtype and batch size, so that a command that is stopped keeps what it measured;
+  `interrupted` is then true.
 """
 
 
@@ -91,16 +95,33 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from miaformer.cli.bench_output import bench_notes, bench_tables
-    from miaformer.cli.output import LiveProgress, print_table, say, write_outputs
+    from miaformer.cli.output import LiveProgress, console, print_table, say, write_json, write_outputs
     from miaformer.evaluation.bench import stage_of
     from miaformer.evaluation.on_data import bench_data
     from miaformer.reports.speed_plot import plot_speed
+    from miaformer.training.progress import duration
 
     _check(args)
     device = open_device(args.device, args.threads)
     torch.manual_seed(args.seed)
     model = open_model(args.model, device, **own_model(args))
     stages = {stage_of(dtype, batch): args.repeats for dtype in args.dtypes for batch in args.batch_sizes}
+    say(
+        f"{_cells(len(stages))} to time, about {duration(args.seconds)} each: {duration(args.seconds * len(stages))}, "
+        "and before each what exporting and compiling takes."
+    )
+    begun, done = time.perf_counter(), 0
+
+    def keep(partial: dict[str, Any]) -> None:
+        """Whatever stops the command from here on, this is measured."""
+        nonlocal done
+        done += 1
+        if args.json:
+            write_json(args.json, {"model": args.model, **partial})
+        if left := len(stages) - done:
+            seconds = (time.perf_counter() - begun) / done * left
+            console(stderr=True).print(f"{done} of {_cells(len(stages))} timed, about {duration(seconds)} left")
+
     with LiveProgress(stages, "rounds") as on_progress:
         found = bench_data(
             model,
@@ -116,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
             memory=args.memory,
             seed=args.seed,
             on_progress=on_progress,
+            on_cell=keep,
         )
     report = {"model": args.model, **found}
     for table in bench_tables(report):
@@ -128,6 +150,10 @@ def run(args: argparse.Namespace) -> int:
     if report["interrupted"]:
         raise KeyboardInterrupt("interrupted; what was measured until then is reported")
     return 0
+
+
+def _cells(count: int) -> str:
+    return "1 table" if count == 1 else f"{count} tables"
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+MOST_VARIATION = 0.2  # of a dense reference, above which its times are not to be trusted
 COLUMNS = ("MACs", "± images", "ms", "time", "± rounds", "efficiency", "time vs best dense")
 
 
@@ -38,7 +39,8 @@ def _table(report: Mapping[str, Any], dtype: str, batch: int, several_grains: bo
         against_best = "1.00 (best)" if reference["ms"] == best else f"{reference['ms'] / best:.2f}"
         spacer = [""] if several_grains else []
         own = [row for row in rows if row["engine"] == engine]
-        cells = (engine, *spacer, "dense", "1.000", "", f"{reference['ms']:.1f}", "1.00", "", "", against_best)
+        varies = f"{reference['variation']:.2f}"
+        cells = (engine, *spacer, "dense", "1.000", "", f"{reference['ms']:.1f}", "1.00", varies, "", against_best)
         table.add_row(*cells, end_section=not own)
         for row in own:
             table.add_row(
@@ -79,8 +81,20 @@ def bench_notes(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"{report['model']} on {report['data']}; {environment['device']}, {threads}, torch {version}."
     yield (
         "ms: a batch. time: of the same engine's dense execution. Budget 1 runs the controllers and keeps everything. "
-        "efficiency: MACs / time, 1.00 where all saved MACs became saved time."
+        "efficiency: MACs / time, 1.00 where all saved MACs became saved time. ± rounds: interquartile ranges."
     )
+    if report["drawn"]:
+        yield (
+            "Controllers were drawn at random, so that images differ in what they get: times are as a trained model's, "
+            "answers mean nothing."
+        )
+    for row in report["dense"]:
+        if row["variation"] > MOST_VARIATION:
+            yield (
+                f"Warning: the dense time of {row['engine']}, {row['dtype']}, batch {row['batch']}, varies by "
+                f"{row['variation']:.0%} of its median (interquartile range). This machine has other work: do not "
+                "trust times of this table."
+            )
     for dtype, engine, precise in dict.fromkeys(
         (row["dtype"], row["best_dense_engine"], row["best_dense_dtype"]) for row in report["rows"]
     ):

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, check_positive, open_device, open_model, own_model
+from miaformer.cli.arguments import add_command, check_positive, open_device, open_model, own_model, say_choice
 from miaformer.prediction.sources import Inputs, find_inputs
 from miaformer.prediction.unfinished import UnfinishedRun, check_out, is_finished
 
@@ -81,7 +81,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_cap()
     parser.add_top_k()
     parser.add_number("--batch-size", 32, "images per batch")
-    parser.add_engine(("eager", "onnx"))
+    parser.add_engine()
     parser.add_dtype()
     parser.add_device()
     group = parser.add_argument_group("Ray (needs the extra `ray`)")
@@ -103,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
 
     check_out(args.out)
     check_positive(args, "top_k", "batch_size", "ray_workers")
+    if args.engine == "auto" and args.ray_workers is not None:
+        raise ValueError("--engine auto may choose differently on each of --ray-workers: name one, eager or onnx")
     if args.resume and is_finished(args.out):
         say(f"{args.out} is whole: nothing to resume. Without --resume it is made anew.")
         return 0
@@ -176,7 +178,8 @@ def _classifier(args: argparse.Namespace, model: MIAFormer) -> BatchClassifier:
         raise ValueError(f"{args.model} has no classifier (num_classes=0)")
     if next(model.parameters()).device.type == "cpu":
         model.prepack()  # 5 % of the time of a small model at the default batch size, more of a large one
-    return BatchClassifier(Predictor(model, engine=args.engine), top_k=args.top_k, budget=args.budget, cap=args.cap)
+    predictor = Predictor(model, engine=args.engine, on_choice=say_choice)
+    return BatchClassifier(predictor, top_k=args.top_k, budget=args.budget, cap=args.cap)
 
 
 def _settings(
@@ -186,7 +189,7 @@ def _settings(
     import torch
 
     import miaformer
-    from miaformer.prediction.classify import fingerprint
+    from miaformer.model.fingerprint import fingerprint
 
     classes = args.classes and hashlib.blake2b(Path(args.classes).read_bytes(), digest_size=4).hexdigest()
     return {

@@ -11,7 +11,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, open_device, open_model, own_model
+from miaformer.cli.arguments import add_command, open_device, open_model, own_model, say_choice
 from miaformer.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--no-page", action="store_true", help="serve no page at / and no /explain")
     parser.add_argument("--access-log", action="store_true", help="log one line per request")
-    parser.add_engine(("auto", "eager", "onnx"))
+    parser.add_engine("auto")
     parser.add_dtype()
     parser.add_device()
     parser.set_defaults(run=run)
@@ -133,13 +133,7 @@ def _predictor(args: argparse.Namespace) -> Predictor:
     model = open_model(args.model, device, args.dtype, **own_model(args))
     if device.type == "cpu":
         model.prepack()
-    return Predictor(model, engine=args.engine, on_choice=_say_choice)
-
-
-def _say_choice(kind: str, ms: dict[str, float]) -> None:
-    fastest, *others = sorted(ms, key=lambda name: ms[name])
-    shown = ", ".join(f"{name} {ms[name]:.2g}" for name in others)
-    _say(f"engine for {kind}: {fastest}, {ms[fastest]:.2g} ms a picture ({shown})")
+    return Predictor(model, engine=args.engine, on_choice=say_choice)
 
 
 def _outline(args: argparse.Namespace) -> Predictor:

@@ -8,25 +8,29 @@ each other and with nothing else.
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from miaformer.evaluation.calibration import OnProgress
-from miaformer.evaluation.engines import DenseCall, Engine, EngineUnavailableError, SparseCall
 from miaformer.evaluation.timing import Race
+from miaformer.export.engines import Engine, EngineUnavailableError, open_engine
 from miaformer.model.budget import check_fraction
 from miaformer.model.model import MIAFormer
 
+TIMED_ENGINES = ("eager", "packed", "compile", "graphs", "onnx")
 FULL = 1.0  # the budget at which controllers run and everything is kept
 _REHEARSED_MS = 50.0  # calls shorter than this are rehearsed: what is left in caches is worth a few ms
 _FEWEST_SWEEPS = 5  # that batches of pictures are given up for
 _PICTURES = 96  # of a cell, about: at most 16 batches, at least 2
+_FEWEST_PICTURES = 8  # however long they take: images differ in compute
 
 
 @dataclass
@@ -63,47 +67,55 @@ def stage_of(dtype: str, batch: int) -> str:
 def bench(
     models: Mapping[str, MIAFormer],
     pictures: Tensor,
-    engines: Sequence[Engine],
+    engines: Sequence[str] = TIMED_ENGINES,
     dtypes: Sequence[str] = ("float32",),
     batch_sizes: Sequence[int] = (1, 8, 32),
     budgets: Sequence[float] = (0.35, 0.5, 0.7),
     repeats: int = 15,
     seconds: float = 20.0,
     on_progress: OnProgress | None = None,
+    on_cell: Callable[[Report], None] | None = None,
 ) -> Report:
     """Time every engine, dense and sparse, at every dtype, batch size and budget; and with everything kept.
 
     models: float32, calibrated, by the grains that they decide (see `drawn_models`); they share a backbone. pictures:
     (n, 3, H, W) float32, normalised; repeated where they do not fill a batch. repeats: sweeps over a cell's batches
-    of pictures, at most; seconds: the time after which a cell ends, once each of its batches was timed. Ctrl-C ends it
-    with what there is.
+    of pictures, at most; seconds: the time after which a cell ends, once each of its batches was timed. on_cell: is
+    told after each dtype and batch size what there is. Ctrl-C ends it with that.
 
     Raises ValueError for models without calibration, and for settings out of range.
     """
-    _check(models, pictures, batch_sizes, budgets, repeats, seconds)
+    _check(models, pictures, engines, batch_sizes, budgets, repeats, seconds)
     device = next(next(iter(models.values())).parameters()).device
     budgets = sorted({*budgets} - {FULL})
     report = Report()
-    try:
-        for dtype in dict.fromkeys(dtypes):
-            converted = _in_dtype(models, getattr(torch, dtype))
-            for batch in sorted(set(batch_sizes)):
-                cell = _Cell(models, converted, dtype, batch, device, report)
-                cell.prepare(engines, budgets, pictures)
-                cell.time(pictures, repeats, seconds, on_progress)
-    except KeyboardInterrupt:
-        report.interrupted = True
+    with tempfile.TemporaryDirectory() as folder:  # exported once for all cells
+        try:
+            for dtype in dict.fromkeys(dtypes):
+                converted = _in_dtype(models, getattr(torch, dtype))
+                for batch in sorted(set(batch_sizes)):
+                    cell = _Cell(models, converted, dtype, batch, device, report, Path(folder))
+                    cell.prepare(list(dict.fromkeys(engines)), budgets, pictures)
+                    cell.time(pictures, repeats, seconds, on_progress)
+                    if on_cell is not None:
+                        on_cell(report)
+        except KeyboardInterrupt:
+            report.interrupted = True
     return report
 
 
 def _check(
     models: Mapping[str, MIAFormer],
     pictures: Tensor,
+    engines: Sequence[str],
     batch_sizes: Sequence[int],
     budgets: Sequence[float],
     repeats: int,
     seconds: float,
 ) -> None:
+    unknown = sorted(set(engines) - set(TIMED_ENGINES))
+    if unknown:
+        raise ValueError(f"unknown engine {', '.join(unknown)}: use some of {', '.join(TIMED_ENGINES)}")
     for grains, model in models.items():
         if model.calibration is None:
             raise ValueError(f"the model of grains {grains!r} is not calibrated, so it knows no budget to be timed at")
@@ -153,64 +165,66 @@ class _Cell:
         batch: int,
         device: torch.device,
         report: Report,
+        folder: Path,
     ) -> None:
         self.precise, self.models, self.dtype, self.batch = precise, models, dtype, batch
-        self.device, self.report = device, report
+        self.device, self.report, self.folder = device, report, folder
         self.contenders: list[_Contender] = []
 
     @torch.inference_mode()
-    def prepare(self, engines: Sequence[Engine], budgets: Sequence[float], pictures: Tensor) -> None:
+    def prepare(self, engines: Sequence[str], budgets: Sequence[float], pictures: Tensor) -> None:
         """Compile, export and so on, whatever takes its time once."""
         torch.compiler.reset()  # each shape is compiled anew; past a number of shapes it would silently run eager
         images = next(self._inputs(pictures, 1))
-        for engine in engines:
-            self._prepare_engine(engine, budgets, images)
+        for name in engines:
+            self._prepare_engine(name, budgets, images)
         if self.dtype != "float32":  # a dense model of full precision is a baseline too, where it is faster
-            for engine in engines:
-                self._add_dense(engine, "float32", next(iter(self.precise.values())), images)
+            for name in engines:
+                self._add_dense(name, "float32", next(iter(self.precise.values())), images)
 
-    def _prepare_engine(self, engine: Engine, budgets: Sequence[float], images: Mapping[str, Tensor]) -> None:
+    def _prepare_engine(self, name: str, budgets: Sequence[float], images: Mapping[str, Tensor]) -> None:
         first = next(iter(self.models))
-        if not self._add_dense(engine, self.dtype, self.models[first], images):
+        engine = self._add_dense(name, self.dtype, self.models[first], images)
+        if engine is None:
             return
         for grains, model in self.models.items():
+            assert model.calibration is not None
             try:
-                call = engine.sparse(model, images[self.dtype])
+                if grains != first:
+                    engine = open_engine(name, model, self.folder)
+                engine.run(images[self.dtype], [model.calibration.range[1]] * self.batch)
             except EngineUnavailableError as error:
-                self._leave_out(engine, "sparse", str(error))
+                self._leave_out(name, "sparse", str(error))
                 return
             for budget in (*budgets, *([FULL] if grains == first else [])):
                 try:
                     model.check_budget(budget)
                 except ValueError as error:
-                    self._leave_out(engine, f"sparse, {grains} at {budget:g}", str(error))
+                    self._leave_out(name, f"sparse, {grains} at {budget:g}", str(error))
                     continue
-                self._add_sparse(engine.name, grains, budget, call)
+                self._add_sparse(engine, grains, budget)
 
-    def _add_dense(self, engine: Engine, dtype: str, model: MIAFormer, images: Mapping[str, Tensor]) -> bool:
-        own = dtype == self.dtype
-        reason = engine.unsupported(getattr(torch, dtype), self.batch, self.device)
-        if reason is None:
-            try:
-                run: DenseCall = engine.dense(model, images[dtype])
-            except EngineUnavailableError as error:
-                reason = str(error)
-        if reason is not None:
-            self._leave_out(engine, "dense and sparse" if own else f"{dtype} dense", reason)
-            return False
-        self.contenders.append(_Contender(engine.name, dtype, lambda batch: run(batch[dtype])))
-        return True
+    def _add_dense(self, name: str, dtype: str, model: MIAFormer, images: Mapping[str, Tensor]) -> Engine | None:
+        try:
+            engine = open_engine(name, model, self.folder)
+            engine.dense(images[dtype])
+        except EngineUnavailableError as error:
+            self._leave_out(name, "dense and sparse" if dtype == self.dtype else f"{dtype} dense", str(error))
+            return None
+        self.contenders.append(_Contender(name, dtype, lambda batch: engine.dense(batch[dtype])))
+        return engine
 
-    def _add_sparse(self, engine: str, grains: str, budget: float, run: SparseCall) -> None:
+    def _add_sparse(self, engine: Engine, grains: str, budget: float) -> None:
         spent: dict[int, Tensor] = {}
+        budgets = [budget] * self.batch
 
         def call(batch: Mapping[str, Tensor]) -> None:
-            spent[id(batch)] = run(batch[self.dtype], budget)[1]
+            spent[id(batch)] = engine.run(batch[self.dtype], budgets).trace.macs_fraction
 
-        self.contenders.append(_Contender(engine, self.dtype, call, grains, budget, spent))
+        self.contenders.append(_Contender(engine.name, self.dtype, call, grains, budget, spent))
 
-    def _leave_out(self, engine: Engine, execution: str, reason: str) -> None:
-        self.report.leave_out(engine.name, execution, self.dtype, self.batch, reason)
+    def _leave_out(self, engine: str, execution: str, reason: str) -> None:
+        self.report.leave_out(engine, execution, self.dtype, self.batch, reason)
 
     def _inputs(self, pictures: Tensor, count: int) -> Iterator[dict[str, Tensor]]:
         """Batches of pictures, in this cell's dtype and in float32, where the model is."""
@@ -233,7 +247,9 @@ class _Cell:
         round_seconds = sum(trial.last_ms) / 1000 * (2 if rehearse else 1)
         affordable = int(seconds / (round_seconds * min(repeats, _FEWEST_SWEEPS)))
         different = -(-len(pictures) // self.batch)
-        count = max(1, min(affordable, different, batches_of_size(self.batch)))
+        count = max(
+            min(affordable, different, batches_of_size(self.batch)), min(different, -(-_FEWEST_PICTURES // self.batch))
+        )
         race = Race(calls, list(self._inputs(pictures, count)), rehearse)
         start = time.perf_counter()
         try:
@@ -256,7 +272,7 @@ class _Cell:
             contender = self.contenders[place]
             if contender.dtype == self.dtype:
                 row = {"engine": contender.engine, "dtype": self.dtype, "ms": race.ms(place)}
-                self.report.dense.append({**row, **shared})
+                self.report.dense.append({**row, "variation": race.variation(place), **shared})
         for place, contender in enumerate(self.contenders):
             if contender.budget is None:
                 continue
@@ -279,5 +295,6 @@ class _Cell:
                 "best_dense_dtype": self.contenders[best].dtype,
                 "best_dense_ms": race.ms(best),
                 "best_time_fraction": race.fraction(place, best),
+                "best_spread": race.spread(place, best),
             }
             self.report.rows.append({**row, **shared})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,9 @@ from torch import Tensor
 from miaformer.data import Batch, Batches, ImageData, build_transform
 from miaformer.data.pictures import read_pictures
 from miaformer.data.source import check_classes
-from miaformer.evaluation.bench import batches_of_size, bench
+from miaformer.evaluation.bench import TIMED_ENGINES, Report, batches_of_size, bench
 from miaformer.evaluation.calibration import OnProgress, calibrate
 from miaformer.evaluation.drawn import Grains, drawn_models
-from miaformer.evaluation.engines import open_engines
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.evaluate import evaluate
 from miaformer.evaluation.memory import measure_memory
@@ -75,7 +74,7 @@ def calibration_facts(model: MIAFormer) -> dict[str, Any] | None:
 def bench_data(
     model: MIAFormer,
     data: str | Path,
-    engines: Sequence[str] = ("eager", "packed", "compile", "graphs", "onnx"),
+    engines: Sequence[str] = TIMED_ENGINES,
     dtypes: Sequence[str] = ("float32",),
     batch_sizes: Sequence[int] = (1, 8, 32),
     budgets: Sequence[float] = (0.35, 0.5, 0.7),
@@ -87,12 +86,14 @@ def bench_data(
     memory: bool = False,
     seed: int = 0,
     on_progress: OnProgress | None = None,
+    on_cell: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """`bench` on pictures of a data set, as `miaformer bench --json` writes it.
 
     data: what `read_pictures` takes. grains: controllers are drawn at random, once for each, instead of the model's
     own. calibration_images: on which they are drawn, and a model without calibration is calibrated. memory: measure
-    that too. Ctrl-C ends it with what there is, and `interrupted` says so.
+    that too. Ctrl-C ends it with what there is, and `interrupted` says so; on_cell is given the same after each dtype
+    and batch size.
 
     Raises ValueError as `read_pictures`, `drawn_models` and `bench` do.
     """
@@ -104,9 +105,20 @@ def bench_data(
     pictures = pictures[:wanted]
     models = {"all": model} if grains is None else drawn_models(model, held_out, seed, grains)
     _calibrate_all(models, held_out, str(data), on_progress)
-    found = bench(models, pictures, open_engines(engines), dtypes, batch_sizes, budgets, repeats, seconds, on_progress)
-    report: dict[str, Any] = {"data": str(data), **found.to_json()}
     device = next(model.parameters()).device
+    about = {
+        "calibration": {grain: calibration_facts(one) for grain, one in models.items()},
+        "drawn": grains is not None,
+        "environment": describe_environment(device, seed),
+    }
+
+    def keep(found: Report) -> None:
+        if on_cell is not None:
+            on_cell({"data": str(data), **found.to_json(), "interrupted": True, **about})
+
+    settings = (dtypes, batch_sizes, budgets, repeats, seconds, on_progress)
+    found = bench(models, pictures, engines, *settings, on_cell=keep)
+    report: dict[str, Any] = {"data": str(data), **found.to_json(), **about}
     if memory and not found.interrupted:
         of, first = next(iter(models.items()))
         rows = report["memory"] = []
@@ -117,8 +129,6 @@ def bench_data(
                     on_progress("memory", len(rows))
         except KeyboardInterrupt:
             report["interrupted"] = True
-    report["calibration"] = {grain: calibration_facts(one) for grain, one in models.items()}
-    report["environment"] = describe_environment(device, seed)
     return report
 
 

@@ -65,15 +65,23 @@ class Race(Generic[Input]):
 
     def spread(self, call: int, of: int) -> float:
         """The interquartile range of the same fractions over all pairs, of all sweeps and inputs."""
-        ratios = [ratio for of_input in self._ratios(call, of) for ratio in of_input]
-        if len(ratios) < 2:
-            return 0.0
-        low, _, high = quantiles(ratios, n=4, method="inclusive")
-        return high - low
+        return _interquartile_range([ratio for of_input in self._ratios(call, of) for ratio in of_input])
+
+    def variation(self, call: int) -> float:
+        """The interquartile range of a call's times over their median, of all sweeps and inputs."""
+        times = [of_input[call] for sweep in self._ms for of_input in sweep]
+        return _interquartile_range(times) / median(times)
 
     def _ratios(self, call: int, of: int) -> list[list[float]]:
         """[input][sweep]"""
         return [[sweep[i][call] / sweep[i][of] for sweep in self._ms] for i in range(len(self.inputs))]
+
+
+def _interquartile_range(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return high - low
 
 
 @dataclass(frozen=True)

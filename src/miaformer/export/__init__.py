@@ -2,7 +2,7 @@
 
 `files` writes both, `session` runs them. `graph` writes nodes; `blocks` writes a block, `adaptive` what decides around
 it, `sizes` the choice of a resolution; `parts` has PyTorch's exporter write what decides nothing. `dense`: the static
-model, also in 8-bit integers.
+model, also in 8-bit integers. `engines`: what runs a model, these files or PyTorch, behind one interface.
 """
 
 from __future__ import annotations

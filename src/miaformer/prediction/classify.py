@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,22 +12,8 @@ from miaformer.prediction.rows import Row, writable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from miaformer.model.model import MIAFormer
     from miaformer.model.requests import Budget
     from miaformer.prediction.predictor import Predictor
-
-
-def fingerprint(model: MIAFormer, size: int = 4) -> str:
-    """A digest, of `size` bytes, of all that answers depend on: weights, settings, calibration, preparation, names."""
-    import torch
-
-    digest = hashlib.blake2b(digest_size=size)
-    about = (model.adapt_config, model.calibration, sorted(model.pretrained_cfg.items()))
-    digest.update(repr(about).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class BatchClassifier:

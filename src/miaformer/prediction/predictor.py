@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -14,11 +14,12 @@ from torch import Tensor
 from miaformer.data.images import MAX_PIXELS, open_image
 from miaformer.model.model import MIAFormer
 from miaformer.model.output import Output
-from miaformer.model.policy import Policy
+from miaformer.model.policy import Full, Policy
 from miaformer.model.requests import Budget, allowed, per_image
 
 if TYPE_CHECKING:
     from miaformer.data.transforms import Transform
+    from miaformer.export.engines.auto import OnChoice
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,17 @@ class Predictor:
         model: MIAFormer,
         names: Sequence[str] | None = None,
         engine: str = "eager",
-        on_choice: Callable[[str, dict[str, float]], None] | None = None,
+        on_choice: OnChoice | None = None,
     ) -> None:
         """names: of the classes, in the order of labels; by default the model's own. engine: what runs the model at
-        budgets and caps: "eager" (PyTorch), "onnx" (ONNX Runtime, on CPU, in float32), or "auto", the faster one of the
-        two on the first pictures. on_choice: is told by "auto" what it timed, and milliseconds a picture by engine.
+        budgets and caps, and where everything is executed: "eager" (PyTorch), "onnx" (ONNX Runtime, on CPU, in
+        float32), or "auto", the faster one of the two on the first pictures. on_choice: is told what "auto" timed.
 
         Raises ValueError where the model has no classifier, names are not as many as its classes, or the engine is
         unknown or cannot run it.
         """
         from miaformer.data import build_transform
-        from miaformer.prediction.engines import open_engine
+        from miaformer.export.engines import open_engine
 
         if not model.num_classes:
             raise ValueError("the model has no classifier (num_classes=0)")
@@ -85,7 +86,7 @@ class Predictor:
         self.model = model.eval()
         self.names = list(known) if known and len(known) == model.num_classes else None
         self.transform: Transform = build_transform(model.data_config())
-        self.engine = open_engine(engine, self.model, on_choice)
+        self.engine = open_engine(engine, self.model, on_choice=on_choice)
 
     def prepare(
         self, source: str | Path | bytes | BinaryIO, name: str | None = None, max_pixels: int = MAX_PIXELS
@@ -115,7 +116,8 @@ class Predictor:
     ) -> Output:
         """`MIAFormer.run` on the model's device, of pictures that are all prepared or all still pixels.
 
-        budget, price and cap: one, or one each.
+        budget, price and cap: one, or one each. Prices, and policies other than `Full`, are PyTorch's whatever the
+        engine.
         """
         batch = images if isinstance(images, Tensor) else torch.stack(list(images))
         weights = next(self.model.parameters())
@@ -124,12 +126,12 @@ class Predictor:
             if batch.dtype == torch.uint8:
                 on_device = self.transform.normalize(on_device)
             images = on_device.to(weights.dtype)
-            if self.engine.name == "eager" or policy is not None or price is not None:
-                return self.model.run(images, policy=policy, budget=budget, price=price, cap=cap)
-            spent = allowed(self.model, cap, len(images)) if budget is None else budget
-            if spent is None:  # everything is executed
-                return self.model.run(images)
             count = len(images)
+            spent = allowed(self.model, cap, count) if budget is None else budget
+            if spent is None and price is None and cap is None and (policy is None or isinstance(policy, Full)):
+                return self.engine.everything(images)
+            if spent is None or policy is not None or price is not None:
+                return self.model.run(images, policy=policy, budget=budget, price=price, cap=cap)
             budgets = per_image("budget", spent, count).expand(count).tolist()
             caps = None if cap is None else per_image("cap", cap, count).expand(count).tolist()
             return self.engine.run(images, budgets, caps)

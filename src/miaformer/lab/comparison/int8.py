@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miaformer.evaluation.engines import EngineUnavailableError
-from miaformer.lab.comparison.engines import OnnxFile
+from miaformer.export.engines import EngineUnavailableError
+from miaformer.export.engines.onnx_runtime import OnnxModule
 from miaformer.lab.comparison.method import Entry, Method, Question, image_shape
 from miaformer.model.model import MIAFormer
 
@@ -28,14 +28,13 @@ def write_int8(model: MIAFormer, path: Path) -> None:
 
 
 def _entries(model: MIAFormer, question: Question) -> list[Entry]:
-    file = OnnxFile(lambda path: write_int8(model.cpu(), path))
+    run = OnnxModule(lambda path: write_int8(model.cpu(), path))
 
     def classify(images: Tensor) -> tuple[Tensor, Tensor]:
         try:
-            call = file.prepare(images.cpu())
+            return run(images.cpu()).to(images.device), torch.ones(len(images))
         except EngineUnavailableError as error:
             raise ValueError(f"int8 is measured in ONNX Runtime: {error}") from error
-        return call(images.cpu()).to(images.device), torch.ones(len(images))
 
     return [Entry("int8", None, classify, engine="onnx int8")]
 

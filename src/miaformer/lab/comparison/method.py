@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from miaformer.evaluation.calibration import LabelledBatch
-from miaformer.lab.comparison.engines import Prepare, of_module
+from miaformer.lab.comparison.engines import Call, of_module
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import AnyPolicy, Full
 from miaformer.training.recipes import Recipe, Stage
@@ -40,7 +40,7 @@ class Entry:
     classify: Classify
     read: Callable[[Tensor], Tensor] = lambda images: images
     engine: str = "eager"
-    engines: Mapping[str, Prepare] = field(default_factory=dict)
+    engines: Mapping[str, Call] = field(default_factory=dict)
     sharing: Classify | None = None
 
     def run(self, images: Tensor) -> Tensor:

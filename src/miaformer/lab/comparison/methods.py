@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from miaformer.evaluation import cls_attention_policy, contenders
 from miaformer.evaluation.contenders import Contender
+from miaformer.export.engines.onnx_runtime import OnnxModule
 from miaformer.lab.baselines.exits import EarlyExit, exit_table
 from miaformer.lab.baselines.merging import merged_logits, merged_macs, merges_for
 from miaformer.lab.baselines.tokens import token_scorers, top_tokens_policy
 from miaformer.lab.comparison.ablations import ABLATIONS
-from miaformer.lab.comparison.engines import OnnxFile, Prepare, of_module
+from miaformer.lab.comparison.engines import Call, at_budgets, of_module
 from miaformer.lab.comparison.int8 import INT8
 from miaformer.lab.comparison.method import (
     Entry,
@@ -49,32 +50,26 @@ def _learned(model: MIAFormer, question: Question) -> list[Entry]:
         calibration=question.calibration(),
         seed=question.seed,
     )
-    file = OnnxFile(partial(_write_learned, model), batch=1)  # one for all budgets
+    in_onnx = at_budgets(model)
     shared = Looked(model).by if model.adapt_config.chooses_resolution else lambda policy: None
     return [
         Entry(
             one.name,
             one.budget,
             by_policy(model, one.policy),
-            engines=_in_onnx(model, one, file),
+            engines=_in_onnx(model, one, in_onnx),
             sharing=shared(one.policy),
         )
         for one in found
     ]
 
 
-def _write_learned(model: MIAFormer, path: Path) -> None:
-    from miaformer.export import export_onnx
-
-    export_onnx(model, path)
-
-
-def _in_onnx(model: MIAFormer, one: Contender, learned: OnnxFile) -> dict[str, Prepare]:
-    """ONNX Runtime, which takes one image at a time: the learned policy's file, or that of the static decisions."""
+def _in_onnx(model: MIAFormer, one: Contender, learned: Callable[[float], Call]) -> dict[str, Call]:
+    """ONNX Runtime: the learned policy's file at this budget, or that of the static decisions."""
     if one.name == "learned":
-        return {"onnx": partial(learned.prepare, budget=one.budget)}
+        return {"onnx": learned(one.budget)}
     if isinstance(one.policy, Static):
-        return {"onnx": OnnxFile(partial(_write_static, model, one.policy), batch=1).prepare}
+        return {"onnx": OnnxModule(partial(_write_static, model, one.policy), batch=1)}
     if isinstance(one.policy, Look):
         (size,) = one.policy.sizes
         module = _Smaller(model.to_timm(size), size)

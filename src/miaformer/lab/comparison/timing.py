@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from miaformer.evaluation.calibration import LabelledBatch
-from miaformer.evaluation.engines import EngineUnavailableError
 from miaformer.evaluation.timing import Race
-from miaformer.lab.comparison.engines import Call, Prepare, of_module
+from miaformer.export.engines import EngineUnavailableError
+from miaformer.lab.comparison.engines import Call, of_module
 from miaformer.lab.comparison.method import Entry
 
 BATCHES = {1: 24, 32: 2}  # batch size: how many different batches of test pictures are timed
 SWEEPS = 5  # over all of them
+AGREEMENT = 1e-2  # of the logits' scale: an engine that computes something else is not timed
+MOST_ODD = 0.1  # of the images: a decision may be so close that rounding turns it
 
 Times = dict[str, dict[str, Any]]  # by batch size, as JSON has it: a string
 
@@ -47,23 +49,29 @@ def time_entries(backbone: nn.Module, entries: Sequence[Entry], pictures: Tensor
         batches = [batch for batch in pictures.split(size)[:count] if len(batch) == size]
         if not batches:
             continue
-        dense_calls, _ = _prepared(dense, batches[0])
+        dense_calls, _ = _agreeing(dense, backbone, batches[0])
         for entry, found in zip(entries, times, strict=True):
             own = [entry.read(batch) for batch in batches]
-            others, left_out = _prepared(entry.engines, own[0])
+            others, left_out = _agreeing(entry.engines, entry.run, own[0])
             calls = {entry.engine: entry.run, **others}
             found[str(size)] = {**_raced(dense_calls, calls, list(zip(batches, own, strict=True))), **left_out}
     return times
 
 
-def _prepared(engines: Mapping[str, Prepare], images: Tensor) -> tuple[dict[str, Call], dict[str, Any]]:
-    """Those that run here, and `left_out`: why others do not."""
+def _agreeing(engines: Mapping[str, Call], reference: Call, images: Tensor) -> tuple[dict[str, Call], dict[str, Any]]:
+    """Those that run here and give the logits of the reference, and `left_out`: why others do not."""
+    wanted = reference(images)
     calls, reasons = {}, {}
-    for name, prepare in engines.items():
+    for name, call in engines.items():
         try:
-            calls[name] = prepare(images)
+            odd = (call(images) - wanted).abs().amax(dim=1) > AGREEMENT * wanted.abs().max()
         except EngineUnavailableError as error:
             reasons[name] = str(error)
+            continue
+        if odd.double().mean() > MOST_ODD:
+            reasons[name] = "it gives other logits"
+        else:
+            calls[name] = call
     return calls, {"left_out": reasons} if reasons else {}
 
 
