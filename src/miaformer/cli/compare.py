@@ -108,12 +108,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from miaformer.lab.comparison import ABLATIONS, BASELINES, Comparison
     from miaformer.lab.comparison.harness import runs
+    from miaformer.lab.comparison.method import adapting
     from miaformer.model.budget import check_fraction
     from miaformer.training import get_recipe
 
     device = open_device(args.device, args.threads)
     recipe = get_recipe(args.recipe).scaled(args.epochs_scale)
-    recipe.adapting()  # or say that there is nothing to compare
+    adapting(recipe)  # or say that there is nothing to compare
     data = args.data or recipe.data
     if not data:
         raise ValueError(f"recipe {recipe.name!r} has no data of its own: give --data")

@@ -7,6 +7,7 @@ is a mean over images, so that it is the same however a batch is spread over pro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -98,9 +99,15 @@ class Objective(nn.Module, ABC):
     """
 
     dense: ClassVar = False  # the static model itself learns: images may be mixed, and only a given teacher teaches it
-    trains_controllers: ClassVar = False  # or what a baseline has in their place
+    adapts: ClassVar = False  # it makes a backbone ours
+    decides: ClassVar = False  # controllers decide, at the price of each image's budget
     samples_twice: ClassVar = False  # each image takes two sub-networks a step
     values_compute: ClassVar = False  # its gradient by the log-price says what compute is worth
+
+    @staticmethod
+    def deciders(model: MIAFormer) -> Sequence[nn.Module]:
+        """The parts of the model that learn in this stage beside its backbone: controllers, or what a baseline has."""
+        return ()
 
     def __init__(self, model: MIAFormer, stage: Stage, recipe: Recipe, teacher: nn.Module | None) -> None:
         super().__init__()

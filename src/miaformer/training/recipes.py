@@ -55,16 +55,6 @@ class Stage:
                 f"{self.kind} stage: patch_drop and early_weight are for the backbone stage; decisions do both here"
             )
 
-    @property
-    def decides(self) -> bool:
-        """Whether controllers make the decisions."""
-        return self.kind in ("supervised", "reinforce")
-
-    @property
-    def adapts(self) -> bool:
-        """Whether it is one of those that make a backbone ours."""
-        return self.decides or self.kind in ("elastic", "resolution")
-
 
 _RANGES = (  # of settings of a recipe
     ("batch_size", 2, math.inf),
@@ -176,21 +166,9 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r} has no stage {', '.join(sorted(missing))}")
         return replace(self, stages=found)
 
-    def adapting(self) -> Recipe:
-        """The same with the stages alone that make a backbone ours."""
-        found = tuple(stage for stage in self.stages if stage.adapts)
-        if not found:
-            raise ValueError(f"recipe {self.name!r} has no stage that adapts the backbone")
-        return replace(self, stages=found)
-
     @property
     def chooses_resolution(self) -> bool:
         return "resolution" in self.adapt.get("grains", ())
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether the model that it trains knows budgets afterwards."""
-        return self.chooses_resolution or any(stage.decides for stage in self.stages)
 
     def scaled(self, factor: float) -> Recipe:
         """The same with every stage `factor` times as long."""

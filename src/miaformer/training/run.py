@@ -123,9 +123,10 @@ def train(
         display.say(line)
     with claimed(out, description, accelerator, seed):
         trainer.run(resume)
-    if any(stage.decides for stage in recipe.stages):
+    decides = any(trainer.decides(stage) for stage in recipe.stages)
+    if decides:
         model.set_price_scale(*trainer.tariff.price_scale())
-    if recipe.calibrates or had_budgets:
+    if decides or recipe.chooses_resolution or had_budgets:
         _calibrate(model, held_out, data_name(held_out, data), max(batches.batch_size, 256), seed, display)
     if main:
         model.save_pretrained(out / "model")

@@ -37,13 +37,12 @@ def is_trained(recipe: Recipe, out: str | Path, *, data: str | Path | None = Non
     Raises ValueError where `out` holds another run.
     """
     out = Path(out)
-    last_written = "calibration.json" if recipe.calibrates else "model.safetensors"
     if not holds_run(out):
         return False
     source = data or recipe.data
     images = open_data(source, "train")
     check_free(out, describe(as_begun(recipe, out, len(images)), images, source, seed), resume=True)
-    return (out / "model" / last_written).exists()
+    return (out / "model" / "config.json").exists()  # written last
 
 
 def describe(recipe: Recipe, images: ImageData, data: str | Path | ImageData, seed: int) -> dict[str, Any]:

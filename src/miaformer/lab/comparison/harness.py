@@ -136,7 +136,8 @@ class Comparison:
         static = run.method.reshape(self._static())
         seed_everything(run.seed, 0, 0)  # of what is put on it: controllers, or a baseline's
         model = adapt(static, **recipe.adapt)
-        run.method.prepare(model)
+        if run.method.prepare is not None:
+            run.method.prepare(model)
         return model
 
     def model(self, run: Run) -> MIAFormer:
@@ -145,11 +146,12 @@ class Comparison:
         saved = self.directory(run) / "model"
         if run.method.recipe is not None and not (saved / "model.safetensors").exists():
             raise ValueError(f"{saved} holds no model: measuring and timing need what training left there")
-        if run.method.is_calibrated(self.recipe):
+        if run.method.recipe is None:
+            return self._untrained(run).eval()
+        if run.method.prepare is None:
             return MIAFormer.from_pretrained(saved).eval()
-        model = self._untrained(run)
-        if run.method.recipe is not None:
-            model.load_state_dict(load_file(saved / "model.safetensors"))
+        model = self._untrained(run)  # files do not tell what was added to it
+        model.load_state_dict(load_file(saved / "model.safetensors"))
         return model.eval()
 
     def core_seconds(self, among: Iterable[Run]) -> dict[str, float]:
