@@ -11,10 +11,9 @@ from typing import Any, cast
 from accelerate import Accelerator
 
 from miaformer.data import ImageData, open_data
-from miaformer.data.files import check_holds_no_run, holds_run, locked
+from miaformer.data.files import check_holds_no_run, holds_run, locked, read_json
 from miaformer.evaluation.environment import describe_environment
 from miaformer.model.model import MIAFormer
-from miaformer.model.saved import read_json
 from miaformer.training.choices import as_begun
 from miaformer.training.recipes import Recipe, with_defaults
 from miaformer.vit.checkpoint_files import identity

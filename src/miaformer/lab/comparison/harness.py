@@ -154,18 +154,6 @@ class Comparison:
         model.load_state_dict(load_file(saved / "model.safetensors"))
         return model.eval()
 
-    def core_seconds(self, among: Iterable[Run]) -> dict[str, float]:
-        """What training took, by method the mean over seeds, and `backbone`; only where it was recorded."""
-        found: dict[str, list[float]] = {}
-        own = core_seconds(self.backbone.parent)
-        if own is not None:
-            found["backbone"] = [own]
-        for run in among:
-            seconds = json.loads((self.directory(run) / "measured.json").read_text())["core_seconds"]
-            if seconds is not None:
-                found.setdefault(run.method.name, []).append(seconds)
-        return {name: float(np.mean(seconds)) for name, seconds in found.items()}
-
     # Measuring --------------------------------------------------------------------------------------------------------
 
     def is_done(self, run: Run, timed: bool) -> bool:
