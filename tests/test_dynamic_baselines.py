@@ -25,8 +25,8 @@ from miaformer.lab.baselines.tokens import (
     top_tokens_policy,
 )
 from miaformer.model.model import MIAFormer
-from miaformer.training.gates import Draws
 from miaformer.training.objective import Step
+from miaformer.training.policies import Draws
 from miaformer.training.recipes import Stage, get_recipe
 
 

@@ -21,7 +21,7 @@ from miaformer.engine.masked import Masked
 from miaformer.engine.sparse import Sparse
 from miaformer.engine.walk import Execution, Policy
 from miaformer.model.model import MIAFormer
-from miaformer.training.gates import Draws
+from miaformer.training.policies import Draws
 from miaformer.training.recipes import Recipe, Stage
 
 

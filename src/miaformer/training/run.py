@@ -18,9 +18,8 @@ from torch import nn
 from miaformer.data import Batches, ImageData, build_transform, open_data
 from miaformer.data.seeds import seed_everything
 from miaformer.data.source import check_classes
-from miaformer.evaluation.calibration import calibrate
+from miaformer.evaluation.calibration import MOST_PASSES, calibrate
 from miaformer.model.adapt import adapt
-from miaformer.model.budget import MOST_PASSES
 from miaformer.model.model import MIAFormer
 from miaformer.training.choices import as_begun, described, with_precision, with_sizes
 from miaformer.training.objective import Objective

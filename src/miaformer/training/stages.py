@@ -16,8 +16,8 @@ from miaformer.engine.walk import Execution, Policy
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import Fixed
 from miaformer.model.resolution import drawn_size, resized
-from miaformer.training.gates import Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.training.objective import Objective, Outcome, Step, Targets, UnderPolicy
+from miaformer.training.policies import Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.vit.backbone import transformer_blocks
 
 

@@ -28,10 +28,10 @@ from miaformer.engine.masked import Masked
 from miaformer.model.model import MIAFormer
 from miaformer.training.adversarial import Adversary
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
-from miaformer.training.gates import Draws
 from miaformer.training.interrupts import Interrupted, StopRequest
 from miaformer.training.objective import Objective, Outcome, Step
 from miaformer.training.optimizer import stage_optimizer
+from miaformer.training.policies import Draws
 from miaformer.training.probe import fit_on, most_batches
 from miaformer.training.progress import DURATIONS, Display, Duration, Means, MetricsFile
 from miaformer.training.recipes import Recipe, Stage

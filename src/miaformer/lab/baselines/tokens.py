@@ -21,8 +21,8 @@ from miaformer.engine.walk import Execution, Policy, State
 from miaformer.evaluation.controls import tokens_at_budget
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import BestTokens, ClsAttention, three_of
-from miaformer.training.gates import Draws
 from miaformer.training.objective import Step, UnderPolicy
+from miaformer.training.policies import Draws
 
 LEAST_KEEP = 0.05  # in training, of the active tokens at each of three blocks: a quarter of the MACs
 

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from miaformer.data import Batches, Split, build_transform, open_data
+from miaformer.data import Batches, LabelledBatch, Split, build_transform, open_data
 from miaformer.data.files import holds_run, whole_file
 from miaformer.data.seeds import seed_everything
 from miaformer.evaluation import describe_environment
-from miaformer.evaluation.calibration import LabelledBatch, OnProgress
+from miaformer.evaluation.calibration import OnProgress
 from miaformer.lab.baselines import OBJECTIVES
 from miaformer.lab.comparison.given import copy_backbone, is_copied
 from miaformer.lab.comparison.measuring import difficulty, on_test_images

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from miaformer.evaluation.calibration import LabelledBatch
+from miaformer.data import LabelledBatch
 from miaformer.lab.comparison.engines import Prepare, of_module
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import AnyPolicy, Full

@@ -1,4 +1,4 @@
-"""Gates in training: random (elastic), relaxed (supervised), and sampled with their log-probability (reinforce).
+"""What decides in training: random (elastic), relaxed (supervised), and sampled with their log-probability (reinforce).
 
 Everything random is drawn for the global batch from a generator of the step, then cut to this process's images: the
 same training whatever the number of processes, and from wherever it is resumed.

@@ -19,8 +19,8 @@ from miaformer.engine.decisions import Decisions
 from miaformer.engine.masked import Masked
 from miaformer.lab.baselines import OBJECTIVES as BASELINES
 from miaformer.model.policy import Fixed
-from miaformer.training.gates import SURVIVAL, Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.training.objective import Step
+from miaformer.training.policies import SURVIVAL, Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.training.recipes import Stage
 from miaformer.training.stages import OBJECTIVES, Backbone, Elastic
 from miaformer.training.tariff import Tariff
