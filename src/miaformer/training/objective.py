@@ -42,13 +42,12 @@ class Step:
 class Targets:
     """What the images of a step should be answered.
 
-    labels: (B, classes), soft. taught: (B, classes), the teacher's probabilities at `temperature`; None without one.
+    labels: (B, classes), soft. taught: (B, classes), the teacher's probabilities; None without one.
     """
 
     labels: Tensor
     taught: Tensor | None
     weight: float  # of the teacher
-    temperature: float
 
     def loss(self, logits: Tensor) -> Tensor:
         """Cross-entropy (B,) of logits (B, classes) with the labels and, by `weight`, with what the teacher says."""
@@ -56,7 +55,7 @@ class Targets:
         hard = F.cross_entropy(logits, self.labels, reduction="none")
         if self.taught is None:
             return hard
-        distilled = F.cross_entropy(logits / self.temperature, self.taught, reduction="none") * self.temperature**2
+        distilled = F.cross_entropy(logits, self.taught, reduction="none")
         return hard + self.weight * (distilled - hard)
 
     def difficulty(self, task: Tensor) -> Tensor:
@@ -120,7 +119,7 @@ class Objective(nn.Module, ABC):
         """images: (B, 3, H, W); labels: (B, classes), soft."""
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
         taught = self._soft_labels(images if step.clean is None else step.clean)
-        targets = Targets(labels, taught, self.recipe.distill_weight, self.recipe.distill_temperature)
+        targets = Targets(labels, taught, self.recipe.distill_weight)
         outcome = self.outcome(images, targets, step, cost)
         if torch.distributed.is_initialized():  # processes share gradients of every parameter, of skipped ones too
             nothing = 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
@@ -135,7 +134,7 @@ class Objective(nn.Module, ABC):
         if not self.teacher or not self.recipe.distill_weight:
             return None
         with torch.no_grad():
-            return F.softmax(self.teacher[0](images).float() / self.recipe.distill_temperature, dim=1)
+            return F.softmax(self.teacher[0](images).float(), dim=1)
 
     def answer(self, x: Tensor) -> Tensor:
         """Logits (B, classes) of what comes out of a block, (B, P+N, C)."""
