@@ -202,7 +202,7 @@ def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width)
 
     if width.heads is EVERY or not _is_cut(attn):
         return query_key_value(attn, whole)
-    layers = [(layer.weight, layer.bias) for layer in query_key_value_layers(attn, width.heads)]
+    layers = query_key_value_layers(attn, width.heads)
     q, k, v = (part.unflatten(1, (width.num_heads, attn.head_dim)) for part in products.side_by_side(y, layers))
     return q, k, v
 
@@ -220,7 +220,7 @@ def _prefix_query_key_value(
         q, k, v = _query_key_value(block, products, rows, width)
         return q[prefix], k, v
     attn, y = block.attn, block.norm1(rows)
-    query, *others = [(layer.weight, layer.bias) for layer in query_key_value_layers(attn, width.heads)]
+    query, *others = query_key_value_layers(attn, width.heads)
     parts = products.linear(y[prefix], *query), *products.side_by_side(y, others)
     q, k, v = (part.unflatten(1, (width.num_heads, attn.head_dim)) for part in parts)
     return q, k, v

@@ -197,7 +197,7 @@ def _class_attention(block: Any, x: Tensor, active: Tensor, num_prefix_tokens: i
     rows = x[image, num_prefix_tokens + token]
 
     def by_heads(layer: LinearView, rows: Tensor) -> Tensor:
-        return F.linear(block.norm1(rows), layer.weight, layer.bias).unflatten(1, (attn.num_heads, attn.head_dim))
+        return F.linear(block.norm1(rows), *layer).unflatten(1, (attn.num_heads, attn.head_dim))
 
     q, k = normed_queries(attn, by_heads(query, x[:, 0])), normed_keys(attn, by_heads(key, rows))
     logits = x.new_full((*active.shape, attn.num_heads), float("-inf"))

@@ -9,8 +9,7 @@ functions (rotary embeddings: of `normed_queries` and `normed_keys`, given each 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,8 +17,7 @@ Index = slice | Tensor  # nested heads are slices (views), subsets are indices (
 EVERY = slice(None)
 
 
-@dataclass(frozen=True)
-class LinearView:
+class LinearView(NamedTuple):
     """Rows of a linear layer, seen as a layer of its own."""
 
     weight: Tensor
@@ -49,7 +47,7 @@ def mlp_scale(block: Any) -> Tensor | None:
 def query_key_value(attn: Any, call: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Of all heads, each (..., H, D), before their norms. call: what a layer gives, (..., its outputs)."""
     packed = call(attn.qkv)
-    q, k, v = packed.view(*packed.shape[:-1], 3, attn.num_heads, attn.head_dim).unbind(-3)
+    q, k, v = packed.reshape(*packed.shape[:-1], 3, attn.num_heads, attn.head_dim).unbind(-3)
     return q, k, v
 
 

@@ -48,7 +48,7 @@ def _block(block: Any, x: Tensor, size: Tensor, merge: int, class_token_only: bo
         x = x[:, :1]
     queries = y[:, :1] if class_token_only else y
     q, k, v = (
-        F.linear(rows, layer.weight, layer.bias).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+        F.linear(rows, *layer).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
         for rows, layer in zip((queries, y, y), query_key_value_layers(attn), strict=True)
     )
     q, k = normed_queries(attn, q), normed_keys(attn, k)
