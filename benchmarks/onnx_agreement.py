@@ -22,7 +22,7 @@ from rich.progress import track
 
 import miaformer
 from miaformer.data import build_transform
-from miaformer.data.pictures import read_pictures
+from miaformer.data.unlabelled import read_pictures
 from miaformer.evaluation.drawn import draw_controllers
 from miaformer.evaluation.environment import describe_environment
 from miaformer.export import export_onnx, open_session

@@ -34,7 +34,7 @@ import torch
 import miaformer
 from miaformer.data import Batch, build_transform, open_data
 from miaformer.data.images import find_images
-from miaformer.data.pictures import read_pictures
+from miaformer.data.unlabelled import read_pictures
 from miaformer.evaluation import calibrate, describe_environment
 from miaformer.evaluation.drawn import draw_controllers
 

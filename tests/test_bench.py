@@ -15,9 +15,9 @@ from miaformer.cli import main
 from miaformer.cli.bench_output import bench_notes
 from miaformer.evaluation import bench_data
 from miaformer.evaluation.bench import _Cell, bench
+from miaformer.evaluation.calibration import price_table
 from miaformer.evaluation.drawn import draw_controllers
 from miaformer.evaluation.timing import Race
-from miaformer.model.budget import calibrate
 
 
 def drawn(grains: Any, seed: int = 0) -> Any:
@@ -25,7 +25,7 @@ def drawn(grains: Any, seed: int = 0) -> Any:
     images = pictures(model.backbone, 24, seed=1)
     draw_controllers(model, images, seed, grains)
     with torch.inference_mode():
-        model.calibration = calibrate(
+        model.calibration = price_table(
             lambda price: model.run(images, price=price).trace.macs_fraction.mean().item(), 24, coarse=9, most=16
         )
     return model, images

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miaformer.engine.controller import LOG_PRICE_RANGE
-from miaformer.model.budget import Calibration, calibrate, check_fraction
+from miaformer.evaluation.calibration import price_table
+from miaformer.model.budget import Calibration, check_fraction
 
 LOW, HIGH = LOG_PRICE_RANGE
 
@@ -25,7 +26,7 @@ def logistic(steepness: float, middle: float, least: float = 0.1) -> Any:
 def test_the_price_of_a_budget_brings_it_within_a_hundredth(steepness: float, middle: float, share: float) -> None:
     """For a spending that falls with the price, however suddenly."""
     spend = logistic(steepness, middle)
-    table = calibrate(spend, num_images=10)
+    table = price_table(spend, num_images=10)
     least, most = table.range
     budget = least + share * (most - least)
     assert abs(spend(table.price(budget)) - budget) <= 0.01
@@ -44,7 +45,7 @@ def test_a_table_inverts_itself(spent: list[float], budget: float) -> None:
 
 
 def test_a_larger_budget_never_costs_a_higher_price() -> None:
-    table = calibrate(logistic(2, 0), 1)
+    table = price_table(logistic(2, 0), 1)
     prices = [table.price(b / 200) for b in range(1, 201)]
     assert prices == sorted(prices, reverse=True)
 
@@ -56,7 +57,7 @@ def test_measuring_is_finer_where_spending_changes() -> None:
         asked.append(math.log(price))
         return logistic(8, 1.7)(price)
 
-    table = calibrate(steep, 1, tolerance=0.05)
+    table = price_table(steep, 1, tolerance=0.05)
     assert len(asked) == len(set(asked)) <= 48
     near = sum(abs(log_price - 1.7) < 1 for log_price in asked)
     assert near > len(asked) / 2
@@ -74,7 +75,7 @@ def test_a_step_is_found_and_both_its_ends_are_met() -> None:
         log_price = math.log(price)
         return (0.9 if log_price < 1.234 else 0.3) - 0.01 * log_price
 
-    table = calibrate(step, 1)
+    table = price_table(step, 1)
     assert calls <= 48
     for budget in (0.29, 0.9):
         assert step(table.price(budget)) == pytest.approx(budget, abs=0.01)
@@ -87,7 +88,7 @@ def test_spending_that_wobbles_makes_a_monotone_table() -> None:
         place = (math.log(price) - LOW) / (HIGH - LOW)
         return 0.9 - 0.6 * place + 0.04 * math.sin(90 * place)
 
-    table = calibrate(wobbling, 1)
+    table = price_table(wobbling, 1)
     assert list(table.prices) == sorted(set(table.prices))
     assert list(table.fractions) == sorted(set(table.fractions), reverse=True)
     for price, fraction in zip(table.prices, table.fractions, strict=True):
@@ -95,20 +96,20 @@ def test_spending_that_wobbles_makes_a_monotone_table() -> None:
 
 
 def test_spending_that_never_changes_makes_a_table_of_one_price() -> None:
-    table = calibrate(lambda price: 0.7, 1)
+    table = price_table(lambda price: 0.7, 1)
     assert table.fractions == (0.7,)
     assert table.price(0.1) == table.price(0.7) == table.price(1.0) == table.prices[0]
 
 
 def test_prices_measured_are_those_between_the_ends_given() -> None:
     asked: list[float] = []
-    calibrate(lambda price: asked.append(price) or 1 / (1 + price), 1, prices=(0.01, 5.0))
+    price_table(lambda price: asked.append(price) or 1 / (1 + price), 1, prices=(0.01, 5.0))
     assert min(asked) == pytest.approx(0.01)
     assert max(asked) == pytest.approx(5.0)
 
 
 def test_a_table_survives_json() -> None:
-    table = calibrate(logistic(2, 0), num_images=123, data="digits")
+    table = price_table(logistic(2, 0), num_images=123, data="digits")
     assert Calibration.from_json(json.loads(json.dumps(table.to_json()))) == table
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from tiny_training import tiny_model
 
 from miaformer.cli import build_parser, main
-from miaformer.cli.compare import _table
+from miaformer.cli.compare_output import comparison_table
 from miaformer.lab.comparison import ABLATIONS, BASELINES, METHODS, Comparison
 from miaformer.lab.comparison.harness import Run, runs
 from miaformer.lab.comparison.measuring import margin
 from miaformer.lab.comparison.method import Question, adaptation_epochs
+from miaformer.lab.comparison.report import comparison_report
 from miaformer.lab.comparison.results import Difficulty, Point, read_points, summarise
 from miaformer.model.adapt import adapt
 from miaformer.model.model import MIAFormer
@@ -142,7 +143,12 @@ def test_what_is_measured_is_kept_without_its_model(
 
 
 def test_training_is_timed_over_stops(comparison: Comparison, tmp_path: Path) -> None:
-    found = comparison.core_seconds([Run(METHODS["dense"], 0), Run(METHODS["merging-free"], 0)])
+    runs = [comparison.directory(Run(METHODS[name], 0)) for name in ("dense", "merging-free")]
+    report = comparison_report(runs, comparison.backbone.parent)
+    found = report["core_seconds"]
+    assert report["adaptation"] == {
+        "dense": {"minutes": found["dense"] / 60, "share_of_backbone": found["dense"] / found["backbone"]}
+    }
     assert found.keys() == {"backbone", "dense"}
     assert min(found.values()) > 0
     for rows in (1, 2):
@@ -253,7 +259,10 @@ def test_a_baseline_is_what_it_was_when_it_is_read_again(comparison: Comparison)
     trained = first.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in second.state_dict().items())
     untrained = comparison._untrained(run).state_dict()
-    assert any(not torch.equal(value, trained[name]) for name, value in untrained.items() if "controllers" in name)
+    changed = {name.split(".")[0] for name, value in untrained.items() if not torch.equal(value, trained[name])}
+    assert changed == {"backbone", "scorers"}, (
+        "what it has of its own learns, and controllers that it does not ask do not"
+    )
 
 
 def test_the_command_shows_what_is_there_and_writes_it(
@@ -430,7 +439,7 @@ def test_static_models_of_one_name_keep_their_own_differences() -> None:
     ours = [point("learned", correct, spent, spent) for spent in (0.2, 0.5)]
     small, large = (point("shallow", np.arange(1000) < right, spent, None) for right, spent in ((600, 0.3), (790, 0.6)))
     table = summarise([*ours, small, large], hard(np.arange(1000.0)))
-    shown = _table(table)
+    shown = comparison_table(asdict(table))
     cells = dict(zip(shown.columns[2]._cells, shown.columns[6]._cells, strict=True))
     assert cells["0.300"].startswith("+20.00")
     assert cells["0.600"].startswith("+1.00")

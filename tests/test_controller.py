@@ -31,7 +31,7 @@ from miaformer.engine.decisions import likelier_heads
 from miaformer.engine.masked import Masked
 from miaformer.engine.walk import State
 from miaformer.training import gates
-from miaformer.training.gates import Draws, Relaxed
+from miaformer.training.policies import Draws, Relaxed
 
 BATCH, PREFIX, PATCHES, DIM, HEADS = 4, 2, 7, 12, 3
 GRID = (1, PATCHES)

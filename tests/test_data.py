@@ -39,7 +39,6 @@ CONFIG = {
 }
 EVERYTHING = Augmentation(
     hflip=0.5, vflip=0.1, scale=(0.3, 1.0), ratio=(0.75, 1.33), auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.5,
-    re_mode="pixel",
 )  # fmt: skip
 SPLITS = ("train", "calibration", "test")
 
@@ -570,7 +569,6 @@ def test_transform_mistakes_are_named() -> None:
         ("scale", (0.5, 2.0)),
         ("ratio", (0, 1)),
         ("color_jitter", -1.0),
-        ("re_mode", "noise"),
     ):
         with pytest.raises(ValueError, match=field):
             Augmentation(**{field: value})

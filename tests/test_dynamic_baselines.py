@@ -19,13 +19,14 @@ from miaformer.lab.baselines.tokens import (
     LEAST_KEEP,
     RelaxedTopTokens,
     TopTokens,
+    add_scorers,
     drawn_keep,
-    token_scorers,
+    scorers_of,
     top_tokens_policy,
 )
 from miaformer.model.model import MIAFormer
-from miaformer.training.gates import Draws
 from miaformer.training.objective import Step
+from miaformer.training.policies import Draws
 from miaformer.training.recipes import Stage, get_recipe
 
 
@@ -46,8 +47,8 @@ def draws_of(model: MIAFormer, batch: int, full_share: float = 0.0) -> Draws:
 
 def with_scorers(model: MIAFormer) -> MIAFormer:
     torch.manual_seed(2)
-    model.controllers = token_scorers(len(model.controllers), model.embed_dim)
-    for scorer in model.controllers:
+    add_scorers(model)
+    for scorer in scorers_of(model):
         for parameter in scorer.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
     return model
@@ -119,13 +120,13 @@ def test_merging_is_trained_through(model: MIAFormer, images: Tensor) -> None:
 
 
 def test_top_tokens_keep_the_same_number_for_every_image_by_score(model: MIAFormer, images: Tensor) -> None:
-    policy = TopTokens(0.5, (1,), scorers=with_scorers(model).controllers)
+    policy = TopTokens(0.5, (1,), scorers=scorers_of(with_scorers(model)))
     with torch.no_grad():
         trace = model.run(images, policy=policy).trace
         x, _ = model.walk(model.embed(images), policy, _FirstBlockOnly(model), model.cost())
     kept = trace.tokens[:, 1].sum(dim=1)
     assert kept.tolist() == [model.cost().num_patches // 2] * len(images)
-    scores = model.controllers[1](x[:, 1:], torch.ones(len(images), model.cost().num_patches))
+    scores = scorers_of(model)[1](x[:, 1:], torch.ones(len(images), model.cost().num_patches))
     for image in range(len(images)):
         assert scores[image][trace.tokens[image, 1]].min() >= scores[image][~trace.tokens[image, 1]].max()
 
@@ -139,7 +140,7 @@ class _FirstBlockOnly:
 
 
 def test_macs_of_top_tokens_are_those_counted(model: MIAFormer, images: Tensor) -> None:
-    policy = TopTokens(0.6, (1, 2), scorers=with_scorers(model).controllers)
+    policy = TopTokens(0.6, (1, 2), scorers=scorers_of(with_scorers(model)))
     model.cost()  # which runs parts of the model, once
     reported: list[int] = []
     counted = count_macs(lambda: reported.append(int(model.run(images[:1], policy=policy).trace.macs)))
@@ -155,16 +156,16 @@ def test_top_tokens_meet_a_budget(model: MIAFormer, images: Tensor) -> None:
 
 def test_relaxed_top_tokens_are_the_hard_ones_without_noise_and_teach_scorers(model: MIAFormer, images: Tensor) -> None:
     draws = draws_of(with_scorers(model), len(images))
-    relaxed = RelaxedTopTokens(model.controllers, torch.full((len(images),), 0.5), draws, temperature=0.0)
-    hard = TopTokens(0.5, tuple(i for i, s in enumerate(model.controllers) if any(True for _ in s.parameters())),
-                     scorers=model.controllers)  # fmt: skip
+    relaxed = RelaxedTopTokens(scorers_of(model), torch.full((len(images),), 0.5), draws, temperature=0.0)
+    hard = TopTokens(0.5, tuple(i for i, s in enumerate(scorers_of(model)) if any(True for _ in s.parameters())),
+                     scorers=scorers_of(model))  # fmt: skip
     cost = model.cost()
     x, steps = model.walk(model.embed(images), relaxed, Masked(cost), cost)
     with torch.inference_mode():
         trace = model.run(images, policy=hard).trace
     assert torch.equal(steps.decisions().tokens, trace.tokens)
     (x.square().mean() + steps.macs.mean() / cost.backbone).backward()
-    for scorer in model.controllers:
+    for scorer in scorers_of(model):
         for parameter in scorer.parameters():
             assert parameter.grad is not None
 

@@ -23,7 +23,8 @@ import miaformer
 from miaformer import Decisions, MIAFormer
 from miaformer.cli import main
 from miaformer.data import build_transform
-from miaformer.model.budget import Calibration, calibrate
+from miaformer.evaluation.calibration import price_table
+from miaformer.model.budget import Calibration
 from miaformer.model.policy import Fixed
 
 pytest.importorskip("onnxruntime")
@@ -55,7 +56,7 @@ def calibrated(case: str) -> MIAFormer:
     model = lively(1, STRUCTURES[structure], **config).float()
     images = pictures(model.backbone, 16, seed=5).float()
     with torch.inference_mode():
-        model.calibration = calibrate(
+        model.calibration = price_table(
             lambda price: model.run(images, price=price).trace.macs_fraction.mean().item(), 16, coarse=9, most=12
         )
     return model

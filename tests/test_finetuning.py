@@ -97,7 +97,7 @@ def test_ctrl_c_in_a_probe_leaves_a_run_to_start_again(tmp_path: Path, monkeypat
 def test_learning_rates_decay_from_the_classifier_down() -> None:
     model, stage = tiny_model(), replace(BACKBONE, layer_decay=0.5)
     rates = {}
-    for group in stage_optimizer(model, stage, RECIPE, trains_controllers=False).param_groups:
+    for group in stage_optimizer(model, stage, RECIPE, deciders=()).param_groups:
         for parameter in group["params"]:
             rates[id(parameter)] = group["lr"] * group["lr_scale"]
     backbone = model.backbone

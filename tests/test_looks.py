@@ -15,9 +15,9 @@ from vits import lively, pictures, relative
 
 from miaformer import MIAFormer
 from miaformer.data import Batch
-from miaformer.evaluation.calibration import calibrate
+from miaformer.evaluation.calibration import View, calibrate, choose_looks
 from miaformer.model.budget import Calibration
-from miaformer.model.looks import STEP, Looks, View, choose_looks, row_of
+from miaformer.model.looks import STEP, Looks, row_of
 from miaformer.model.policy import AnyPolicy, Full, Look, TwoLooks
 
 

@@ -10,9 +10,7 @@ from test_data import CONFIG, Noise, assert_same, global_random_state
 
 from miaformer.data import Augmentation, Batch, Batches, DeviceBatches, build_transform
 
-EVERYTHING = Augmentation(
-    hflip=0.5, vflip=0.2, scale=(0.3, 1.0), ratio=(0.7, 1.4), color_jitter=0.4, re_prob=0.5, re_mode="pixel"
-)
+EVERYTHING = Augmentation(hflip=0.5, vflip=0.2, scale=(0.3, 1.0), ratio=(0.7, 1.4), color_jitter=0.4, re_prob=0.5)
 
 
 def batches(augment: Augmentation = EVERYTHING, images: int = 18, batch_size: int = 6, **options: Any) -> DeviceBatches:

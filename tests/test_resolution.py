@@ -27,8 +27,8 @@ from miaformer.model.policy import Full, Look, Random, RandomLooks, TwoLooks
 from miaformer.model.resolution import drawn_size, image_sizes, resized
 from miaformer.reports.comparison_pictures import plot_classes
 from miaformer.training import Recipe, Stage, get_recipe, train
-from miaformer.training.gates import Draws
 from miaformer.training.objective import Step
+from miaformer.training.policies import Draws
 from miaformer.training.stages import Resolution
 
 GRID = {"img_size": 32, "patch_size": 4}  # 8 x 8 patches, as 112 pixels in patches of 14 are

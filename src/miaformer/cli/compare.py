@@ -18,7 +18,7 @@ from miaformer.cli.processes import (
 )
 
 if TYPE_CHECKING:
-    from miaformer.lab.comparison import Comparison, Table
+    from miaformer.lab.comparison import Comparison
     from miaformer.lab.comparison.harness import Run
 
 DESCRIPTION = """\
@@ -108,12 +108,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from miaformer.lab.comparison import ABLATIONS, BASELINES, Comparison
     from miaformer.lab.comparison.harness import runs
+    from miaformer.lab.comparison.method import adapting
     from miaformer.model.budget import check_fraction
     from miaformer.training import get_recipe
 
     device = open_device(args.device, args.threads)
     recipe = get_recipe(args.recipe).scaled(args.epochs_scale)
-    recipe.adapting()  # or say that there is nothing to compare
+    adapting(recipe)  # or say that there is nothing to compare
     data = args.data or recipe.data
     if not data:
         raise ValueError(f"recipe {recipe.name!r} has no data of its own: give --data")
@@ -212,47 +213,28 @@ def _train(comparison: Comparison, what: list[str], device: str | None) -> int:
 
 
 def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run], missing: list[Run]) -> None:
-    from dataclasses import asdict
-
     import torch
 
+    from miaformer.cli.compare_output import comparison_table, conclusions
     from miaformer.cli.output import print_table, say, write_outputs
     from miaformer.evaluation.environment import describe_environment
-    from miaformer.lab.comparison.results import read_points, summarise
+    from miaformer.lab.comparison.report import comparison_report
     from miaformer.reports.comparison_plot import plot_comparison
 
-    table = summarise(*read_points([comparison.directory(one) for one in measured]))
-    print_table(_table(table))
-    for name, fraction in table.at_equal_accuracy.items():
-        say(f"{name}: half a point below dense at {fraction:.3f} of the MACs")
-    for line in _one_point_below(table.one_point_below):
+    found = comparison_report([comparison.directory(one) for one in measured], comparison.backbone.parent)
+    environment = describe_environment(torch.device("cpu"), 0)
+    report = {"recipe": comparison.recipe.to_json(), **found, "environment": environment}
+    print_table(comparison_table(report))
+    for line in conclusions(report):
         say(line)
-    for at in table.adaptivity:
-        say(
-            f"Does compute follow difficulty? At {at['budget']:g}: rank correlation of MACs with the backbone's loss "
-            f"{at['loss']:+.3f}, with minus its margin {at['margin']:+.3f}."
-        )
-    seconds = comparison.core_seconds(measured)
-    if "backbone" in seconds and "learned" in seconds:
-        share = seconds["learned"] / seconds["backbone"]
-        say(f"Adapting took {share:.2f} of the time that training the backbone took.")
     for one in missing:
         say(f"not measured: {one.method.name}, seed {one.seed}")
-    report = {
-        "recipe": comparison.recipe.to_json(),
-        "data": Path(comparison.data).name,
-        **asdict(table),
-        "seeds": _seeds(measured),
-        "core_seconds": seconds,
-        "adaptation": _adaptation(seconds),
-        "environment": describe_environment(torch.device("cpu"), 0),
-    }
-    title = f"{comparison.recipe.name}, {table.num_images:,} test images"
-    write_outputs(args, report, lambda file: plot_comparison(table.rows, file, title))
-    learned = next((one for one in measured if one.method.name == "learned"), None)
-    if args.pictures and learned is None:
-        raise ValueError("--pictures shows what `learned` does, which is not measured yet")
-    if args.pictures and learned is not None:
+    title = f"{comparison.recipe.name}, {report['num_images']:,} test images"
+    write_outputs(args, report, lambda file: plot_comparison(report["rows"], file, title))
+    if args.pictures:
+        learned = next((one for one in measured if one.method.name == "learned"), None)
+        if learned is None:
+            raise ValueError("--pictures shows what `learned` does, which is not measured yet")
         _draw_classes(comparison, learned, args.pictures)
         say(f"wrote {args.pictures}")
 
@@ -264,55 +246,3 @@ def _draw_classes(comparison: Comparison, learned: Run, path: str) -> None:
     budget = comparison.budgets[len(comparison.budgets) // 2]
     classes = open_data(comparison.data, "test").classes
     plot_classes(comparison.model(learned), comparison.batches("test"), path, budget, classes)
-
-
-def _one_point_below(found: dict[str, Any]) -> list[str]:
-    """What the MACs at one point below dense come to, in words."""
-    from miaformer.reports.comparison_rows import between
-
-    lines = [
-        f"{name}: one point below dense at {one['macs_fraction']:.3f} {between(one['interval'])} of the MACs"
-        for name, one in found.get("methods", {}).items()
-    ]
-    best = found.get("best_baseline")
-    if best is not None:
-        ratio = f"{best['ratio']:.3f} {between(best['ratio_interval'])}"
-        lines.append(f"There ours takes {ratio} of the MACs of the best baseline, {best['name']}.")
-    return lines
-
-
-def _adaptation(seconds: dict[str, float]) -> dict[str, dict[str, float | None]]:
-    """By method the processor minutes of adapting it, and their share of what training the backbone took."""
-    backbone = seconds.get("backbone")
-    return {
-        name: {"minutes": own / 60, "share_of_backbone": own / backbone if backbone else None}
-        for name, own in seconds.items()
-        if name != "backbone"
-    }
-
-
-def _seeds(measured: list[Run]) -> dict[str, list[int]]:
-    """Of each method."""
-    seeds: dict[str, list[int]] = {}
-    for one in measured:
-        seeds.setdefault(one.method.name, []).append(one.seed)
-    return seeds
-
-
-def _table(table: Table) -> Any:
-    from rich.table import Table as RichTable
-
-    from miaformer.reports.comparison_rows import COLUMNS, OURS, written
-
-    shown = RichTable(
-        caption=f"{table.num_images:,} test images; intervals of 95 % over images; hardest: the tenth with the "
-        "greatest dense loss; ours minus it: the lead of `learned`, in points. MACs and time: of the backbone's."
-    )
-    shown.add_column(COLUMNS[0], no_wrap=True)
-    for name in COLUMNS[1:]:
-        shown.add_column(name, justify="right", no_wrap=True)
-    rows = written(table.rows, table.differences)
-    for (row, cells), (following, _) in zip(rows, [*rows[1:], ({"budget": -1.0}, ())], strict=True):
-        style = "bold" if row["name"] == OURS else None
-        shown.add_row(*cells, style=style, end_section=following["budget"] != row["budget"])
-    return shown

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from miaformer.cli.arguments import add_command, check_positive, open_device, open_model, own_model
 
 if TYPE_CHECKING:
-    from miaformer.reports.explained import Explained
+    from miaformer.reports.explanation_page import Explained
 
 DESCRIPTION = """\
 Show what MODEL executes for each image, block by block: which patches each block still attends to, which heads it
@@ -104,7 +104,7 @@ def _table(pictures: Sequence[Explained]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from miaformer.reports.explained import named
+    from miaformer.reports.explanation_page import named
 
     left = len(pictures) - MOST_ROWS
     more = f"{left:,} more are in index.html. " if left > 0 else ""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from miaformer.data.digits import Digits
-    from miaformer.data.loader import Batch, Batches
+    from miaformer.data.loader import Batch, Batches, LabelledBatch
     from miaformer.data.on_device import DeviceBatches
     from miaformer.data.source import ImageData, Split, spread
     from miaformer.data.specs import open_data
@@ -24,6 +24,7 @@ __all__ = [
     "DeviceBatches",
     "Digits",
     "ImageData",
+    "LabelledBatch",
     "Split",
     "Transform",
     "build_transform",
@@ -39,6 +40,7 @@ _HOME = {
     "DeviceBatches": "on_device",
     "Digits": "digits",
     "ImageData": "source",
+    "LabelledBatch": "loader",
     "Split": "source",
     "Transform": "transforms",
     "build_transform": "transforms",

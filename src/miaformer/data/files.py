@@ -1,12 +1,13 @@
-"""Files that are there whole or not at all, wherever a program is stopped, and directories that hold one run."""
+"""Files that are there whole or not at all, wherever a program is stopped; JSON; directories that hold one run."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextmanager
@@ -17,6 +18,19 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     unfinished = path.with_name(f"{path.name}.partial")
     yield unfinished
     unfinished.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming a file that is missing, damaged, or holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object")
+    return content
 
 
 def holds_run(directory: str | Path) -> bool:

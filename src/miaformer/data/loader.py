@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -43,6 +43,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.images.to(device), self.labels.to(device), self.index.to(device))
+
+
+class LabelledBatch(Protocol):
+    """What evaluation needs of a batch: `images` (B, 3, H, W), normalised, and `labels` (B,) int64."""
+
+    @property
+    def images(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
 
 
 class Batches:

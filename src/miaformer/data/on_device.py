@@ -83,15 +83,11 @@ class DeviceBatches:
             index = batch[part].to(self.device)
             generator = torch.Generator().manual_seed(stream_seed(_AUGMENT, self.seed, epoch, step))
             draws = torch.rand(self.batch_size, _DRAWS, generator=generator)[part].to(self.device)
-            noise = None
-            if self.augment.re_prob and self.augment.re_mode != "const":
-                size = self.pixels.shape[2:] if self.augment.re_mode == "pixel" else (1, 1)
-                noise = torch.randn(self.batch_size, 3, *size, generator=generator)[part].to(self.device)
             images = self.pixels[index].float().div_(255)
-            yield Batch(self._changed(images, draws, noise), self.labels[index], index)
+            yield Batch(self._changed(images, draws), self.labels[index], index)
 
-    def _changed(self, images: Tensor, draws: Tensor, noise: Tensor | None) -> Tensor:
-        """images: (B, 3, H, W) from 0 to 1; draws: (B, 14) uniform; noise: what erased pixels are filled with."""
+    def _changed(self, images: Tensor, draws: Tensor) -> Tensor:
+        """images: (B, 3, H, W) from 0 to 1; draws: (B, 14) uniform."""
         augment = self.augment
         u = iter(draws.unbind(dim=1))
         images = _cropped(images, augment, [next(u) for _ in range(6)])
@@ -99,7 +95,7 @@ class DeviceBatches:
             images = _jittered(images, augment.color_jitter, [next(u) for _ in range(3)])
         images = (images - self._mean) / self._std
         if augment.re_prob:
-            images = _erased(images, augment.re_prob, [next(u) for _ in range(5)], noise)
+            images = _erased(images, augment.re_prob, [next(u) for _ in range(5)])
         return images
 
 
@@ -129,8 +125,8 @@ def _jittered(images: Tensor, strength: float, u: list[Tensor]) -> Tensor:
     return grey.lerp(images, saturation).clamp_(0, 1)
 
 
-def _erased(images: Tensor, probability: float, u: list[Tensor], noise: Tensor | None) -> Tensor:
-    """A random rectangle of some images (normalised) set to the mean colour, or to noise."""
+def _erased(images: Tensor, probability: float, u: list[Tensor]) -> Tensor:
+    """A random rectangle of some images (normalised) set to the mean colour."""
     rows, columns = images.shape[2:]
     area = _ERASED_AREA[0] + (_ERASED_AREA[1] - _ERASED_AREA[0]) * u[1]
     low, high = (math.log(value) for value in _ERASED_RATIO)
@@ -144,4 +140,4 @@ def _erased(images: Tensor, probability: float, u: list[Tensor], noise: Tensor |
 
     erased = inside(height, rows, u[3])[:, None, :, None] & inside(width, columns, u[4])[:, None, None, :]
     erased = erased & (u[0] < probability).view(-1, 1, 1, 1)
-    return torch.where(erased, torch.zeros_like(images) if noise is None else noise, images)
+    return images.masked_fill(erased, 0)

@@ -32,7 +32,7 @@ class Augmentation:
         auto_augment: timm's string, such as "rand-m9-mstd0.5-inc1"; it switches `color_jitter` off, as in
             timm.
         color_jitter: strength of brightness, contrast and saturation jitter.
-        re_prob: probability of erasing a random rectangle; `re_mode` is "const", "rand" or "pixel".
+        re_prob: probability of erasing a random rectangle.
     """
 
     hflip: float = 0.0
@@ -42,7 +42,6 @@ class Augmentation:
     auto_augment: str | None = None
     color_jitter: float = 0.0
     re_prob: float = 0.0
-    re_mode: str = "const"
 
     def __post_init__(self) -> None:
         for field in ("hflip", "vflip", "re_prob"):
@@ -57,12 +56,10 @@ class Augmentation:
             raise ValueError(f"scale={self.scale!r} asks for crops larger than the picture: use at most 1.0")
         if self.color_jitter < 0:
             raise ValueError(f"color_jitter={self.color_jitter!r} is negative")
-        if self.re_mode not in ("const", "rand", "pixel"):
-            raise ValueError(f"re_mode={self.re_mode!r} is none of 'const', 'rand', 'pixel'")
 
     @property
     def is_identity(self) -> bool:
-        return self == Augmentation(re_mode=self.re_mode)
+        return self == Augmentation()
 
 
 class Transform:

@@ -11,7 +11,7 @@ of its heads alone it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,9 +24,22 @@ from miaformer.engine.attention import attend_masked, attend_packed
 from miaformer.engine.cost import group_sizes
 from miaformer.engine.decisions import Gates, MlpWidth, from_host
 from miaformer.engine.products import Products
-from miaformer.vit.mlp import input_layers, mlp_inputs
-
-Index = slice | Tensor  # nested heads are slices (views), subsets are indices (gathers)
+from miaformer.vit.layers import (
+    EVERY,
+    Index,
+    attention_scale,
+    gated,
+    hidden_units,
+    input_layers,
+    linear_layers,
+    mlp_inputs,
+    mlp_scale,
+    normed_keys,
+    normed_queries,
+    query_key_value,
+    query_key_value_inputs,
+    query_key_value_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -48,12 +61,9 @@ class Width:
         """kept: indices of the kept heads, ascending; the first k of them become slices."""
         attn, fc2 = block.attn, block.mlp.fc2
         if len(kept) == attn.num_heads:
-            return Width(len(kept), _ALL, _ALL, _ALL)
+            return Width(len(kept), EVERY, EVERY, EVERY)
         sizes = (attn.num_heads, attn.attn_dim, fc2.in_features, fc2.out_features)
         return _width(tuple(kept), *sizes, mlp_width, device)
-
-
-_ALL = slice(None)
 
 
 @lru_cache(maxsize=1024)
@@ -70,8 +80,8 @@ def _width(
         return Width(
             len(kept),
             _units(kept, attn_dim, num_heads, device),
-            _ALL if mlp_width == "full" else _units(kept, hidden, num_heads, device),
-            _units(kept, dim, num_heads, device) if mlp_width == "coupled" else _ALL,
+            EVERY if mlp_width == "full" else _units(kept, hidden, num_heads, device),
+            _units(kept, dim, num_heads, device) if mlp_width == "coupled" else EVERY,
         )
 
 
@@ -106,9 +116,7 @@ def check_own_forward(block: Any) -> None:
 def check_plain(blocks: Iterable[Any], done: str, instead: str) -> None:
     """Raises ValueError for a layer that is not plain, with what cannot be done with it and what to do instead."""
     for index, block in enumerate(blocks):
-        attn, mlp = {"qkv": block.attn.qkv, "proj": block.attn.proj}, {"fc2": block.mlp.fc2}
-        layers = {**attn, **mlp, **{f"fc1[{i}]": layer for i, layer in enumerate(input_layers(block.mlp))}}
-        for name, layer in layers.items():
+        for name, layer in linear_layers(block).items():
             if not is_plain(layer):
                 raise ValueError(f"{name} of block {index} cannot be {done}: it {_shown(layer)}. {instead}")
 
@@ -122,7 +130,7 @@ def _shown(layer: Any) -> str:
 
 def _called(layer: Any, x: Tensor, width: Width) -> Tensor:
     """What a layer that is not plain gives, which cannot be cut."""
-    if width.heads is not _ALL:
+    if width.heads is not EVERY:
         raise ValueError(
             f"a layer of the backbone {_shown(layer)}. It can only be called as a whole, not for some of its heads: "
             "leave 'heads' out of the grains"
@@ -155,7 +163,7 @@ def packed_block(
         q, k, v = _prefix_query_key_value(block, products, x, prefix, width)
         q_lengths = [read_prefix] * len(lengths)
         x = x[prefix]
-    out = attend_packed(attn.q_norm(q), attn.k_norm(k), v, q_lengths, lengths).flatten(1)
+    out = attend_packed(normed_queries(attn, q), normed_keys(attn, k), v, q_lengths, lengths).flatten(1)
     return _after_attention(block, products, out, x, width)
 
 
@@ -164,66 +172,68 @@ def _after_attention(block: Any, products: Products, out: Tensor, x: Tensor, wid
     proj = block.attn.proj
     out = _norm_part(block.attn.norm, out, width.heads)
     if is_plain(proj):
-        weight = proj.weight if width.heads is _ALL else proj.weight[:, width.heads]
-        x = _added(products, out, weight, proj.bias, block.ls1, x)
+        weight = proj.weight if width.heads is EVERY else proj.weight[:, width.heads]
+        x = _added(products, out, weight, proj.bias, attention_scale(block), x)
     else:
-        x = x + block.ls1(_called(proj, out, width))
+        x = x + _scaled(_called(proj, out, width), attention_scale(block))
     return _packed_mlp(block, products, x, width)
 
 
 def _added(
-    products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None, layer_scale: Any, residual: Tensor
+    products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor
 ) -> Tensor:
-    if isinstance(layer_scale, nn.Identity):
+    if scale is None:
         return products.added(rows, weight, bias, residual)
-    return torch.addcmul(residual, products.linear(rows, weight, bias), layer_scale.gamma)
+    return torch.addcmul(residual, products.linear(rows, weight, bias), scale)
+
+
+def _scaled(y: Tensor, scale: Tensor | None) -> Tensor:
+    return y if scale is None else y * scale
 
 
 def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
     """Each (rows, kept heads, head_dim)."""
     attn, y = block.attn, block.norm1(rows)
-    plain = is_plain(attn.qkv)
-    if width.heads is _ALL or not plain:
-        packed = products.linear(y, attn.qkv.weight, attn.qkv.bias) if plain else _called(attn.qkv, y, width)
-        q, k, v = packed.view(len(y), 3, attn.num_heads, attn.head_dim).unbind(1)
-        return q, k, v
-    q, k, v = (
-        part.unflatten(1, (width.num_heads, attn.head_dim))
-        for part in products.side_by_side(y, _query_key_value_layers(attn, width))
-    )
+
+    def whole(layer: Any) -> Tensor:
+        if is_plain(layer):
+            return products.linear(y, layer.weight, layer.bias)
+        return _called(layer, y, width)
+
+    if width.heads is EVERY or not _is_cut(attn):
+        return query_key_value(attn, whole)
+    layers = query_key_value_layers(attn, width.heads)
+    q, k, v = (part.unflatten(1, (width.num_heads, attn.head_dim)) for part in products.side_by_side(y, layers))
     return q, k, v
+
+
+def _is_cut(attn: Any) -> bool:
+    """Whether the layers of queries, keys and values may be read in part."""
+    return all(is_plain(layer) for layer in query_key_value_inputs(attn))
 
 
 def _prefix_query_key_value(
     block: Any, products: Products, rows: Tensor, prefix: Tensor, width: Width
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with queries of the rows `prefix` alone."""
-    if not is_plain(block.attn.qkv):
+    if not _is_cut(block.attn):
         q, k, v = _query_key_value(block, products, rows, width)
         return q[prefix], k, v
     attn, y = block.attn, block.norm1(rows)
-    query, *others = _query_key_value_layers(attn, width)
+    query, *others = query_key_value_layers(attn, width.heads)
     parts = products.linear(y[prefix], *query), *products.side_by_side(y, others)
     q, k, v = (part.unflatten(1, (width.num_heads, attn.head_dim)) for part in parts)
     return q, k, v
 
 
-def _query_key_value_layers(attn: Any, width: Width) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of each."""
-    weights = attn.qkv.weight.unflatten(0, (3, attn.attn_dim))[:, width.heads].unbind(0)
-    bias = attn.qkv.bias
-    biases = [None] * 3 if bias is None else bias.view(3, attn.attn_dim)[:, width.heads].unbind(0)
-    return list(zip(weights, biases, strict=True))
-
-
 def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tensor:
     mlp, dim, hidden = block.mlp, width.dim, width.hidden
     y = block.norm2(x)
-    if dim is not _ALL:
+    if dim is not EVERY:
         y = y[:, dim].contiguous()
 
     def part(layer: Any) -> tuple[Tensor, Tensor | None]:
-        if hidden is _ALL and dim is _ALL:
+        if hidden is EVERY and dim is EVERY:
             return layer.weight, layer.bias
         return layer.weight[hidden][:, dim], _part(layer.bias, hidden)
 
@@ -232,35 +242,22 @@ def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tens
         if gate is None:
             y = products.activated(y, *part(value), mlp.act)
         else:
-            y = _gated(mlp.act, products.linear(y, *part(value)), products.linear(y, *part(gate)), activate_value)
+            y = gated(mlp.act, products.linear(y, *part(value)), products.linear(y, *part(gate)), activate_value)
     else:
-        y = _hidden(mlp, y, lambda layer, x: _called(layer, x, width))
+        y = hidden_units(mlp, lambda layer: _called(layer, y, width))
     y = _norm_part(mlp.norm, y, hidden)
     if not is_plain(mlp.fc2):
-        return x + block.ls2(_called(mlp.fc2, y, width))
+        return x + _scaled(_called(mlp.fc2, y, width), mlp_scale(block))
     weight = mlp.fc2.weight
-    if dim is _ALL:
-        return _added(products, y, weight if hidden is _ALL else weight[:, hidden], mlp.fc2.bias, block.ls2, x)
+    if dim is EVERY:
+        return _added(products, y, weight if hidden is EVERY else weight[:, hidden], mlp.fc2.bias, mlp_scale(block), x)
     y = products.linear(y, weight[dim][:, hidden], _part(mlp.fc2.bias, dim))
-    if not isinstance(block.ls2, nn.Identity):
-        y = y * block.ls2.gamma[dim]
+    scale = mlp_scale(block)
+    if scale is not None:
+        y = y * scale[dim]
     x = x.clone()
     x[:, dim] += y
     return x
-
-
-def _hidden(mlp: Any, y: Tensor, call: Callable[[Any, Tensor], Tensor] = lambda layer, x: layer(x)) -> Tensor:
-    """Activated hidden units of a plain or gated MLP. call: how its layers are."""
-    if hasattr(mlp, "fc1_g"):
-        return _gated(mlp.act, call(mlp.fc1_x, y), call(mlp.fc1_g, y), False)
-    if not hasattr(mlp, "gate_last"):
-        return mlp.act(call(mlp.fc1, y))
-    first, second = call(mlp.fc1, y).chunk(2, dim=-1)
-    return _gated(mlp.act, first, second, not mlp.gate_last)
-
-
-def _gated(act: Any, values: Tensor, gates: Tensor, activate_value: bool) -> Tensor:
-    return act(values) * gates if activate_value else values * act(gates)
 
 
 def _part(bias: Tensor | None, index: Index) -> Tensor | None:
@@ -294,20 +291,19 @@ def masked_block(block: Any, x: Tensor, gates: Gates, num_prefix_tokens: int, ml
     num_rows = x.shape[1]
 
     y = block.norm1(x)
-    qkv = attn.qkv(y).reshape(-1, num_rows, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
+    q, k, v = (part.transpose(1, 2) for part in query_key_value(attn, lambda layer: layer(y)))
     dropout = attn.attn_drop.p if attn.training else 0.0
-    y = attend_masked(attn.q_norm(q), attn.k_norm(k), v, keys, dropout)
+    y = attend_masked(normed_queries(attn, q), normed_keys(attn, k), v, keys, dropout)
     y = (y * heads[:, :, None, None]).transpose(1, 2).reshape(-1, num_rows, attn.attn_dim)
     y = _gated_norm(attn.norm, y, _spread(heads, attn.attn_dim))
     y = attn.proj_drop(attn.proj(y))
-    x = x + rows * block.drop_path1(block.ls1(y))
+    x = x + rows * block.drop_path1(_scaled(y, attention_scale(block)))
 
     mlp = block.mlp
     y = block.norm2(x)
     if mlp_width == "coupled":
         y = y * _spread(heads, x.shape[2])
-    y = mlp.drop1(_hidden(mlp, y))
+    y = mlp.drop1(hidden_units(mlp, lambda layer: layer(y)))
     if mlp_width == "full":
         y = mlp.norm(y)
     else:
@@ -316,7 +312,7 @@ def masked_block(block: Any, x: Tensor, gates: Gates, num_prefix_tokens: int, ml
     y = mlp.drop2(mlp.fc2(y))
     if mlp_width == "coupled":
         y = y * _spread(heads, x.shape[2])
-    return x + rows * block.drop_path2(block.ls2(y))
+    return x + rows * block.drop_path2(_scaled(y, mlp_scale(block)))
 
 
 def _spread(heads: Tensor, width: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from miaformer.engine.decisions import Gates, HostGates, MlpWidth
+from miaformer.vit.layers import is_gated
 
 Counts = NDArray[np.int64]
 
@@ -180,7 +181,7 @@ def cost_of(backbone: Any, image_size: tuple[int, int], mlp_width: MlpWidth) -> 
         num_heads=attn.num_heads,
         head_dim=attn.head_dim,
         mlp_hidden=mlp.fc2.in_features,
-        mlp_inputs=1 if type(mlp).__name__ == "Mlp" else 2,
+        mlp_inputs=2 if is_gated(mlp) else 1,
         num_prefix_tokens=prefix,
         grid=(int(grid[0]), int(grid[1])),
         mlp_width=mlp_width,

@@ -9,8 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from miaformer.data import LabelledBatch
 from miaformer.engine.decisions import Decisions
-from miaformer.evaluation.calibration import LabelledBatch, OnProgress
+from miaformer.evaluation.calibration import OnProgress
 from miaformer.evaluation.controls import (
     KeepRates,
     Simulation,

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miaformer.evaluation.calibration import LabelledBatch, OnProgress
+from miaformer.data import LabelledBatch
+from miaformer.evaluation.calibration import OnProgress
 from miaformer.evaluation.contenders import Contender, LeftOut, contenders, inference_batches
 from miaformer.evaluation.environment import describe_environment
 from miaformer.model.model import MIAFormer

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from miaformer.data import Batch, Batches, ImageData, build_transform
-from miaformer.data.pictures import read_pictures
 from miaformer.data.source import check_classes
+from miaformer.data.unlabelled import read_pictures
 from miaformer.evaluation.bench import TIMED_ENGINES, Report, batches_of_size, bench
 from miaformer.evaluation.calibration import OnProgress, calibrate
 from miaformer.evaluation.drawn import Grains, drawn_models

@@ -13,7 +13,7 @@ from miaformer.engine.block import Width
 from miaformer.engine.cost import Cost
 from miaformer.engine.products import gelu_kind
 from miaformer.export.graph import MICROSOFT, Graph, array
-from miaformer.vit.mlp import mlp_inputs
+from miaformer.vit.layers import mlp_inputs
 
 
 @dataclass(frozen=True)

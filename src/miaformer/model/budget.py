@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from miaformer.engine.controller import LOG_PRICE_RANGE
 from miaformer.model.looks import STEP, Looks
-
-MOST_PASSES = 48  # over the calibration images
 
 
 @dataclass(frozen=True)
@@ -103,46 +99,3 @@ def check_fraction(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError(f"{name}={value!r} must be a fraction of the backbone's MACs, more than 0 and at most 1")
     return float(value)
-
-
-def calibrate(
-    mean_fraction: Callable[[float], float],
-    num_images: int,
-    data: str = "",
-    tolerance: float = 0.01,
-    prices: tuple[float, float] = (math.exp(LOG_PRICE_RANGE[0]), math.exp(LOG_PRICE_RANGE[1])),
-    coarse: int = 13,
-    most: int = MOST_PASSES,
-) -> Calibration:
-    """Measure the table between two prices: evenly spaced log-prices, then more between distant neighbours.
-
-    mean_fraction(price) runs the calibration images and gives their mean MACs fraction; tolerance: how far apart
-    neighbouring fractions may be.
-    """
-    low, high = map(math.log, prices)
-    points = {x: mean_fraction(math.exp(x)) for x in _spaced(low, high, coarse)}
-    while len(points) < most:
-        grid = sorted(points)
-        neighbours = [(a, b) for a, b in pairwise(grid) if b - a > 1e-4]
-        gap, left, right = max((abs(points[a] - points[b]), a, b) for a, b in neighbours)
-        if gap <= tolerance:
-            break
-        middle = (left + right) / 2
-        points[middle] = mean_fraction(math.exp(middle))
-    return _monotone(points, num_images, data)
-
-
-def _spaced(low: float, high: float, count: int) -> Sequence[float]:
-    return [low + (high - low) * i / (count - 1) for i in range(count)]
-
-
-def _monotone(points: dict[float, float], num_images: int, data: str) -> Calibration:
-    """Strictly monotone points only: of those that spend no less than a cheaper price did, the cheapest."""
-    prices: list[float] = []
-    fractions: list[float] = []
-    for log_price in sorted(points):
-        fraction = points[log_price]
-        if not fractions or fraction < fractions[-1] - 1e-9:
-            prices.append(math.exp(log_price))
-            fractions.append(fraction)
-    return Calibration(tuple(prices), tuple(fractions), num_images, data)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from miaformer.engine.deciding import decide
 from miaformer.engine.decisions import Decisions, Gates, HostGates
 from miaformer.engine.walk import Policy, State
 from miaformer.model.resolution import Size
+from miaformer.vit.layers import LinearView, normed_keys, normed_queries, query_key_value_layers
 
 __all__ = ["ClsAttention", "Fixed", "Full", "Learned", "Look", "Policy", "Random", "Sampling", "Static", "TwoLooks"]
 
@@ -190,15 +192,16 @@ class ClsAttention(BestTokens):
 def _class_attention(block: Any, x: Tensor, active: Tensor, num_prefix_tokens: int) -> Tensor:
     """How much the class token attends to each active patch token, mean over heads. x: (B, P+N, C) -> (B, N)."""
     attn = block.attn
-    dim, heads = attn.attn_dim, (attn.num_heads, attn.head_dim)
-    bias = attn.qkv.bias
-    q_bias, k_bias = (None, None) if bias is None else (bias[:dim], bias[dim : 2 * dim])
+    query, key, _ = query_key_value_layers(attn)
     image, token = active.nonzero(as_tuple=True)
     rows = x[image, num_prefix_tokens + token]
-    q = attn.q_norm(nn.functional.linear(block.norm1(x[:, 0]), attn.qkv.weight[:dim], q_bias).unflatten(1, heads))
-    k = nn.functional.linear(block.norm1(rows), attn.qkv.weight[dim : 2 * dim], k_bias).unflatten(1, heads)
+
+    def by_heads(layer: LinearView, rows: Tensor) -> Tensor:
+        return F.linear(block.norm1(rows), *layer).unflatten(1, (attn.num_heads, attn.head_dim))
+
+    q, k = normed_queries(attn, by_heads(query, x[:, 0])), normed_keys(attn, by_heads(key, rows))
     logits = x.new_full((*active.shape, attn.num_heads), float("-inf"))
-    logits[image, token] = ((q[image] * attn.k_norm(k)).sum(dim=-1) * attn.scale).to(x.dtype)
+    logits[image, token] = ((q[image] * k).sum(dim=-1) * attn.scale).to(x.dtype)
     return logits.softmax(dim=1).mean(dim=2).nan_to_num(0.0)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from miaformer.data.files import read_json
 from miaformer.model.budget import Calibration
 from miaformer.model.config import AdaptConfig
 from miaformer.vit import backbone as static
@@ -68,7 +69,7 @@ def write_model_files(
 def read_model_files(directory: Path) -> ModelFiles:
     """Raises ValueError naming the file that is missing, damaged, or not a MIA-Former's."""
     path = directory / "config.json"
-    content = read_json(path)
+    content = _read_settings(directory)
     if content.get("model_type") != "miaformer" or content.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe a MIA-Former model of format {FORMAT}")
     try:
@@ -89,6 +90,13 @@ def read_model_files(directory: Path) -> ModelFiles:
     return ModelFiles(backbone, config, state, calibration, weights)
 
 
+def _read_settings(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: {directory} is not a model directory")
+    return read_json(path)
+
+
 def _read_config(settings: Mapping[str, Any]) -> AdaptConfig:
     """As `config.json` holds it, which older versions wrote with a `default_budget`. Raises ValueError for one that is
     set, TypeError for settings that are unknown.
@@ -105,18 +113,6 @@ def _read_config(settings: Mapping[str, Any]) -> AdaptConfig:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: {path.parent} is not a model directory") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object")
-    return content
 
 
 class SavedModel(ModelHubMixin, ABC):
@@ -149,7 +145,7 @@ class SavedModel(ModelHubMixin, ABC):
         """
         directory = Path(pretrained_model_name_or_path)
         if directory.is_dir():
-            read_json(directory / "config.json")  # before the mixin reads it, whose errors name no file
+            _read_settings(directory)  # before the mixin reads it, whose errors name no file
         elif directory.exists() or str(pretrained_model_name_or_path).startswith((".", "/", "~")):
             raise ValueError(f"{directory} is not a model directory: it should hold config.json and model.safetensors")
         elif not kwargs.get("local_files_only"):

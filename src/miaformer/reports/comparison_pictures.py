@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miaformer.evaluation.calibration import LabelledBatch
+from miaformer.data import LabelledBatch
 from miaformer.model.model import MIAFormer
 from miaformer.reports.extremes import Ends, Extreme, as_picture, kept_share, run_each
 from miaformer.reports.style import FAINT, INK, bare, new_figure, save, short

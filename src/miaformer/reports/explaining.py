@@ -18,7 +18,7 @@ from miaformer.prediction.entries import reason
 from miaformer.prediction.explanation import explain, seen_picture
 from miaformer.prediction.predictor import Predictor
 from miaformer.prediction.rows import writable
-from miaformer.reports.explained import About, Explained, index_page, picture_page, thumbnail
+from miaformer.reports.explanation_page import About, Explained, index_page, picture_page, thumbnail
 from miaformer.reports.explanation_plot import plot_explanation
 from miaformer.reports.page import Markup, write_page
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from miaformer.evaluation.calibration import LabelledBatch
+from miaformer.data import LabelledBatch
 from miaformer.evaluation.contenders import inference_batches
 from miaformer.model.model import MIAFormer
 from miaformer.reports.page import Markup, data_uri, is_small, tag

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from miaformer.model.saved import read_json
+from miaformer.data.files import read_json
 
 Row = dict[str, Any]  # of metrics.jsonl
 

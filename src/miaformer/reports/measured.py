@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from miaformer.model.saved import read_json
+from miaformer.data.files import read_json
 from miaformer.reports.history import is_history, read_history
 
 
@@ -17,11 +16,9 @@ def is_comparison_directory(directory: Path) -> bool:
 def read_comparison(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The report of all that is measured (None: nothing is yet), and the runs that are not, with how far they are.
 
-    Rows of methods that are ours without a part say `ablation`. Raises ValueError where runs do not belong together.
+    Raises ValueError where runs do not belong together.
     """
-    from miaformer.lab.comparison import ABLATIONS, summarise
-    from miaformer.lab.comparison.results import read_points
-    from miaformer.training.progress import core_seconds
+    from miaformer.lab.comparison.report import comparison_report
 
     runs = _runs(directory)
     measured = [run for run in runs if (run / "measured.json").is_file()]
@@ -31,25 +28,8 @@ def read_comparison(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
         missing.insert(0, _progress(backbone))
     if not measured:
         return None, missing
-    table = asdict(summarise(*read_points(measured)))
-    for row in table["rows"]:
-        row["ablation"] = row["name"] in ABLATIONS
-    reports = [read_json(run / "measured.json") for run in measured]
-    seeds: dict[str, list[int]] = {}
-    of_backbone = core_seconds(backbone)
-    seconds = {"backbone": [] if of_backbone is None else [of_backbone]}
-    for report in reports:
-        seeds.setdefault(report["method"], []).append(report["seed"])
-        if report["core_seconds"] is not None:
-            seconds.setdefault(report["method"], []).append(report["core_seconds"])
-    return {
-        **table,
-        "recipe": _recipe(backbone, [run for run in runs if run.parent.name == "learned"]),
-        "data": reports[0]["asked"]["data"],
-        "seeds": seeds,
-        "core_seconds": {name: sum(values) / len(values) for name, values in seconds.items() if values},
-        "environment": reports[0]["environment"],
-    }, missing
+    recipe = _recipe(backbone, [run for run in runs if run.parent.name == "learned"])
+    return {"recipe": recipe, **comparison_report(measured, backbone)}, missing
 
 
 def _recipe(backbone: Path, ours: list[Path]) -> dict[str, Any]:

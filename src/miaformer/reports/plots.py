@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from miaformer.evaluation.calibration import LabelledBatch
+from miaformer.data import LabelledBatch
 from miaformer.model.model import MIAFormer
 from miaformer.reports.extremes import Extreme, as_picture, extremes, kept_share
 from miaformer.reports.style import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from miaformer.model.saved import read_json
+from miaformer.data.files import read_json
 from miaformer.reports.comparison import comparison_body, comparison_head, is_comparison
 from miaformer.reports.evaluation import evaluation_section, is_evaluation
 from miaformer.reports.history import is_history, read_history

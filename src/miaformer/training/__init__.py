@@ -1,7 +1,7 @@
 """Training: a static ViT goes in, an adaptive one that knows its budgets comes out.
 
 In reading order: `recipes` (what is trained, for how long), `run` (a whole run), `trainer` (the loop of a stage),
-`objective` and `stages` (its loss), `gates` (decisions that gradients reach, or that are drawn), `tariff` (lambda:
+`objective` and `stages` (its loss), `policies` (decisions that gradients reach, or that are drawn), `tariff` (lambda:
 what compute costs at each budget). Around the loop: `preparation`, `probe` (the first fit of a new classifier),
 `choices` (what fits data and machine), `optimizer` and `muon`, `adversarial`, `checkpoint`, `run_directory`,
 `progress`, `interrupts`.

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from miaformer.data.files import holds_run
+from miaformer.data.files import holds_run, read_json
 from miaformer.engine.processor import processor_cores
-from miaformer.model.saved import read_json
 from miaformer.training.recipes import Precision, Recipe
 
 MOST_PICTURES = {"cpu": 64}  # in a batch that is chosen; on a CPU a larger one takes memory and is no faster

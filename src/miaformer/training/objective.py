@@ -7,6 +7,7 @@ is a mean over images, so that it is the same however a batch is spread over pro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from miaformer.engine.masked import Masked
 from miaformer.engine.sparse import Sparse
 from miaformer.engine.walk import Execution, Policy
 from miaformer.model.model import MIAFormer
-from miaformer.training.gates import Draws
+from miaformer.training.policies import Draws
 from miaformer.training.recipes import Recipe, Stage
 
 
@@ -41,13 +42,12 @@ class Step:
 class Targets:
     """What the images of a step should be answered.
 
-    labels: (B, classes), soft. taught: (B, classes), the teacher's probabilities at `temperature`; None without one.
+    labels: (B, classes), soft. taught: (B, classes), the teacher's probabilities; None without one.
     """
 
     labels: Tensor
     taught: Tensor | None
     weight: float  # of the teacher
-    temperature: float
 
     def loss(self, logits: Tensor) -> Tensor:
         """Cross-entropy (B,) of logits (B, classes) with the labels and, by `weight`, with what the teacher says."""
@@ -55,7 +55,7 @@ class Targets:
         hard = F.cross_entropy(logits, self.labels, reduction="none")
         if self.taught is None:
             return hard
-        distilled = F.cross_entropy(logits / self.temperature, self.taught, reduction="none") * self.temperature**2
+        distilled = F.cross_entropy(logits, self.taught, reduction="none")
         return hard + self.weight * (distilled - hard)
 
     def difficulty(self, task: Tensor) -> Tensor:
@@ -98,9 +98,15 @@ class Objective(nn.Module, ABC):
     """
 
     dense: ClassVar = False  # the static model itself learns: images may be mixed, and only a given teacher teaches it
-    trains_controllers: ClassVar = False  # or what a baseline has in their place
+    adapts: ClassVar = False  # it makes a backbone ours
+    decides: ClassVar = False  # controllers decide, at the price of each image's budget
     samples_twice: ClassVar = False  # each image takes two sub-networks a step
     values_compute: ClassVar = False  # its gradient by the log-price says what compute is worth
+
+    @staticmethod
+    def deciders(model: MIAFormer) -> Sequence[nn.Module]:
+        """The parts of the model that learn in this stage beside its backbone: controllers, or what a baseline has."""
+        return ()
 
     def __init__(self, model: MIAFormer, stage: Stage, recipe: Recipe, teacher: nn.Module | None) -> None:
         super().__init__()
@@ -113,7 +119,7 @@ class Objective(nn.Module, ABC):
         """images: (B, 3, H, W); labels: (B, classes), soft."""
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
         taught = self._soft_labels(images if step.clean is None else step.clean)
-        targets = Targets(labels, taught, self.recipe.distill_weight, self.recipe.distill_temperature)
+        targets = Targets(labels, taught, self.recipe.distill_weight)
         outcome = self.outcome(images, targets, step, cost)
         if torch.distributed.is_initialized():  # processes share gradients of every parameter, of skipped ones too
             nothing = 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
@@ -128,7 +134,7 @@ class Objective(nn.Module, ABC):
         if not self.teacher or not self.recipe.distill_weight:
             return None
         with torch.no_grad():
-            return F.softmax(self.teacher[0](images).float() / self.recipe.distill_temperature, dim=1)
+            return F.softmax(self.teacher[0](images).float(), dim=1)
 
     def answer(self, x: Tensor) -> Tensor:
         """Logits (B, classes) of what comes out of a block, (B, P+N, C)."""

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
 
 from miaformer.model.model import MIAFormer
 from miaformer.training.muon import MuonAdamW
 from miaformer.training.recipes import Recipe, Stage
 
 
-def stage_optimizer(model: MIAFormer, stage: Stage, recipe: Recipe, trains_controllers: bool) -> torch.optim.Optimizer:
-    """`muon` is ours, any other name timm's."""
+def stage_optimizer(
+    model: MIAFormer, stage: Stage, recipe: Recipe, deciders: Sequence[nn.Module]
+) -> torch.optim.Optimizer:
+    """deciders: what learns beside the backbone. `muon` is ours, any other name timm's."""
     muon = recipe.optimizer == "muon"
     groups = [{**group, "lr": stage.lr} for group in _backbone_groups(model.backbone, stage, recipe)]
-    if trains_controllers:
-        noisier = {"betas": (0.9, 0.999)} if muon else {}  # than the backbone's gradients
-        found = param_groups_weight_decay(model.controllers, recipe.weight_decay)
+    noisier = {"betas": (0.9, 0.999)} if muon else {}  # than the backbone's gradients
+    for part in deciders:
+        found = param_groups_weight_decay(part, recipe.weight_decay)
         groups += [{**group, "lr": stage.controller_lr, **noisier} for group in found]
     if muon:
         inside = {id(p) for p in model.backbone.blocks.parameters() if p.ndim == 2}

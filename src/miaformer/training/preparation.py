@@ -76,7 +76,7 @@ def learnable(recipe: Recipe, model: MIAFormer, objectives: Mapping[str, type[Ob
     def learns(stage: Stage) -> bool:
         if stage.kind == "probe":
             return is_free(*classifiers(model.backbone))
-        return is_free(model.backbone) or (objectives[stage.kind].trains_controllers and is_free(model.controllers))
+        return is_free(model.backbone, *objectives[stage.kind].deciders(model))
 
     stages = tuple(filter(learns, recipe.stages))
     if recipe.stages and not stages:

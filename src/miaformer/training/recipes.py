@@ -30,7 +30,6 @@ class Stage:
     full_share: float = 0.25  # images of a batch that execute everything, so that the full model stays what it was
     temperature: tuple[float, float] = (1.0, 1.0)  # of gate noise, from start to end of the stage
     keep: tuple[float, float, float] = (0.5, 0.25, 0.15)  # elastic: the least share of blocks, heads, tokens
-    exit_share: float = 0.0  # elastic: of the images, those that leave after a block; others skip blocks anywhere
     patch_drop: tuple[float, float] = (0.0, 0.0)  # backbone: the share of patch tokens left out, drawn a step
     early_weight: float = 0.0  # backbone: of the loss of an answer given after a block of the second half
 
@@ -41,8 +40,6 @@ class Stage:
             raise ValueError(f"{self.kind} stage: layer_decay={self.layer_decay} must be in (0, 1]")
         if not 0 < self.anneal <= 1:
             raise ValueError(f"{self.kind} stage: anneal={self.anneal} must be in (0, 1]")
-        if not 0 <= self.exit_share <= 1:
-            raise ValueError(f"{self.kind} stage: exit_share={self.exit_share} must be in [0, 1]")
         least, most = self.patch_drop
         if not 0 <= least <= most < 1:
             raise ValueError(
@@ -55,16 +52,6 @@ class Stage:
                 f"{self.kind} stage: patch_drop and early_weight are for the backbone stage; decisions do both here"
             )
 
-    @property
-    def decides(self) -> bool:
-        """Whether controllers make the decisions."""
-        return self.kind in ("supervised", "reinforce")
-
-    @property
-    def adapts(self) -> bool:
-        """Whether it is one of those that make a backbone ours."""
-        return self.decides or self.kind in ("elastic", "resolution")
-
 
 _RANGES = (  # of settings of a recipe
     ("batch_size", 2, math.inf),
@@ -73,7 +60,6 @@ _RANGES = (  # of settings of a recipe
     ("clip_grad", 1e-9, math.inf),
     ("label_smoothing", 0, 0.99),
     ("distill_weight", 0, 1),
-    ("distill_temperature", 1e-3, math.inf),
     ("mixup", 0, math.inf),
     ("cutmix", 0, math.inf),
     ("ema_decay", 0, 0.999999),
@@ -105,7 +91,6 @@ class Recipe:
     clip_grad: float | None = 1.0
     label_smoothing: float = 0.1
     distill_weight: float = 0.5  # of the frozen backbone's soft labels against the true ones
-    distill_temperature: float = 1.0
     mixup: float = 0.0
     cutmix: float = 0.0
     augmentation: dict[str, Any] = field(default_factory=dict)  # fields of miaformer.data.Augmentation
@@ -176,28 +161,17 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r} has no stage {', '.join(sorted(missing))}")
         return replace(self, stages=found)
 
-    def adapting(self) -> Recipe:
-        """The same with the stages alone that make a backbone ours."""
-        found = tuple(stage for stage in self.stages if stage.adapts)
-        if not found:
-            raise ValueError(f"recipe {self.name!r} has no stage that adapts the backbone")
-        return replace(self, stages=found)
-
     @property
     def chooses_resolution(self) -> bool:
         return "resolution" in self.adapt.get("grains", ())
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether the model that it trains knows budgets afterwards."""
-        return self.chooses_resolution or any(stage.decides for stage in self.stages)
 
     def scaled(self, factor: float) -> Recipe:
         """The same with every stage `factor` times as long."""
         return replace(self, stages=tuple(replace(s, epochs=s.epochs * factor) for s in self.stages))
 
 
-_GONE = (("adversarial_apart", False),)  # settings of recipes that older versions wrote, with their defaults
+# Settings of recipes and stages that older versions wrote, with their defaults.
+_GONE = (("adversarial_apart", False), ("distill_temperature", 1.0), ("exit_share", 0.0))
 
 
 def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
@@ -209,9 +183,9 @@ def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     def filled(kind: type[Recipe] | type[Stage], given: dict[str, Any]) -> dict[str, Any]:
         defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
         defaults |= {f.name: f.default_factory() for f in fields(kind) if f.default_factory is not MISSING}
-        return {**defaults, **given}
+        return {**defaults, **{name: value for name, value in given.items() if (name, value) not in _GONE}}
 
-    recipe = filled(Recipe, {name: value for name, value in saved.items() if (name, value) not in _GONE})
+    recipe = filled(Recipe, saved)
     recipe["stages"] = [filled(Stage, stage) for stage in recipe["stages"]]
     return cast(dict[str, Any], json.loads(json.dumps(recipe)))
 

@@ -18,9 +18,8 @@ from torch import nn
 from miaformer.data import Batches, ImageData, build_transform, open_data
 from miaformer.data.seeds import seed_everything
 from miaformer.data.source import check_classes
-from miaformer.evaluation.calibration import calibrate
+from miaformer.evaluation.calibration import MOST_PASSES, calibrate
 from miaformer.model.adapt import adapt
-from miaformer.model.budget import MOST_PASSES
 from miaformer.model.model import MIAFormer
 from miaformer.training.choices import as_begun, described, with_precision, with_sizes
 from miaformer.training.objective import Objective
@@ -123,9 +122,10 @@ def train(
         display.say(line)
     with claimed(out, description, accelerator, seed):
         trainer.run(resume)
-    if any(stage.decides for stage in recipe.stages):
+    decides = any(trainer.decides(stage) for stage in recipe.stages)
+    if decides:
         model.set_price_scale(*trainer.tariff.price_scale())
-    if recipe.calibrates or had_budgets:
+    if decides or recipe.chooses_resolution or had_budgets:
         _calibrate(model, held_out, data_name(held_out, data), max(batches.batch_size, 256), seed, display)
     if main:
         model.save_pretrained(out / "model")

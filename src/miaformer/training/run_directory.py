@@ -11,10 +11,9 @@ from typing import Any, cast
 from accelerate import Accelerator
 
 from miaformer.data import ImageData, open_data
-from miaformer.data.files import check_holds_no_run, holds_run, locked
+from miaformer.data.files import check_holds_no_run, holds_run, locked, read_json
 from miaformer.evaluation.environment import describe_environment
 from miaformer.model.model import MIAFormer
-from miaformer.model.saved import read_json
 from miaformer.training.choices import as_begun
 from miaformer.training.recipes import Recipe, with_defaults
 from miaformer.vit.checkpoint_files import identity
@@ -37,13 +36,12 @@ def is_trained(recipe: Recipe, out: str | Path, *, data: str | Path | None = Non
     Raises ValueError where `out` holds another run.
     """
     out = Path(out)
-    last_written = "calibration.json" if recipe.calibrates else "model.safetensors"
     if not holds_run(out):
         return False
     source = data or recipe.data
     images = open_data(source, "train")
     check_free(out, describe(as_begun(recipe, out, len(images)), images, source, seed), resume=True)
-    return (out / "model" / last_written).exists()
+    return (out / "model" / "config.json").exists()  # written last
 
 
 def describe(recipe: Recipe, images: ImageData, data: str | Path | ImageData, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,8 @@ from miaformer.engine.walk import Execution, Policy
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import Fixed
 from miaformer.model.resolution import drawn_size, resized
-from miaformer.training.gates import Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.training.objective import Objective, Outcome, Step, Targets, UnderPolicy
+from miaformer.training.policies import Draws, Leaving, Relaxed, Sampled, elastic_decisions
 from miaformer.vit.backbone import transformer_blocks
 
 
@@ -60,6 +61,8 @@ class Backbone(Objective):
 class Resolution(Objective):
     """The static model on images of the sizes that it is looked at in, one drawn each step."""
 
+    adapts = True
+
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
         size = drawn_size(self.model.macs_of_sizes(), float(step.draws.shared[0]))
         logits = self.model.backbone(resized(images, size))
@@ -70,6 +73,8 @@ class Resolution(Objective):
 
 class Elastic(UnderPolicy):
     """Random decisions at every grain."""
+
+    adapts = True
 
     def policy(self, step: Step, cost: Cost) -> Policy:
         return Fixed(elastic_decisions(step.draws, cost, self.stage, self.model.adapt_config))
@@ -90,7 +95,12 @@ class Executed:
 class Deciding(Objective):
     """Controllers decide, and learn."""
 
-    trains_controllers = True
+    adapts = True
+    decides = True
+
+    @staticmethod
+    def deciders(model: MIAFormer) -> Sequence[nn.Module]:
+        return (model.controllers,)
 
     def executed(
         self, x: Tensor, targets: Targets, policy: Relaxed | Sampled, execution: Execution, cost: Cost

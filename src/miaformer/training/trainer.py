@@ -7,7 +7,7 @@ that a resumed run goes on exactly, and several processes do what one would.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +28,10 @@ from miaformer.engine.masked import Masked
 from miaformer.model.model import MIAFormer
 from miaformer.training.adversarial import Adversary
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
-from miaformer.training.gates import Draws
 from miaformer.training.interrupts import Interrupted, StopRequest
 from miaformer.training.objective import Objective, Outcome, Step
 from miaformer.training.optimizer import stage_optimizer
+from miaformer.training.policies import Draws
 from miaformer.training.probe import fit_on, most_batches
 from miaformer.training.progress import DURATIONS, Display, Duration, Means, MetricsFile
 from miaformer.training.recipes import Recipe, Stage
@@ -81,7 +81,8 @@ class Trainer:
         if recipe.mixup or recipe.cutmix:
             smoothing, classes = recipe.label_smoothing, model.num_classes
             self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=classes)
-        self._controllers_free = [parameter.requires_grad for parameter in model.controllers.parameters()]
+        weights = {id(parameter) for parameter in model.backbone.parameters()}
+        self._free = [p for p in model.parameters() if p.requires_grad and id(p) not in weights]  # beside the backbone
         self.adversary = Adversary.of(recipe, model.data_config(), accelerator.device)
         self.ema: ModelEmaV3 | None = None  # of the stage at hand
         self._stop = StopRequest()  # of this process
@@ -108,7 +109,7 @@ class Trainer:
                     checkpoint = found[0] if span.first < start else None
                     self._run_stage(span, max(span.first, start), checkpoint, metrics)
         finally:
-            self._free_controllers(True)
+            self._let_learn([self.model])
             self.display.end_stage()
             if metrics is not None:
                 metrics.close()
@@ -133,18 +134,23 @@ class Trainer:
             metrics.write({"step": span.last, "stage": "probe", "loss": loss, "accuracy": accuracy})
             duration.write(span.last)
 
-    def _free_controllers(self, learns: bool) -> None:
-        """Let those learn that were free before training, or none."""
-        for parameter, is_free in zip(self.model.controllers.parameters(), self._controllers_free, strict=True):
-            parameter.requires_grad_(learns and is_free)
+    def decides(self, stage: Stage) -> bool:
+        return stage.kind in self.objectives and self.objectives[stage.kind].decides
+
+    def _let_learn(self, deciders: Sequence[nn.Module]) -> None:
+        """Of the parameters beside the backbone that were free before training, those of these parts alone."""
+        chosen = {id(parameter) for part in deciders for parameter in part.parameters()}
+        for parameter in self._free:
+            parameter.requires_grad_(id(parameter) in chosen)
 
     def _run_stage(self, span: Span, step: int, checkpoint: Path | None, metrics: MetricsFile | None) -> None:
         stage, model = span.stage, self.model
         kind = self.objectives[stage.kind]
-        self._free_controllers(kind.trains_controllers)
+        deciders = kind.deciders(model)
+        self._let_learn(deciders)
         if not kind.dense and self.teacher is None and self.recipe.distill_weight:
             self.teacher = copy.deepcopy(model.backbone).requires_grad_(False).eval()
-        optimizer = stage_optimizer(model, stage, self.recipe, kind.trains_controllers)
+        optimizer = stage_optimizer(model, stage, self.recipe, deciders)
         length = span.last - span.first
         schedule = CosineLRScheduler(
             optimizer,
@@ -161,7 +167,7 @@ class Trainer:
         self.accelerator.register_for_checkpointing(self)
         if checkpoint is not None:
             load_checkpoint(self.accelerator, checkpoint)
-        elif span.first == next((s.first for s in self.spans if s.stage.decides), None):
+        elif span.first == next((s.first for s in self.spans if self.decides(s.stage)), None):
             self._start_tariff(stage)
 
         running = Means()
@@ -210,7 +216,7 @@ class Trainer:
         given = self._given(
             stage, images, progress, self._generator(step, _GATES), self._generator(step, _SECOND_GATES)
         )
-        log_prices = given.log_prices.requires_grad_(stage.decides)
+        log_prices = given.log_prices.requires_grad_(self.decides(stage))
         if self.adversary is not None:
             given = replace(given, clean=images)
             images = self._moved(self.adversary, wrapped, images, labels, given, step)
@@ -220,7 +226,7 @@ class Trainer:
         loss_scale = self._loss_scale()  # a step that overflows changes it
         if self.recipe.clip_grad is not None:
             self.accelerator.unscale_gradients(optimizer)
-            for part in (self.model.backbone, self.model.controllers):  # neither drowns the other
+            for part in (self.model.backbone, *self.objectives[stage.kind].deciders(self.model)):  # none drowns another
                 if parameters := list(part.parameters()):
                     nn.utils.clip_grad_norm_(parameters, self.recipe.clip_grad)
         optimizer.step()
@@ -278,10 +284,10 @@ class Trainer:
         if bool(full.any()):
             values["accuracy_full"] = float(correct[~asked].mean())
         values["macs_fraction"] = float(spent[asked].mean())
-        around = spent - budgets if stage.decides else spent
+        around = spent - budgets if self.decides(stage) else spent
         values["macs_std"] = float(around[asked].std(correction=0))
         values["macs_variance"] = values["macs_std"] ** 2
-        if stage.decides:
+        if self.decides(stage):
             values["budget"] = float(budgets[asked].mean())
             values_compute = self.objectives[stage.kind].values_compute
             self.tariff.update(budgets[asked], spent[asked], felt[asked] if values_compute else None)

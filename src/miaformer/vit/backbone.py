@@ -13,6 +13,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from miaformer.vit.layers import input_layers, mlp_inputs, query_key_value_inputs, query_key_value_layers
 from miaformer.vit.stem import ConvPatchEmbed, ConvStem
 from miaformer.vit.token_avg import VisionTransformerTokenAvg
 
@@ -97,7 +98,7 @@ def _unsupported(block: Any) -> str | None:
     for part in (block, block.attn, block.mlp):
         if "forward" in part.__dict__:
             return f"a {type(part).__name__} with a forward() of its own"
-    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc2):
+    for layer in (*query_key_value_inputs(block.attn), block.attn.proj, block.mlp.fc2):
         if not all(hasattr(layer, name) for name in ("in_features", "out_features", "bias")):
             return f"a layer {type(layer).__name__} that does not tell its size"
     for norm in (block.attn.norm, block.mlp.norm):
@@ -157,7 +158,7 @@ def describe(backbone: VisionTransformer) -> dict[str, Any]:
     """
     block, first = transformer_blocks(backbone)[-1], transformer_blocks(backbone)[0]
     attn, mlp, embed = first.attn, first.mlp, backbone.patch_embed
-    hidden = (mlp.fc1_x if hasattr(mlp, "fc1_x") else mlp.fc1).out_features
+    hidden = input_layers(mlp)[0].out_features
     identity = nn.Identity
     description = {
         "class": type(backbone).__name__,
@@ -329,27 +330,24 @@ def _permute_affine(layer: nn.Module | None, order: Tensor) -> None:
         _permute(getattr(layer, name, None), order, 0)
 
 
-def _permute_outputs(layer: nn.Module, order: Tensor) -> None:
-    _permute(layer.weight, order, 0)  # type: ignore[arg-type]
-    _permute(layer.bias, order, 0)  # type: ignore[arg-type]
+def _permute_outputs(layer: Any, order: Tensor) -> None:
+    _permute(layer.weight, order, 0)
+    _permute(layer.bias, order, 0)
 
 
 def _order_heads(attn: Any, order: Tensor) -> None:
     channels = (order[:, None] * attn.head_dim + torch.arange(attn.head_dim, device=order.device)).flatten()
-    rows = torch.cat([channels + part * attn.attn_dim for part in range(3)])
-    _permute_outputs(attn.qkv, rows)
+    for layer in query_key_value_layers(attn):
+        _permute_outputs(layer, channels)
     _permute_affine(attn.norm, channels)
     _permute(attn.proj.weight, channels, 1)
 
 
 def _order_hidden(mlp: Any, order: Tensor) -> None:
-    if isinstance(mlp, SwiGLU):
-        _permute_outputs(mlp.fc1_g, order)
-        _permute_outputs(mlp.fc1_x, order)
-    elif isinstance(mlp, GluMlp):
-        _permute_outputs(mlp.fc1, torch.cat([order, order + len(order)]))
-    else:
-        _permute_outputs(mlp.fc1, order)
+    value, gate, _ = mlp_inputs(mlp)
+    for layer in (value, gate):
+        if layer is not None:
+            _permute_outputs(layer, order)
     _permute_affine(mlp.norm, order)
     _permute(mlp.fc2.weight, order, 1)
 
@@ -360,10 +358,9 @@ def _order_channels(backbone: Any, order: Tensor) -> None:
     for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
         _permute(getattr(backbone, name, None), order, 2)
     for block in transformer_blocks(backbone):
-        inputs = [block.mlp.fc1_g, block.mlp.fc1_x] if isinstance(block.mlp, SwiGLU) else [block.mlp.fc1]
         for norm in (block.norm1, block.ls1, block.norm2, block.ls2):
             _permute_affine(norm, order)
-        for layer in (block.attn.qkv, *inputs):
+        for layer in (*query_key_value_inputs(block.attn), *input_layers(block.mlp)):
             _permute(layer.weight, order, 1)
         _permute_outputs(block.attn.proj, order)
         _permute_outputs(block.mlp.fc2, order)

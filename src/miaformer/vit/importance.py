@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from miaformer.vit.backbone import channels_are_free, transformer_blocks
-from miaformer.vit.mlp import mlp_inputs
+from miaformer.vit.layers import input_layers, mlp_inputs, query_key_value_layers
 
 
 def importance_orders(backbone: VisionTransformer, images: Tensor | None = None) -> dict[str, Tensor]:
@@ -59,15 +59,14 @@ def identity_orders(backbone: VisionTransformer) -> dict[str, Tensor]:
 
 def _unit_scales(block: Any) -> tuple[Tensor, Tensor, Tensor]:
     """How large inputs of projection, second MLP layer and first MLP layer can be, from weights alone."""
-    attn = block.attn
-    value_rows = attn.qkv.weight[2 * attn.attn_dim :]
+    _, _, value = query_key_value_layers(block.attn)
     hidden, gate, _ = mlp_inputs(block.mlp)
     hidden_scale = hidden.weight.norm(dim=1)
     if gate is not None:
         hidden_scale = hidden_scale * gate.weight.norm(dim=1)
     norm = getattr(block.norm2, "weight", None)
     dim = block.mlp.fc2.out_features
-    return value_rows.norm(dim=1), hidden_scale, torch.ones(dim) if norm is None else norm.abs()
+    return value.weight.norm(dim=1), hidden_scale, torch.ones(dim) if norm is None else norm.abs()
 
 
 def _measured_scales(backbone: VisionTransformer, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -77,10 +76,7 @@ def _measured_scales(backbone: VisionTransformer, images: Tensor) -> list[tuple[
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         measured[module] = inputs[0].float().square().flatten(0, -2).mean(dim=0).sqrt()
 
-    layers = [
-        (block.attn.proj, block.mlp.fc2, getattr(block.mlp, "fc1_x", None) or block.mlp.fc1)
-        for block in transformer_blocks(backbone)
-    ]
+    layers = [(block.attn.proj, block.mlp.fc2, input_layers(block.mlp)[0]) for block in transformer_blocks(backbone)]
     hooks = [layer.register_forward_pre_hook(record) for three in layers for layer in three]
     training = backbone.training
     try:

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from miaformer.data import LabelledBatch
 from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import Decisions, Gates
 from miaformer.engine.dither import evenly
 from miaformer.engine.walk import State
-from miaformer.evaluation.calibration import LabelledBatch
 from miaformer.evaluation.controls import macs_of
 from miaformer.model.model import MIAFormer
 from miaformer.training.objective import Objective, Outcome, Step, Targets

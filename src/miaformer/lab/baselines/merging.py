@@ -18,6 +18,7 @@ from miaformer.engine.cost import Cost
 from miaformer.model.model import MIAFormer
 from miaformer.training.objective import Objective, Outcome, Step, Targets
 from miaformer.vit.backbone import transformer_blocks
+from miaformer.vit.layers import normed_keys, normed_queries, query_key_value_layers
 
 
 def merged_logits(model: MIAFormer, images: Tensor, merges: Sequence[int]) -> Tensor:
@@ -46,12 +47,11 @@ def _block(block: Any, x: Tensor, size: Tensor, merge: int, class_token_only: bo
     if class_token_only:
         x = x[:, :1]
     queries = y[:, :1] if class_token_only else y
-    biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
     q, k, v = (
-        F.linear(rows, weight, bias).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
-        for rows, weight, bias in zip((queries, y, y), attn.qkv.weight.chunk(3), biases, strict=True)
+        F.linear(rows, *layer).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+        for rows, layer in zip((queries, y, y), query_key_value_layers(attn), strict=True)
     )
-    q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k = normed_queries(attn, q), normed_keys(attn, k)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log()[:, None, None, :].to(q.dtype))
     out = attn.proj(attn.norm(out.transpose(1, 2).flatten(2)))
     x = x + block.drop_path1(block.ls1(out))

@@ -6,8 +6,9 @@ policy is `miaformer.model.policy.ClsAttention`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,8 @@ from miaformer.engine.walk import Execution, Policy, State
 from miaformer.evaluation.controls import tokens_at_budget
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import BestTokens, ClsAttention, three_of
-from miaformer.training.gates import Draws
 from miaformer.training.objective import Step, UnderPolicy
+from miaformer.training.policies import Draws
 
 LEAST_KEEP = 0.05  # in training, of the active tokens at each of three blocks: a quarter of the MACs
 
@@ -53,10 +54,15 @@ class TokenScorer(nn.Module):
         return score.new_zeros(active.shape).index_put((image, token), score)
 
 
-def token_scorers(depth: int, embed_dim: int) -> nn.ModuleList:
-    """A scorer for each of the blocks that choose, nothing for the others."""
-    chosen = three_of(depth)
-    return nn.ModuleList(TokenScorer(embed_dim) if index in chosen else nn.Identity() for index in range(depth))
+def add_scorers(model: MIAFormer) -> None:
+    """Give the model a scorer for each of the blocks that choose, beside its controllers, which nothing asks."""
+    depth = len(model.backbone.blocks)
+    parts = [TokenScorer(model.embed_dim) if index in three_of(depth) else nn.Identity() for index in range(depth)]
+    model.add_module("scorers", nn.ModuleList(parts))
+
+
+def scorers_of(model: MIAFormer) -> nn.ModuleList:
+    return cast(nn.ModuleList, model.get_submodule("scorers"))
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,9 @@ def score_macs(scorers: nn.ModuleList, index: int) -> int:
 
 
 def top_tokens_policy(model: MIAFormer, budget: float) -> TopTokens:
-    """DynamicViT's token selection at `budget`, by the scorers in the place of the model's controllers."""
-    blocks = three_of(len(model.controllers))
-    return tokens_at_budget(model, lambda keep: TopTokens(keep, blocks, scorers=model.controllers), budget)
+    """DynamicViT's token selection at `budget`, by the scorers that `add_scorers` gave the model."""
+    blocks = three_of(len(model.backbone.blocks))
+    return tokens_at_budget(model, lambda keep: TopTokens(keep, blocks, scorers=scorers_of(model)), budget)
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -133,12 +139,14 @@ class RelaxedTopTokens:
 
 
 class TopTokensObjective(UnderPolicy):
-    """The scorers, in the place of the controllers, and weights together."""
+    """Scorers and weights together."""
 
-    trains_controllers = True
+    @staticmethod
+    def deciders(model: MIAFormer) -> Sequence[nn.Module]:
+        return (scorers_of(model),)
 
     def policy(self, step: Step, cost: Cost) -> Policy:
-        return RelaxedTopTokens(self.model.controllers, drawn_keep(step.draws), step.draws, step.temperature)
+        return RelaxedTopTokens(scorers_of(self.model), drawn_keep(step.draws), step.draws, step.temperature)
 
     def execution(self, cost: Cost, images: Tensor) -> Execution:
         return Masked(cost)

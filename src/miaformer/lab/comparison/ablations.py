@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 from miaformer.evaluation import contenders
-from miaformer.lab.comparison.method import FRACTIONS, Entry, Method, Question, adaptation_epochs, by_policy
+from miaformer.lab.comparison.method import FRACTIONS, Entry, Method, Question, adaptation_epochs, adapting, by_policy
 from miaformer.model.config import Grain
 from miaformer.model.model import MIAFormer
 from miaformer.training.recipes import Recipe
+from miaformer.training.stages import OBJECTIVES
 
 ALL_GRAINS: tuple[Grain, ...] = ("depth", "heads", "tokens")
 LATER_TOKENS: dict[str, Any] = {"first_token_block": None, "last_token_block": None}  # in all blocks but the first two
@@ -23,10 +24,10 @@ def _without(*kinds: str) -> Callable[[Recipe], Recipe]:
     """
 
     def recipe(base: Recipe) -> Recipe:
-        left = [stage for stage in base.adapting().stages if stage.kind not in kinds]
-        heir = next(place for place, stage in enumerate(left) if stage.decides)
+        left = [stage for stage in adapting(base).stages if stage.kind not in kinds]
+        heir = next(place for place, stage in enumerate(left) if OBJECTIVES[stage.kind].decides)
         missing = adaptation_epochs(base) - sum(stage.epochs for stage in left)
-        first = next(stage for stage in base.stages if stage.decides)
+        first = next(stage for stage in adapting(base).stages if OBJECTIVES[stage.kind].decides)
         left[heir] = replace(first, kind=left[heir].kind, epochs=left[heir].epochs + missing)
         left[-1] = replace(left[-1], anneal=1.0)
         return replace(base, stages=tuple(left))
@@ -36,13 +37,13 @@ def _without(*kinds: str) -> Callable[[Recipe], Recipe]:
 
 def _for_budget(budget: float, base: Recipe) -> Recipe:
     """Ours trained for this budget, give or take a hundredth, instead of for all of them."""
-    return replace(base.adapting(), budgets=(budget - 0.01, budget + 0.01))
+    return replace(adapting(base), budgets=(budget - 0.01, budget + 0.01))
 
 
 def _ablation(
     name: str,
     about: str,
-    recipe: Callable[[Recipe], Recipe] = Recipe.adapting,
+    recipe: Callable[[Recipe], Recipe] = adapting,
     budgets: Sequence[float] | None = None,
     **adapt: Any,
 ) -> Method:
@@ -78,7 +79,7 @@ ABLATIONS: dict[str, Method] = {
         _ablation(
             "no-distillation",
             "true labels alone",
-            lambda base: replace(base.adapting(), distill_weight=0.0),
+            lambda base: replace(adapting(base), distill_weight=0.0),
         ),
         *(
             _ablation(

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from miaformer.data import Batches, Split, build_transform, open_data
+from miaformer.data import Batches, LabelledBatch, Split, build_transform, open_data
 from miaformer.data.files import holds_run, whole_file
 from miaformer.data.seeds import seed_everything
 from miaformer.evaluation import describe_environment
-from miaformer.evaluation.calibration import LabelledBatch, OnProgress
+from miaformer.evaluation.calibration import OnProgress
 from miaformer.lab.baselines import OBJECTIVES
 from miaformer.lab.comparison.given import copy_backbone, is_copied
 from miaformer.lab.comparison.measuring import difficulty, on_test_images
@@ -136,7 +136,8 @@ class Comparison:
         static = run.method.reshape(self._static())
         seed_everything(run.seed, 0, 0)  # of what is put on it: controllers, or a baseline's
         model = adapt(static, **recipe.adapt)
-        run.method.prepare(model)
+        if run.method.prepare is not None:
+            run.method.prepare(model)
         return model
 
     def model(self, run: Run) -> MIAFormer:
@@ -145,24 +146,13 @@ class Comparison:
         saved = self.directory(run) / "model"
         if run.method.recipe is not None and not (saved / "model.safetensors").exists():
             raise ValueError(f"{saved} holds no model: measuring and timing need what training left there")
-        if run.method.is_calibrated(self.recipe):
+        if run.method.recipe is None:
+            return self._untrained(run).eval()
+        if run.method.prepare is None:
             return MIAFormer.from_pretrained(saved).eval()
-        model = self._untrained(run)
-        if run.method.recipe is not None:
-            model.load_state_dict(load_file(saved / "model.safetensors"))
+        model = self._untrained(run)  # files do not tell what was added to it
+        model.load_state_dict(load_file(saved / "model.safetensors"))
         return model.eval()
-
-    def core_seconds(self, among: Iterable[Run]) -> dict[str, float]:
-        """What training took, by method the mean over seeds, and `backbone`; only where it was recorded."""
-        found: dict[str, list[float]] = {}
-        own = core_seconds(self.backbone.parent)
-        if own is not None:
-            found["backbone"] = [own]
-        for run in among:
-            seconds = json.loads((self.directory(run) / "measured.json").read_text())["core_seconds"]
-            if seconds is not None:
-                found.setdefault(run.method.name, []).append(seconds)
-        return {name: float(np.mean(seconds)) for name, seconds in found.items()}
 
     # Measuring --------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from miaformer.evaluation.calibration import LabelledBatch, OnProgress
+from miaformer.data import LabelledBatch
+from miaformer.evaluation.calibration import OnProgress
 from miaformer.lab.comparison.method import Entry
 
 Array = NDArray[Any]

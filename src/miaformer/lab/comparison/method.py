@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from miaformer.evaluation.calibration import LabelledBatch
+from miaformer.data import LabelledBatch
 from miaformer.lab.comparison.engines import Call, of_module
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import AnyPolicy, Full
 from miaformer.training.recipes import Recipe, Stage
+from miaformer.training.stages import OBJECTIVES
 
 Classify = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> logits (B, classes), MACs fraction (B,)
 
@@ -64,8 +65,8 @@ class Method:
 
     recipe: the stages that train it, of the comparison's recipe; None where the backbone is used as it is. entries:
     what is measured of the trained model. reshape: what is made of the backbone before anything else: a smaller one,
-    say. prepare: puts something in the place of our controllers before training. trained_as: the method whose trained
-    model it uses; None: one of its own.
+    say. prepare: adds to the model, before training, what the method has beside a backbone. trained_as: the method
+    whose trained model it uses; None: one of its own.
     """
 
     name: str
@@ -73,22 +74,26 @@ class Method:
     recipe: Callable[[Recipe], Recipe] | None
     entries: Callable[[MIAFormer, Question], list[Entry]]
     reshape: Callable[[VisionTransformer], VisionTransformer] = lambda backbone: backbone
-    prepare: Callable[[MIAFormer], None] = lambda model: None
+    prepare: Callable[[MIAFormer], None] | None = None
     trained_as: str | None = None
 
-    def is_calibrated(self, base: Recipe) -> bool:
-        """Whether training it ends with a table of budgets: then it is one of ours, a model like any other."""
-        return self.recipe is not None and self.recipe(base).calibrates
+
+def adapting(recipe: Recipe) -> Recipe:
+    """The same with the stages alone that make a backbone ours."""
+    found = tuple(stage for stage in recipe.stages if stage.kind in OBJECTIVES and OBJECTIVES[stage.kind].adapts)
+    if not found:
+        raise ValueError(f"recipe {recipe.name!r} has no stage that adapts the backbone")
+    return replace(recipe, stages=found)
 
 
 def adaptation_epochs(recipe: Recipe) -> float:
     """Epochs of adapting; every method gets as many."""
-    return sum(stage.epochs for stage in recipe.stages if stage.adapts)
+    return sum(stage.epochs for stage in adapting(recipe).stages)
 
 
 def main_stage(recipe: Recipe) -> Stage:
     """The stage of adaptation whose learning rates all methods get: the longest."""
-    return max(recipe.adapting().stages, key=lambda stage: stage.epochs)
+    return max(adapting(recipe).stages, key=lambda stage: stage.epochs)
 
 
 def one_stage(kind: str) -> Callable[[Recipe], Recipe]:

@@ -19,7 +19,7 @@ from miaformer.evaluation.contenders import Contender
 from miaformer.export.engines.onnx_runtime import OnnxModule
 from miaformer.lab.baselines.exits import EarlyExit, exit_table
 from miaformer.lab.baselines.merging import merged_logits, merged_macs, merges_for
-from miaformer.lab.baselines.tokens import token_scorers, top_tokens_policy
+from miaformer.lab.baselines.tokens import add_scorers, top_tokens_policy
 from miaformer.lab.comparison.ablations import ABLATIONS
 from miaformer.lab.comparison.engines import Call, at_budgets, of_module
 from miaformer.lab.comparison.int8 import INT8
@@ -27,6 +27,7 @@ from miaformer.lab.comparison.method import (
     Entry,
     Method,
     Question,
+    adapting,
     by_policy,
     image_shape,
     one_stage,
@@ -165,12 +166,7 @@ def _elastic_for_all_epochs(base: Recipe) -> Recipe:
     return replace(alone, stages=(replace(alone.stages[0], keep=keep),), mixup=base.mixup, cutmix=base.cutmix)
 
 
-def _put_scorers(model: MIAFormer) -> None:
-    scorers = token_scorers(len(model.controllers), model.embed_dim)
-    model.controllers = scorers  # type: ignore[assignment]  # in their place, for this method alone
-
-
-LEARNED = Method("learned", "ours, with static and random on its weights", Recipe.adapting, _learned)
+LEARNED = Method("learned", "ours, with static and random on its weights", adapting, _learned)
 
 BASELINES: dict[str, Method] = {
     method.name: method
@@ -191,7 +187,7 @@ BASELINES: dict[str, Method] = {
             "DynamicViT: tokens by trained scorers",
             one_stage("top-tokens"),
             _policy_at("top-tokens", top_tokens_policy),
-            prepare=_put_scorers,
+            prepare=add_scorers,
         ),
         Method(
             "merging",

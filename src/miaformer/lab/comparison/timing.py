@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miaformer.evaluation.calibration import LabelledBatch
+from miaformer.data import LabelledBatch
 from miaformer.evaluation.timing import Race
 from miaformer.export.engines import EngineUnavailableError
 from miaformer.lab.comparison.engines import Call, of_module

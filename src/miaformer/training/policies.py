@@ -1,4 +1,4 @@
-"""Gates in training: random (elastic), relaxed (supervised), and sampled with their log-probability (reinforce).
+"""What decides in training: random (elastic), relaxed (supervised), and sampled with their log-probability (reinforce).
 
 Everything random is drawn for the global batch from a generator of the step, then cut to this process's images: the
 same training whatever the number of processes, and from wherever it is resumed.
@@ -34,7 +34,7 @@ class Draws:
     tokens: Tensor  # (B, L, N)
     rates: Tensor  # (B, 4): image-wide keep rates of elastic training, before scaling
     shared: Tensor  # (B,): one number for all images of the global batch
-    leaving: Tensor  # (B,): whether elastic training has the image leave early
+    leaving: Tensor  # (B,): the block after which an early answer is supervised, as a share of those it can be
 
     @staticmethod
     def of_step(
@@ -84,18 +84,16 @@ def elastic_decisions(draws: Draws, cost: Cost, stage: Stage, config: AdaptConfi
     """Random decisions at every grain that controllers decide: each image draws its keep rates, down to `stage.keep`.
 
     Tokens leave at one of the blocks that decide them, of half of the images at the first, as in a progressive scope;
-    where they are dithered those that stay are spread nearly evenly. Blocks are skipped anywhere, or, of a share of the
-    images (of all where `depth_choice` is nested), all that follow one: so weights learn to say early what they know,
-    and an image that is easy can leave.
+    where they are dithered those that stay are spread nearly evenly. Blocks are skipped anywhere, or, where
+    `depth_choice` is nested, all that follow one: so weights learn to say early what they know, and an image that is
+    easy can leave.
     """
     controlled = zip(get_args(ControlledGrain), stage.keep, strict=True)
     least = [keep if grain in config.grains else 1.0 for grain, keep in controlled]
     lowest = torch.tensor(least, device=draws.rates.device)
     rates = lowest + (1 - lowest) * draws.rates[:, :3]
     block = torch.arange(cost.depth, device=rates.device)
-    exit_share = 1.0 if config.rules.leaves else stage.exit_share
-    leaves = (draws.leaving < exit_share)[:, None]
-    depth = torch.where(leaves, block < (rates[:, :1] * cost.depth).round(), draws.depth < rates[:, :1])
+    depth = block < (rates[:, :1] * cost.depth).round() if config.rules.leaves else draws.depth < rates[:, :1]
     heads = draws.heads < rates[:, 1, None, None]
     decided = config.token_blocks(cost.depth)
     onset = decided.start + (len(decided) * (1.6 * draws.rates[:, 3:] - 0.8).clamp(min=0)).floor()
