@@ -241,6 +241,21 @@ def test_eval_reports_what_the_library_reports(
     assert not list(found_at.parent.glob("*.partial"))
 
 
+def test_eval_by_onnx_reports_what_it_reports_by_pytorch(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, calibrated: Path, data: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    found_at, reports = tmp_path / "report.json", {}
+    argv = ["--data", data, "--budgets", 0.5, "--cap", 0.9, "--policy", "learned", "random", "--json", found_at]
+    for engine in ("eager", "onnx"):
+        assert run(capsys, "eval", calibrated, *argv, "--device", "cpu", "--engine", engine)[0] == 0
+        reports[engine] = json.loads(found_at.read_text())
+    assert [report["engine"] for report in reports.values()] == ["eager", "onnx"]
+    for point, wanted in zip(reports["onnx"]["points"], reports["eager"]["points"], strict=True):
+        assert point == pytest.approx(wanted)
+    assert reports["onnx"]["dense"] == reports["eager"]["dense"]
+
+
 def test_eval_calibrates_where_asked_and_leaves_the_model_as_it_is(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, uncalibrated: Path, data: Path
 ) -> None:
