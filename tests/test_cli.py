@@ -241,6 +241,21 @@ def test_eval_reports_what_the_library_reports(
     assert not list(found_at.parent.glob("*.partial"))
 
 
+def test_eval_by_onnx_reports_what_it_reports_by_pytorch(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, calibrated: Path, data: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    found_at, reports = tmp_path / "report.json", {}
+    argv = ["--data", data, "--budgets", 0.5, "--cap", 0.9, "--policy", "learned", "random", "--json", found_at]
+    for engine in ("eager", "onnx"):
+        assert run(capsys, "eval", calibrated, *argv, "--device", "cpu", "--engine", engine)[0] == 0
+        reports[engine] = json.loads(found_at.read_text())
+    assert [report["engine"] for report in reports.values()] == ["eager", "onnx"]
+    for point, wanted in zip(reports["onnx"]["points"], reports["eager"]["points"], strict=True):
+        assert point == pytest.approx(wanted)
+    assert reports["onnx"]["dense"] == reports["eager"]["dense"]
+
+
 def test_eval_calibrates_where_asked_and_leaves_the_model_as_it_is(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, uncalibrated: Path, data: Path
 ) -> None:
@@ -304,23 +319,26 @@ def test_demo_trains_evaluates_times_and_draws(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The real one, trained for a few steps; a second time it has nothing to train."""
-    monkeypatch.setattr(demo, "TIMED_BATCHES", {1: 2, 4: 1})
+    monkeypatch.setattr(demo, "TIMED_MODEL", "test_vit")
+    monkeypatch.setattr(demo, "TIMED_SECONDS", 0.1)
     out_dir = tmp_path / "demo"
     command = ("demo", "--out", out_dir, "--seed", 2, "--epochs-scale", 0.005, "--device", "cpu", "--processes", 1)
+    command = (*command, "--engine", "eager")
     status, out, err = run(capsys, *command)
     assert (status, err) == (0, "")
     report = json.loads((out_dir / "report.json").read_text())
     points = [(point["policy"], point["budget"]) for point in report["points"]]
     assert points == [(name, budget) for budget in demo.BUDGETS for name in ("learned", "static", "random")]
-    timed = [(row["policy"], row["budget"], row["batch"]) for row in report["timing"]]
-    assert timed == [(*point, batch) for point in points for batch in (1, 4)]
-    assert all(row["efficiency"] == row["macs_fraction"] / row["time_fraction"] for row in report["timing"])
+    assert [(row["engine"], row["budget"], row["batch"]) for row in report["timing"]["rows"]] == [
+        ("eager", demo.TIMED_BUDGET, 1),
+        ("eager", 1.0, 1),
+    ]
+    assert "test_vit on cpu" in out
+    assert "an image at a time: dense" in out
     for name in ("tradeoff.png", "digits.png"):
         with Image.open(out_dir / name) as image:
             image.load()
         assert str(out_dir / name) in out
-    assert "time, batch" in out
-    assert "efficiency" not in out
 
     def no_training(*args: Any, **options: Any) -> None:
         raise AssertionError("the model is there")

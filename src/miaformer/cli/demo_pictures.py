@@ -17,7 +17,7 @@ BUDGETS = (0.35, 0.5, 0.7)
 MOST_PICTURES = 64
 
 
-def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> int:
+def show_pictures(sources: Sequence[str], out: Path, device: torch.device, engine: str) -> int:
     """Print what it says at each budget, and draw in `out` who gets least and most. Returns the exit status.
 
     sources: pictures, and folders of pictures; the first `MOST_PICTURES` are shown, broken ones are listed.
@@ -25,11 +25,10 @@ def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> in
     """
     import torch
 
-    from miaformer import load
+    from miaformer import Predictor, load
     from miaformer.cli.output import console, say
     from miaformer.data import Batch, build_transform
     from miaformer.data.images import ImageError, open_image
-    from miaformer.model.policy import Full
     from miaformer.prediction.sources import find_pictures
     from miaformer.reports.plots import plot_adaptivity
 
@@ -45,9 +44,9 @@ def show_pictures(sources: Sequence[str], out: Path, device: torch.device) -> in
     if not pictures:
         raise ImageError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     images = torch.stack(list(pictures.values())).to(device)
-    with torch.inference_mode():
-        outputs = {budget: model.run(images, budget=budget) for budget in BUDGETS}
-        outputs[1.0] = model.run(images, policy=Full())
+    predictor = Predictor(model, engine=engine)
+    outputs = {budget: predictor.run(images, budget=budget) for budget in BUDGETS}
+    outputs[1.0] = predictor.run(images)
     names = model.label_names or [str(label) for label in range(model.num_classes)]
     console().print(_table([path.name for path in pictures], outputs, names))
     for name, reason in failed.items():

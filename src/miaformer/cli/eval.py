@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from miaformer.cli.arguments import add_command, check_positive, open_batches, open_device, open_model, own_model
+from miaformer.cli.arguments import (
+    add_command,
+    check_positive,
+    open_batches,
+    open_device,
+    open_model,
+    own_model,
+    say_choice,
+)
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
 
@@ -18,7 +26,8 @@ policies:
   random         keeps blocks, heads and tokens as often as the learned policy does, but at random
   cls-attention  keeps as many tokens as the budget allows: those that the class token attends to most (EViT)
   full           executes everything
-`static` and `random` take the learned policy's means from the calibration split of DATA.
+`static` and `random` take the learned policy's means from the calibration split of DATA. --engine runs `learned` and
+the dense model; PyTorch runs the other policies.
 
 MODEL may also be timm:NAME, an unadapted timm ViT. It has no learned policy, and it has random weights unless
 --weights FILE or --pretrained is given.
@@ -36,7 +45,7 @@ JSON:
   {"dense": {"accuracy", "macs"},
    "points": [{"policy", "budget", "price", "accuracy", "macs_fraction", "macs_fraction_p95", "macs_fraction_max",
                "macs_fraction_std", "depth_kept", "heads_kept", "tokens_kept"}],
-   "adaptivity": {"spearman_difficulty_macs", "by_budget": [...]}, "left_out": [...], "controllers": {...},
+   "adaptivity": {"spearman_difficulty_macs", "by_budget": [...]}, "left_out": [...], "controllers": {...}, "engine",
    "environment": {...}, ...}
   with --corruptions also "corruptions": [{"corruption", "severity", "policy", "budget", "accuracy", "macs_fraction",
                "macs_fraction_max"}]; its policies include the dense model
@@ -75,6 +84,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_seed("the random policy and of random weights")
     parser.add_outputs("the report", "accuracy over MACs")
     parser.add_number("--batch-size", 64, "images per batch")
+    parser.add_engine()
     parser.add_dtype()
     parser.add_device()
     parser.set_defaults(run=run)
@@ -93,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from miaformer.data import open_data, spread
     from miaformer.evaluation import calibrate, evaluate_data
+    from miaformer.export.engines import open_engine
     from miaformer.lab.corruptions import CORRUPTIONS, evaluate_corruptions
     from miaformer.reports.plots import plot_tradeoff
 
@@ -124,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
             "batch_size": args.batch_size,
             "seed": args.seed,
             "on_progress": on_progress,
+            "engine": open_engine(args.engine, model, on_choice=say_choice) if args.engine != "eager" else None,
         }
         report = {"model": args.model, **evaluate_data(model, images, args.budgets, policies, **settings)}
         if args.corruptions is not None:

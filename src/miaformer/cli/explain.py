@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miaformer.cli.arguments import add_command, check_positive, open_device, open_model, own_model
+from miaformer.cli.arguments import add_command, check_positive, open_device, open_model, own_model, say_choice
 
 if TYPE_CHECKING:
     from miaformer.reports.explanation_page import Explained
@@ -55,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_top_k()
     parser.add_argument("--json", metavar="FILE", help="write all explanations to this file")
     parser.add_number("--batch-size", 16, "images per batch")
+    parser.add_engine()
     parser.add_dtype()
     parser.add_device()
     parser.set_defaults(run=run)
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     several = len(paths) + len(missing) > 1 or any(Path(given).is_dir() for given in args.paths)
     with LiveProgress({"explain": len(paths)}) as on_progress:
         found = write_explanations(
-            Predictor(model),
+            Predictor(model, engine=args.engine, on_choice=say_choice),
             paths,
             args.out,
             budgets,

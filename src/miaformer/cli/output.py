@@ -142,29 +142,20 @@ def list_failed(failed: Mapping[str, str], count: int | None = None) -> None:
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
-    """A report of `evaluate`, dense first, then budget by budget; a column for each batch size of its `timing`, if it
-    has any.
-    """
-    times = {(row["policy"], row["budget"], row["batch"]): row["time_fraction"] for row in report.get("timing", ())}
-    batches = sorted({batch for _, _, batch in times})
-    measures = "MACs and time" if batches else "MACs"
-    table = Table(caption=f"{measures}: fractions of the dense model's. Heads and tokens: of executed blocks.")
+    """A report of `evaluate`, dense first, then budget by budget."""
+    table = Table(caption="MACs: fractions of the dense model's. Heads and tokens: of executed blocks.")
     table.add_column("policy", no_wrap=True)
     for name in ("budget", "accuracy", "MACs mean", "p95", "max", "blocks", "heads", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
-    for batch in batches:
-        table.add_column(f"time, batch {batch}", justify="right")
     dense = f"{100 * report['dense']['accuracy']:.2f} %"
-    table.add_row("dense", "", dense, *DENSE_CELLS, *["1.00"] * len(batches), end_section=True)
+    table.add_row("dense", "", dense, *DENSE_CELLS, end_section=True)
     points = report["points"]
     for point, following in zip(points, [*points[1:], None], strict=True):
-        at = point["policy"], point["budget"]
         table.add_row(
             point["policy"],
             f"{point['budget']:g}",
             f"{100 * point['accuracy']:.2f} %",
             *spent_cells(point),
-            *(f"{times[*at, batch]:.2f}" if (*at, batch) in times else "" for batch in batches),
             style="bold" if point["policy"] == "learned" else None,
             end_section=following is None or following["budget"] != point["budget"],
         )

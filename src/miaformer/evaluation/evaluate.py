@@ -19,6 +19,7 @@ from miaformer.data import LabelledBatch
 from miaformer.evaluation.calibration import OnProgress
 from miaformer.evaluation.contenders import Contender, LeftOut, contenders, inference_batches
 from miaformer.evaluation.environment import describe_environment
+from miaformer.export.engines import Engine
 from miaformer.model.model import MIAFormer
 from miaformer.model.output import Trace
 
@@ -32,19 +33,21 @@ def evaluate(
     calibration: Iterable[LabelledBatch] | None = None,
     seed: int = 0,
     on_progress: OnProgress | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """The report of `evaluate_data` and of `miaformer eval --json`.
 
     batches: of the test set, passed over once. budgets: fractions of the backbone's MACs. policies: of
     `POLICIES`; "full" is one point whatever the budgets. calibration: batches of the calibration set, passed
     over once, from which static and random take the learned policy's mean decisions. cap: the most MACs any
-    image takes, a fraction. A policy that cannot meet a budget is named under `left_out`.
+    image takes, a fraction. engine: of the model, runs the learned policy and the dense model; None: PyTorch, as
+    for the other policies in any case. A policy that cannot meet a budget is named under `left_out`.
 
     Raises ValueError for unknown policies, budgets and labels, for no images, and where nothing can be
     compared.
     """
     found, left_out = contenders(model, budgets, policies, cap, calibration, seed, on_progress)
-    return compare(model, batches, found, cap, seed, on_progress, left_out)
+    return compare(model, batches, found, cap, seed, on_progress, left_out, engine)
 
 
 @torch.inference_mode()
@@ -56,6 +59,7 @@ def compare(
     seed: int = 0,
     on_progress: OnProgress | None = None,
     left_out: Sequence[LeftOut] = (),
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Run the contenders, and the dense model, over the same batches; the report of `evaluate`."""
     losses: list[Tensor] = []
@@ -63,13 +67,17 @@ def compare(
     tallies = [_Tally() for _ in contenders]
     done = 0
     for images, labels in inference_batches(model, batches):
-        logits = model.backbone(images).float()
+        logits = (model.backbone if engine is None else engine.dense)(images).float()
         if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
             raise ValueError(f"label {int(labels.max())} does not fit a model of {logits.shape[1]} classes")
         losses.append(F.cross_entropy(logits, labels, reduction="none").cpu())
         dense_correct.append((logits.argmax(dim=1) == labels).cpu())
         for contender, tally in zip(contenders, tallies, strict=True):
-            output = model.run(images, policy=contender.policy, cap=cap)
+            if engine is None or contender.name != "learned":
+                output = model.run(images, policy=contender.policy, cap=cap)
+            else:
+                caps = None if cap is None else [cap] * len(images)
+                output = engine.run(images, [contender.budget] * len(images), caps)
             tally.add(output.trace, output.logits.argmax(dim=1) == labels)
         done += len(images)
         if on_progress is not None:
@@ -92,6 +100,7 @@ def compare(
         },
         "num_images": done,
         "cap": cap,
+        "engine": "eager" if engine is None else engine.name,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "environment": describe_environment(parameter.device, seed),
     }

@@ -18,6 +18,7 @@ from miaformer.evaluation.drawn import Grains, drawn_models
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.evaluate import evaluate
 from miaformer.evaluation.memory import measure_memory
+from miaformer.export.engines import Engine
 from miaformer.model.model import MIAFormer
 
 
@@ -49,6 +50,7 @@ def evaluate_data(
     batch_size: int = 64,
     seed: int = 0,
     on_progress: OnProgress | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """`evaluate` on a data set, as `miaformer eval --json` writes it: with the data's name, and what is known of the
     model's calibration.
@@ -58,7 +60,7 @@ def evaluate_data(
     """
     batches = ordered_batches(model, data, batch_size)
     calibration = None if held_out is None else ordered_batches(model, held_out, batch_size).epoch(0)
-    report = evaluate(model, batches.epoch(0), budgets, policies, cap, calibration, seed, on_progress)
+    report = evaluate(model, batches.epoch(0), budgets, policies, cap, calibration, seed, on_progress, engine)
     return {"data": data.name, "calibration": calibration_facts(model), **report}
 
 

@@ -19,6 +19,7 @@ from miaformer.evaluation.calibration import OnProgress
 from miaformer.evaluation.contenders import contenders
 from miaformer.evaluation.evaluate import compare
 from miaformer.evaluation.on_data import ordered_batches
+from miaformer.export.engines import Engine
 from miaformer.model.model import MIAFormer
 
 CORRUPTIONS = (
@@ -79,6 +80,7 @@ def evaluate_corruptions(
     batch_size: int = 64,
     seed: int = 0,
     on_progress: OnProgress | None = None,
+    engine: Engine | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each corruption, severity and policy, the dense model among them: `corruptions` of `miaformer eval`.
 
@@ -93,7 +95,8 @@ def evaluate_corruptions(
     found, _ = contenders(model, budgets, policies, cap, calibration, seed)
     rows: list[dict[str, Any]] = []
     for place, corrupted in enumerate(images, start=1):
-        report = compare(model, ordered_batches(model, corrupted, batch_size).epoch(0), found, cap, seed)
+        batches = ordered_batches(model, corrupted, batch_size).epoch(0)
+        report = compare(model, batches, found, cap, seed, engine=engine)
         known = {"corruption": corrupted.corruption, "severity": corrupted.severity}
         dense = {"policy": "dense", "budget": None, "accuracy": report["dense"]["accuracy"]}
         rows.append({**known, **dense, "macs_fraction": 1.0, "macs_fraction_max": 1.0})
