@@ -24,7 +24,10 @@ import miaformer
 from miaformer.data import Batches, build_transform, open_data
 from miaformer.evaluation import describe_environment
 from miaformer.export import export_onnx, open_session, run_session
-from miaformer.lab.attacks import Ball, Climb, Pixels, adaptive_target, frozen, raise_macs
+from miaformer.lab.attacks import Ball, Climb
+from miaformer.lab.attacks.compute import raise_macs
+from miaformer.lab.attacks.evaluate import frozen
+from miaformer.lab.attacks.target import Pixels, adaptive_target
 
 RESULTS = Path(__file__).parent / "results" / "cap-under-attack.json"
 BUDGET = 0.7  # above the caps, so that they bind

@@ -16,28 +16,13 @@ from torch import Tensor
 from vits import lively
 
 from miaformer import MIAFormer
-from miaformer.lab.attacks import (
-    FGSM,
-    Answer,
-    Ball,
-    Climb,
-    Pixels,
-    RobustnessEvaluation,
-    Target,
-    adaptive_target,
-    auto_attack,
-    climb,
-    cross_entropy,
-    frozen,
-    judge,
-    margin,
-    raise_macs,
-    signs_of_masking,
-    static_target,
-    universal_patch,
-)
-from miaformer.lab.attacks.compute import Patch, patch_size
-from miaformer.lab.attacks.evaluate import ANSWERS
+from miaformer.lab.attacks import Ball, Climb
+from miaformer.lab.attacks.autoattack import auto_attack
+from miaformer.lab.attacks.compute import Patch, patch_size, raise_macs, universal_patch
+from miaformer.lab.attacks.evaluate import ANSWERS, RobustnessEvaluation, frozen, judge
+from miaformer.lab.attacks.gradient import FGSM, climb, cross_entropy, margin
+from miaformer.lab.attacks.masking import signs_of_masking
+from miaformer.lab.attacks.target import Answer, Pixels, Target, adaptive_target, static_target
 from miaformer.model.policy import Random, Sampling
 from miaformer.reports.robustness_plot import plot_robustness
 

@@ -39,6 +39,7 @@ from miaformer.vit.layers import (
     query_key_value,
     query_key_value_inputs,
     query_key_value_layers,
+    scaled,
 )
 
 
@@ -175,7 +176,7 @@ def _after_attention(block: Any, products: Products, out: Tensor, x: Tensor, wid
         weight = proj.weight if width.heads is EVERY else proj.weight[:, width.heads]
         x = _added(products, out, weight, proj.bias, attention_scale(block), x)
     else:
-        x = x + _scaled(_called(proj, out, width), attention_scale(block))
+        x = x + scaled(_called(proj, out, width), attention_scale(block))
     return _packed_mlp(block, products, x, width)
 
 
@@ -185,10 +186,6 @@ def _added(
     if scale is None:
         return products.added(rows, weight, bias, residual)
     return torch.addcmul(residual, products.linear(rows, weight, bias), scale)
-
-
-def _scaled(y: Tensor, scale: Tensor | None) -> Tensor:
-    return y if scale is None else y * scale
 
 
 def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +244,7 @@ def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tens
         y = hidden_units(mlp, lambda layer: _called(layer, y, width))
     y = _norm_part(mlp.norm, y, hidden)
     if not is_plain(mlp.fc2):
-        return x + _scaled(_called(mlp.fc2, y, width), mlp_scale(block))
+        return x + scaled(_called(mlp.fc2, y, width), mlp_scale(block))
     weight = mlp.fc2.weight
     if dim is EVERY:
         return _added(products, y, weight if hidden is EVERY else weight[:, hidden], mlp.fc2.bias, mlp_scale(block), x)
@@ -297,7 +294,7 @@ def masked_block(block: Any, x: Tensor, gates: Gates, num_prefix_tokens: int, ml
     y = (y * heads[:, :, None, None]).transpose(1, 2).reshape(-1, num_rows, attn.attn_dim)
     y = _gated_norm(attn.norm, y, _spread(heads, attn.attn_dim))
     y = attn.proj_drop(attn.proj(y))
-    x = x + rows * block.drop_path1(_scaled(y, attention_scale(block)))
+    x = x + rows * block.drop_path1(scaled(y, attention_scale(block)))
 
     mlp = block.mlp
     y = block.norm2(x)
@@ -312,7 +309,7 @@ def masked_block(block: Any, x: Tensor, gates: Gates, num_prefix_tokens: int, ml
     y = mlp.drop2(mlp.fc2(y))
     if mlp_width == "coupled":
         y = y * _spread(heads, x.shape[2])
-    return x + rows * block.drop_path2(_scaled(y, mlp_scale(block)))
+    return x + rows * block.drop_path2(scaled(y, mlp_scale(block)))
 
 
 def _spread(heads: Tensor, width: int) -> Tensor:

@@ -13,7 +13,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from miaformer.vit.layers import input_layers, mlp_inputs, query_key_value_inputs, query_key_value_layers
+from miaformer.vit.layers import (
+    attention_scale,
+    input_layers,
+    mlp_inputs,
+    mlp_scale,
+    query_key_value_inputs,
+    query_key_value_layers,
+)
 from miaformer.vit.stem import ConvPatchEmbed, ConvStem
 from miaformer.vit.token_avg import VisionTransformerTokenAvg
 
@@ -325,8 +332,8 @@ def _permute(tensor: Tensor | None, order: Tensor, dim: int) -> None:
 
 
 def _permute_affine(layer: nn.Module | None, order: Tensor) -> None:
-    """Weight and bias of a norm, gamma of a layer scale."""
-    for name in ("weight", "bias", "gamma"):
+    """Weight and bias of a norm."""
+    for name in ("weight", "bias"):
         _permute(getattr(layer, name, None), order, 0)
 
 
@@ -358,8 +365,10 @@ def _order_channels(backbone: Any, order: Tensor) -> None:
     for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
         _permute(getattr(backbone, name, None), order, 2)
     for block in transformer_blocks(backbone):
-        for norm in (block.norm1, block.ls1, block.norm2, block.ls2):
+        for norm in (block.norm1, block.norm2):
             _permute_affine(norm, order)
+        for scale in (attention_scale(block), mlp_scale(block)):
+            _permute(scale, order, 0)
         for layer in (*query_key_value_inputs(block.attn), *input_layers(block.mlp)):
             _permute(layer.weight, order, 1)
         _permute_outputs(block.attn.proj, order)

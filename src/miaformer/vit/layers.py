@@ -41,6 +41,10 @@ def mlp_scale(block: Any) -> Tensor | None:
     return None if isinstance(block.ls2, nn.Identity) else block.ls2.gamma
 
 
+def scaled(result: Tensor, scale: Tensor | None) -> Tensor:
+    return result if scale is None else result * scale
+
+
 # Attention ------------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from miaformer.engine.cost import Cost
 from miaformer.model.model import MIAFormer
 from miaformer.training.objective import Objective, Outcome, Step, Targets
 from miaformer.vit.backbone import transformer_blocks
-from miaformer.vit.layers import normed_keys, normed_queries, query_key_value_layers
+from miaformer.vit.layers import attention_scale, mlp_scale, normed_keys, normed_queries, query_key_value_layers, scaled
 
 
 def merged_logits(model: MIAFormer, images: Tensor, merges: Sequence[int]) -> Tensor:
@@ -54,10 +54,10 @@ def _block(block: Any, x: Tensor, size: Tensor, merge: int, class_token_only: bo
     q, k = normed_queries(attn, q), normed_keys(attn, k)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log()[:, None, None, :].to(q.dtype))
     out = attn.proj(attn.norm(out.transpose(1, 2).flatten(2)))
-    x = x + block.drop_path1(block.ls1(out))
+    x = x + block.drop_path1(scaled(out, attention_scale(block)))
     if merge and not class_token_only:
         x, size = _merged(x, size, k.mean(dim=1), merge)
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), size
+    return x + block.drop_path2(scaled(block.mlp(block.norm2(x)), mlp_scale(block))), size
 
 
 def _merged(x: Tensor, size: Tensor, metric: Tensor, merge: int) -> tuple[Tensor, Tensor]:
