@@ -25,6 +25,7 @@ from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import HostGates
 from miaformer.export.blocks import BlockWriter
 from miaformer.export.graph import Graph, TensorProto, array
+from miaformer.export.weights import Weight
 from miaformer.model.budget import Calibration
 
 FLOAT, INT = np.float32, np.int64
@@ -52,8 +53,8 @@ class Done:
 class AdaptiveWriter:
     """Writes the blocks of a model, each behind its controller."""
 
-    def __init__(self, graph: Graph, model: Any, log_price: str) -> None:
-        self.model, self.cost = model, model.cost()
+    def __init__(self, graph: Graph, model: Any, log_price: str, weight: type[Weight]) -> None:
+        self.model, self.cost, self.weight = model, model.cost(), weight
         config = model.adapt_config
         self.rules = config.rules
         self.packed = self.rules.progressive and self.cost.trims_last_block
@@ -77,7 +78,7 @@ class AdaptiveWriter:
     def write(self, graph: Graph, index: int, block: Any, image: Image) -> tuple[Image, Done]:
         """One block: the image after it, and what was done."""
         controller, cost = self.controllers[index], self.cost
-        writer = BlockWriter.of(graph, cost, block, index)
+        writer = BlockWriter.of(graph, cost, block, index, self.weight)
         logits, direction = self._logits(graph, index, image)
         depth = graph.op("Greater", self._at(graph, logits, 0), graph.constant([0.0], FLOAT))
         scoring = self._scoring(graph, controller, image)
