@@ -15,7 +15,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_USER := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-slow test-ray test-zoo lint types format clean clean-all
+.PHONY: help setup demo docs wheel test test-slow test-ray test-zoo lint types format clean clean-all
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ test-ray: setup ## check prediction and serving on a Ray cluster of two workers 
 
 docs: setup ## build the documentation site in site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+wheel: setup ## build the package, to be installed elsewhere: dist/miaformer-VERSION-py3-none-any.whl
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 test-zoo: setup ## check every supported timm ViT
 	$(PYTEST) -m zoo

@@ -132,8 +132,20 @@ def test_a_file_holds_each_weight_once(plain_file: Path) -> None:
     assert plain_file.stat().st_size < 1.6 * weights + 400_000  # and the graph beside them
 
 
-@pytest.mark.parametrize("case", ["average pooling", "subsets, full MLP"])
-def test_a_static_file_executes_its_decisions_without_control_flow(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "standard_ops"),
+    [
+        ("average pooling", False),
+        ("subsets, full MLP", True),
+        pytest.param("registers, coupled", False, marks=pytest.mark.slow),
+        pytest.param("gated MLP, RMS norms", True, marks=pytest.mark.slow),
+        pytest.param("attention pooling", False, marks=pytest.mark.slow),
+        pytest.param("images leave", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_static_file_executes_its_decisions_on_batches_without_control_flow(
+    case: str, standard_ops: bool, tmp_path: Path
+) -> None:
     import onnx
 
     model = calibrated(case)
@@ -144,16 +156,18 @@ def test_a_static_file_executes_its_decisions_without_control_flow(case: str, tm
         return torch.rand(1, cost.depth, *shape, generator=generator) < 0.6
 
     decisions = Decisions(draw(), draw(cost.num_heads), draw(cost.num_patches))
-    export_static(model, tmp_path / "static.onnx", decisions)
-    kinds = {node.op_type for node in onnx.load(tmp_path / "static.onnx").graph.node}
-    assert not kinds & {"If", "Loop", "Scan", "NonZero"}
+    export_static(model, tmp_path / "static.onnx", decisions, standard_ops=standard_ops)
+    nodes = onnx.load(tmp_path / "static.onnx").graph.node
+    assert not {node.op_type for node in nodes} & {"If", "Loop", "Scan", "NonZero"}
+    assert ("com.microsoft" in {node.domain for node in nodes}) == (not standard_ops)
     session = open_session(tmp_path / "static.onnx", 1)
-    for image in pictures(model.backbone, 3).float().split(1):
+    for batch in (1, 3, 8):
+        images = pictures(model.backbone, batch).float()
         with torch.inference_mode():
-            wanted = model.run(image, Fixed(decisions))
-        found = run_session(session, image.numpy())
+            wanted = model.run(images, Fixed(decisions))
+        found = run_session(session, images.numpy())
         assert relative(torch.from_numpy(found["logits"]), wanted.logits) < 1e-4
-        assert found["macs_fraction"][0] == pytest.approx(wanted.trace.macs_fraction.item(), abs=1e-6)
+        assert found["macs_fraction"] == pytest.approx(wanted.trace.macs_fraction.numpy(), abs=1e-6)
 
 
 def test_a_file_at_a_price_needs_no_calibration(tmp_path: Path) -> None:
@@ -224,9 +238,11 @@ def test_the_example_prepares_pictures_as_the_package_does(size: tuple[int, int]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "digits"], "--data is for --static"),
+        (["--data", "digits"], "--data is for --static and --int8"),
         (["--static", "0.5"], "--static finds its decisions on images"),
         (["--static", "0.5", "--data", "digits", "--trace"], "takes no --trace"),
+        (["--static", "0.5", "--data", "digits", "--int8"], "and no --int8"),
+        (["--int8", "--price", "1", "--data", "digits"], "--price leaves no budgets to calibrate"),
     ],
 )
 def test_options_that_do_not_go_together(

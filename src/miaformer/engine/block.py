@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from miaformer.engine.attention import attend_masked, attend_packed
 from miaformer.engine.cost import group_sizes
 from miaformer.engine.decisions import Gates, MlpWidth, from_host
-from miaformer.engine.products import Products
+from miaformer.engine.products import Plain, Products
 from miaformer.vit.layers import (
     EVERY,
     Index,
@@ -168,8 +168,25 @@ def packed_block(
     return _after_attention(block, products, out, x, width)
 
 
+def equal_block(block: Any, x: Tensor, width: Width, read_prefix: int | None) -> Tensor:
+    """`packed_block` for images of equal length, in PyTorch's own operations: it can be exported for any batch size.
+
+    x: (B, n, C), prefix rows first -> (B, n, C), or (B, P, C) where only the P prefix rows are read afterwards.
+    """
+    attn, products = block.attn, Plain()
+    check_own_forward(block)
+    if read_prefix is None:
+        q, k, v = _query_key_value(block, products, x, width)
+    else:
+        q, k, v = _prefix_query_key_value(block, products, x, (slice(None), slice(read_prefix)), width)
+        x = x[:, :read_prefix]
+    q, k, v = (part.transpose(1, 2) for part in (normed_queries(attn, q), normed_keys(attn, k), v))
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return _after_attention(block, products, out, x, width)
+
+
 def _after_attention(block: Any, products: Products, out: Tensor, x: Tensor, width: Width) -> Tensor:
-    """out: (T, kept channels), what attention gives; x: (T, C), the residual -> (T, C)."""
+    """out: (..., kept channels), what attention gives; x: (..., C), the residual -> (..., C)."""
     proj = block.attn.proj
     out = _norm_part(block.attn.norm, out, width.heads)
     if is_plain(proj):
@@ -189,7 +206,7 @@ def _added(
 
 
 def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
-    """Each (rows, kept heads, head_dim)."""
+    """Each (..., kept heads, head_dim). rows: (T, C), or (B, n, C) of images of equal length."""
     attn, y = block.attn, block.norm1(rows)
 
     def whole(layer: Any) -> Tensor:
@@ -200,7 +217,7 @@ def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width)
     if width.heads is EVERY or not _is_cut(attn):
         return query_key_value(attn, whole)
     layers = query_key_value_layers(attn, width.heads)
-    q, k, v = (part.unflatten(1, (width.num_heads, attn.head_dim)) for part in products.side_by_side(y, layers))
+    q, k, v = (part.unflatten(-1, (width.num_heads, attn.head_dim)) for part in products.side_by_side(y, layers))
     return q, k, v
 
 
@@ -210,16 +227,16 @@ def _is_cut(attn: Any) -> bool:
 
 
 def _prefix_query_key_value(
-    block: Any, products: Products, rows: Tensor, prefix: Tensor, width: Width
+    block: Any, products: Products, rows: Tensor, prefix: Any, width: Width
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with queries of the rows `prefix` alone."""
+    """The same with queries of the rows `prefix`, an index, alone."""
     if not _is_cut(block.attn):
         q, k, v = _query_key_value(block, products, rows, width)
         return q[prefix], k, v
     attn, y = block.attn, block.norm1(rows)
     query, *others = query_key_value_layers(attn, width.heads)
     parts = products.linear(y[prefix], *query), *products.side_by_side(y, others)
-    q, k, v = (part.unflatten(1, (width.num_heads, attn.head_dim)) for part in parts)
+    q, k, v = (part.unflatten(-1, (width.num_heads, attn.head_dim)) for part in parts)
     return q, k, v
 
 
@@ -227,7 +244,7 @@ def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tens
     mlp, dim, hidden = block.mlp, width.dim, width.hidden
     y = block.norm2(x)
     if dim is not EVERY:
-        y = y[:, dim].contiguous()
+        y = y[..., dim].contiguous()
 
     def part(layer: Any) -> tuple[Tensor, Tensor | None]:
         if hidden is EVERY and dim is EVERY:
@@ -253,7 +270,7 @@ def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tens
     if scale is not None:
         y = y * scale[dim]
     x = x.clone()
-    x[:, dim] += y
+    x[..., dim] += y
     return x
 
 
@@ -267,7 +284,7 @@ def _prefix_rows(lengths: list[int], num_prefix_tokens: int, device: torch.devic
 
 
 def _norm_part(norm: Any, x: Tensor, index: Index) -> Tensor:
-    """`norm` over a part of its features. x: (T, kept features)."""
+    """`norm` over a part of its features. x: (..., kept features)."""
     if isinstance(norm, nn.Identity):
         return x
     if isinstance(norm, nn.LayerNorm):

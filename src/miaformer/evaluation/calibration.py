@@ -28,6 +28,9 @@ LEAST_GAP = 0.03  # between the fractions of the looks that are tried
 Array = NDArray[Any]
 OnProgress = Callable[[str, int], None]  # stage ("calibrate", "controls", "evaluate"), passes or images done
 
+# Images (B, 3, H, W) in one look to logits (B, classes) and macs_fraction (B,).
+LookAt = Callable[[Tensor, Look], tuple[Tensor, Tensor]]
+
 
 def calibrate(
     model: MIAFormer,
@@ -35,6 +38,7 @@ def calibrate(
     data: str = "",
     tolerance: float = 0.01,
     on_progress: OnProgress | None = None,
+    look_at: LookAt | None = None,
 ) -> Calibration:
     """Measure the model's table from budget to price, and store it as `model.calibration`.
 
@@ -43,7 +47,8 @@ def calibrate(
     of a model that chooses resolutions once in each size.
 
     batches: of the calibration set, e.g. `Batches(...).epoch(0)`; labels are not read. data: what to call that set in
-    the table. tolerance: the largest step between neighbouring fractions, where the controllers allow it.
+    the table. tolerance: the largest step between neighbouring fractions, where the controllers allow it. look_at: what
+    takes one look in the model's place, as a file of it that was exported.
 
     Raises ValueError where there are no images.
     """
@@ -57,14 +62,12 @@ def calibrate(
 
     def measured(look: Look) -> View:
         nonlocal passes
-        outputs = [model.run(batch, policy=look) for batch in images]
+        outputs = [look_at(batch, look) if look_at else _looked(model, batch, look) for batch in images]
         passes += 1
         if on_progress is not None:
             on_progress("calibrate", passes)
-        return View.of(
-            torch.cat([output.logits for output in outputs]),
-            torch.cat([output.trace.macs_fraction for output in outputs]),
-        )
+        logits, macs_fraction = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        return View.of(logits, macs_fraction)
 
     training = model.training
     model.eval()
@@ -77,6 +80,11 @@ def calibrate(
     finally:
         model.train(training)
     return model.calibration
+
+
+def _looked(model: MIAFormer, images: Tensor, look: Look) -> tuple[Tensor, Tensor]:
+    output = model.run(images, policy=look)
+    return output.logits, output.trace.macs_fraction
 
 
 def _of_sizes(model: MIAFormer, measured: Callable[[Look], View], num_images: int, data: str) -> Calibration:

@@ -1,8 +1,9 @@
-"""Models for ONNX Runtime: one file that skips at run time, or one with a fixed policy and no control flow.
+"""Models for ONNX Runtime and others: one file that skips at run time, or one with a fixed policy and no control flow.
 
-`files` writes both, `session` runs them. `graph` writes nodes; `blocks` writes a block, `adaptive` what decides around
-it, `sizes` the choice of a resolution; `parts` has PyTorch's exporter write what decides nothing. `dense`: the static
-model, also in 8-bit integers. `engines`: what runs a model, these files or PyTorch, behind one interface.
+`files` writes both, `session` runs them. The adaptive file: `graph` writes nodes; `blocks` writes a block, with
+`weights` in float32 or 8-bit integers, `adaptive` what decides around it, `sizes` the choice of a resolution. `static`:
+a model without decisions, which `parts` has PyTorch's exporter write, as the rest. `dense`: the backbone, also in 8-bit
+integers. `engines`: what runs a model, these files or PyTorch, behind one interface.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import HostGates
 from miaformer.export.blocks import BlockWriter
 from miaformer.export.graph import Graph, TensorProto, array
+from miaformer.export.weights import Weight
 from miaformer.model.budget import Calibration
 
 FLOAT, INT = np.float32, np.int64
@@ -77,8 +78,8 @@ class Kept:
 class AdaptiveWriter:
     """Writes the blocks of a model, each behind its controller."""
 
-    def __init__(self, graph: Graph, model: Any, log_price: str) -> None:
-        self.model, self.cost = model, model.cost()
+    def __init__(self, graph: Graph, model: Any, log_price: str, weight: type[Weight]) -> None:
+        self.model, self.cost, self.weight = model, model.cost(), weight
         config = model.adapt_config
         self.rules = config.rules
         self.decides_heads = "heads" in config.grains
@@ -116,7 +117,7 @@ class AdaptiveWriter:
     def write(self, graph: Graph, index: int, block: Any, image: Image) -> tuple[Image, Done]:
         """One block: the image after it, and what was done."""
         controller, cost = self.controllers[index], self.cost
-        writer = BlockWriter.of(graph, cost, block, index)
+        writer = BlockWriter.of(graph, cost, block, index, self.weight)
         said = self._said(graph, index, image)
         needed = graph.ints(int(cost.of_host(index, _gates(cost, 1, 0 if cost.num_prefix_tokens else 1))[0]))
         scoring = None  # MACs (1,)

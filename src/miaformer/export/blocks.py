@@ -13,6 +13,7 @@ from miaformer.engine.block import Width
 from miaformer.engine.cost import Cost
 from miaformer.engine.products import gelu_kind
 from miaformer.export.graph import MICROSOFT, Graph, array
+from miaformer.export.weights import Weight
 from miaformer.vit.layers import mlp_inputs
 
 
@@ -23,13 +24,13 @@ class BlockWriter:
     cost: Cost
     block: Any
     index: int
-    weights: dict[str, str]  # of whole layers, by what they are: stored once
+    weights: dict[str, Weight]  # of whole layers, by what they are: stored once
 
     @staticmethod
-    def of(graph: Graph, cost: Cost, block: Any, index: int) -> BlockWriter:
+    def of(graph: Graph, cost: Cost, block: Any, index: int, weight: type[Weight] = Weight) -> BlockWriter:
         value, gate, _ = mlp_inputs(block.mlp)
         layers = {"qkv": block.attn.qkv, "proj": block.attn.proj, "value": value, "gate": gate, "fc2": block.mlp.fc2}
-        weights = {n: graph.constant(array(layer.weight.t())) for n, layer in layers.items() if layer is not None}
+        weights = {name: weight(graph, layer) for name, layer in layers.items() if layer is not None}
         return BlockWriter(cost, block, index, weights)
 
     def write(self, graph: Graph, rows: str, kept: list[int]) -> str:
@@ -58,8 +59,10 @@ class BlockWriter:
             for part, source in enumerate((queries, y, y))
         )
         q, k = (self._head_norm(graph, norm, part, num_heads) for norm, part in ((attn.q_norm, q), (attn.k_norm, k)))
-        q, k, v = (graph.op("Unsqueeze", part, first) for part in (q, k, v))
         scale = float(attn.head_dim**-0.5)
+        if graph.standard_ops:
+            return _standard_attention(graph, q, k, v, (num_heads, attn.head_dim), scale)
+        q, k, v = (graph.op("Unsqueeze", part, first) for part in (q, k, v))
         out = graph.op("MultiHeadAttention", q, k, v, domain=MICROSOFT, num_heads=num_heads, scale=scale)
         return str(graph.op("Squeeze", out, first))
 
@@ -87,15 +90,10 @@ class BlockWriter:
         return self._residual(graph, x, y, self.block.ls2, dim)
 
     def _linear(self, graph: Graph, x: str, name: str, bias: Any, inputs: Any, outputs: Any) -> str:
-        """A layer on a part of its inputs and outputs; None: all. The cut is folded when the file is loaded."""
-        weight = self.weights[name]
-        for axis, part in ((0, inputs), (1, outputs)):
-            if part is not None:
-                weight = _cut(graph, weight, part, axis)
-        if bias is None:
-            return str(graph.op("MatMul", x, weight))
-        bias = array(bias)
-        return str(graph.op("Gemm", x, weight, graph.constant(bias if outputs is None else bias[outputs])))
+        """A layer on a part of its inputs and outputs; None: all."""
+        if bias is not None:
+            bias = array(bias) if outputs is None else array(bias)[outputs]
+        return self.weights[name].product(graph, x, bias, inputs, outputs)
 
     def _residual(self, graph: Graph, x: str, y: str, scale: Any, dim: Any) -> str:
         if not isinstance(scale, nn.Identity):
@@ -153,11 +151,12 @@ class BlockWriter:
         raise ValueError(f"export to ONNX does not know the activation {type(act).__name__} of the backbone's MLP")
 
 
-def _cut(graph: Graph, weight: str, part: Any, axis: int) -> str:
-    """Rows or columns of a stored weight: slices of it, joined."""
-    breaks = np.flatnonzero(np.diff(part) != 1) + 1
-    pieces = [
-        graph.op("Slice", weight, graph.ints(int(run[0])), graph.ints(int(run[-1]) + 1), graph.ints(axis))
-        for run in np.split(part, breaks)
-    ]
-    return str(pieces[0] if len(pieces) == 1 else graph.op("Concat", *pieces, axis=axis))
+def _standard_attention(graph: Graph, q: str, k: str, v: str, heads: tuple[int, int], scale: float) -> str:
+    """q: (m, H*D); k, v: (n, H*D); heads: (H, D) -> (m, H*D)."""
+    q, k, v = (
+        graph.op("Transpose", graph.op("Reshape", part, graph.ints(-1, *heads)), perm=perm)
+        for part, perm in ((q, [1, 0, 2]), (k, [1, 2, 0]), (v, [1, 0, 2]))
+    )
+    scores = graph.op("MatMul", graph.op("Mul", q, graph.constant(scale, np.float32)), k)  # (H, m, n)
+    out = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), v)
+    return str(graph.op("Reshape", graph.op("Transpose", out, perm=[1, 0, 2]), graph.ints(-1, heads[0] * heads[1])))

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from torch import Tensor, nn
+from torch import nn
 
-
-class _Images(nn.Module):
-    """Gives the input its name, whatever the module calls it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.module(images)
-        return logits
+from miaformer.export.parts import exported
 
 
 def export_dense(module: nn.Module, path: str | Path, image_shape: tuple[int, int, int]) -> None:
@@ -29,15 +18,8 @@ def export_dense(module: nn.Module, path: str | Path, image_shape: tuple[int, in
 
     Input: `images` (B, channels, H, W) float32; output: logits (B, classes), for any B.
     """
-    example = torch.zeros(2, *image_shape)
-    batch = {"images": {0: torch.export.Dim.DYNAMIC}}
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            _Images(module).eval(), (example,), dynamo=True, dynamic_shapes=batch, verbose=False
-        )
-    assert program is not None
-    program.save(str(path))
+    proto = exported(module, torch.zeros(2, *image_shape), 0, ("logits",))
+    Path(path).write_bytes(proto.SerializeToString())
 
 
 def quantize_int8(source: str | Path, path: str | Path) -> None:

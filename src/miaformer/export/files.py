@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
 
 import miaformer
 from miaformer.data.files import whole_file
 from miaformer.engine.block import check_plain
 from miaformer.engine.cost import Cost
-from miaformer.engine.decisions import Decisions, HostGates
+from miaformer.engine.decisions import Decisions
 from miaformer.export import sizes
 from miaformer.export.adaptive import AdaptiveWriter, Image, write_log_price
-from miaformer.export.blocks import BlockWriter
 from miaformer.export.graph import Graph, TensorProto
-from miaformer.export.parts import exported
+from miaformer.export.parts import Head, embedded, exported
+from miaformer.export.static import StaticModel
+from miaformer.export.weights import Int8Weight, Weight
 from miaformer.model.model import MIAFormer
 from miaformer.model.resolution import Size
 from miaformer.vit.backbone import transformer_blocks
@@ -29,7 +29,15 @@ from miaformer.vit.backbone import transformer_blocks
 MOST_SUBSET_HEADS = 4  # a branch for every subset of heads: 16
 
 
-def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = None, trace: bool = False) -> None:
+def export_onnx(
+    model: MIAFormer,
+    path: str | Path,
+    *,
+    price: float | None = None,
+    trace: bool = False,
+    standard_ops: bool = False,
+    int8: bool = False,
+) -> None:
     """Write the adaptive model to one ONNX file, weights within, that skips at run time.
 
     Inputs: `images` (1, 3, H, W) float32, normalised; `budget` and `cap`, float32 scalars. Blocks are skipped by `If`,
@@ -39,20 +47,24 @@ def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = Non
     in the largest size that budget and cap allow, and in the smallest at least (`export.sizes`). Outputs: `logits`
     (1, classes), `macs_fraction` (1,), with `trace` also `depth` (1, L), `heads` (1, L, H), `tokens` (1, L, N), bool,
     and `macs` (1,) int64.
-    price: decide at this price, whatever budget is given; a model that is not calibrated needs one.
+    price: decide at this price, whatever budget is given; a model that is not calibrated needs one. standard_ops: only
+    operators of the ONNX standard, for other runtimes; by default attention is ONNX Runtime's fused operator. int8:
+    products of the blocks in 8-bit integers, their inputs quantized as they come; controllers, embedding and classifier
+    stay float32. Rounding moves decisions, so calibrate such a file (`evaluation.int8.calibrated_int8`).
 
     Raises ValueError, naming it, for what cannot be exported.
     """
     _check_exportable(model)
+    _check_subsets(model)
     if model.calibration is None and price is None:
         raise ValueError("the model is not calibrated, so its file would know no budget: calibrate it, or give price=")
+    graph, cost, weight = Graph(standard_ops=standard_ops), model.cost(), Int8Weight if int8 else Weight
     if model.adapt_config.chooses_resolution:
-        _export_sizes(model, path, price, trace)
+        _export_sizes(graph, model, path, price, trace, weight)
         return
-    graph, cost = Graph(), model.cost()
     log_price = _log_price(graph, model, price)
-    writer = AdaptiveWriter(graph, model, log_price)
-    rows = _embedded(graph, model)
+    writer = AdaptiveWriter(graph, model, log_price, weight)
+    rows = embedded(graph, model)
     spent = graph.ints(model.least_macs())
     cap = graph.op("Clip", "cap", graph.constant(0.0, np.float32), graph.constant(4.0, np.float32))
     cap = graph.op("Mul", graph.op("Cast", cap, to=TensorProto.DOUBLE), graph.constant(float(cost.backbone)))
@@ -72,14 +84,16 @@ def export_onnx(model: MIAFormer, path: str | Path, *, price: float | None = Non
                 parts = [graph.op("Unsqueeze", part, graph.ints(0)) for part in parts]
             value = graph.op("Unsqueeze", graph.op("Concat", *parts, axis=0), graph.ints(0))
             outputs[name] = (value, TensorProto.BOOL, [1, cost.depth, *shape])
-    _save(graph, model, path, _SCALARS, outputs, {"price": "" if price is None else repr(price)})
+    _save(_finished(graph, model, outputs), model, path, {"price": "" if price is None else repr(price)})
 
 
-def _export_sizes(model: MIAFormer, path: str | Path, price: float | None, trace: bool) -> None:
+def _export_sizes(
+    graph: Graph, model: MIAFormer, path: str | Path, price: float | None, trace: bool, weight: type[Weight]
+) -> None:
     if price is not None:
         raise ValueError("this model chooses resolutions and has no prices")
-    graph, cost = Graph(), model.cost()
-    rows, macs, grid_size = sizes.write(graph, model)
+    cost = model.cost()
+    rows, macs, grid_size = sizes.write(graph, model, weight)
     outputs = _outputs(graph, model, rows, macs)
     if trace:
         outputs["macs"] = (macs, TensorProto.INT64, [1])
@@ -90,10 +104,7 @@ def _export_sizes(model: MIAFormer, path: str | Path, price: float | None, trace
         for name, shape in _trace_shapes(cost).items():
             outputs[name] = (values[name], TensorProto.BOOL, [1, cost.depth, *shape])
     fractions = [macs / cost.backbone for macs in model.macs_of_sizes().values()]
-    _save(graph, model, path, _SCALARS, outputs, {"price": "", "sizes": json.dumps(fractions)})
-
-
-_SCALARS: dict[str, tuple[int, list[Any]]] = {name: (TensorProto.FLOAT, []) for name in ("budget", "cap")}
+    _save(_finished(graph, model, outputs), model, path, {"price": "", "sizes": json.dumps(fractions)})
 
 
 def _trace_shapes(cost: Cost) -> dict[str, list[int]]:
@@ -101,51 +112,20 @@ def _trace_shapes(cost: Cost) -> dict[str, list[int]]:
     return {"depth": [], "heads": [cost.num_heads], "tokens": [cost.num_patches]}
 
 
-def export_static(model: MIAFormer, path: str | Path, decisions: Decisions | Size) -> None:
+def export_static(
+    model: MIAFormer, path: str | Path, decisions: Decisions | Size, *, standard_ops: bool = False
+) -> None:
     """Write the model without control flow to an ONNX file: under one image's decisions (1, ...), or in a size (H, W).
 
-    Input: `images` (1, 3, H, W) float32, which the file makes smaller itself. Outputs: `logits` (1, classes) and
-    `macs_fraction` (1,).
+    Input: `images` (B, 3, H, W) float32 for any B, which the file makes smaller itself. Outputs: `logits` (B, classes)
+    and `macs_fraction` (B,). standard_ops: as for `export_onnx`.
+
+    Raises ValueError, naming it, for what cannot be exported.
     """
     _check_exportable(model)
-    if not isinstance(decisions, Decisions):
-        graph = Graph()
-        outputs = _outputs(graph, model, *sizes.write(graph, model, decisions)[:2])
-        _save(graph, model, path, {}, outputs, {"static": "true"})
-        return
-    if len(decisions) != 1:
-        raise ValueError(
-            f"a static file holds the decisions of one policy for all images, got those of {len(decisions)}"
-        )
-    graph, cost, config = Graph(), model.cost(), model.adapt_config
-    given = decisions.depth.shape[1], decisions.heads.shape[2], decisions.tokens.shape[2]
-    if given != (cost.depth, cost.num_heads, cost.num_patches):
-        raise ValueError(
-            f"decisions for (blocks, heads, patch tokens) = {given}, the model has "
-            f"{(cost.depth, cost.num_heads, cost.num_patches)}"
-        )
-    rows, prefix = _embedded(graph, model), np.arange(cost.num_prefix_tokens)
-    active = np.ones((1, cost.num_patches), dtype=bool)
-    macs = cost.fixed
-    for index, block in enumerate(model.backbone.blocks):
-        asked = HostGates.of(decisions.block(index))
-        gates = asked.effective(active, cost.num_prefix_tokens, config.rules)
-        if config.rules.leaves and not gates.depth[0]:
-            break
-        macs += int(cost.of_host(index, gates)[0])
-        if not gates.depth[0]:
-            continue
-        where = np.concatenate([prefix, cost.num_prefix_tokens + np.flatnonzero(gates.tokens[0])])
-        kept = np.flatnonzero(gates.heads[0]).tolist()
-        part = graph.op("Gather", rows, graph.constant(where), axis=0)
-        changed = BlockWriter.of(graph, cost, block, index).write(graph, part, kept)
-        changed_rows = prefix if cost.trims(index) else where
-        rows = graph.op("ScatterND", rows, graph.constant(changed_rows[:, None]), changed)
-        if config.rules.progressive:
-            active = gates.tokens
-    if cost.trims_last_block:
-        rows = graph.op("Slice", rows, graph.ints(0), graph.ints(cost.num_prefix_tokens))
-    _save(graph, model, path, {}, _outputs(graph, model, rows, graph.ints(macs)), {"static": "true"})
+    images = torch.zeros(2, model.backbone.in_chans, *model.image_size())
+    proto = exported(StaticModel(model, decisions), images, 0, ("logits", "macs_fraction"), standard_ops)
+    _save(proto, model, path, {"static": "true", "looks": "[]"})
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------
@@ -153,8 +133,17 @@ def export_static(model: MIAFormer, path: str | Path, decisions: Decisions | Siz
 
 def _check_exportable(model: MIAFormer) -> None:
     """Raises ValueError, naming it, for what cannot be exported."""
-    config, cost, parameter = model.adapt_config, model.cost(), next(model.parameters())
-    if not config.rules.nested_heads:
+    parameter = next(model.parameters())
+    check_plain(transformer_blocks(model.backbone), "exported", "Merge it into the weights first")
+    if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+        raise ValueError(
+            f"export takes a float32 model on the CPU, this one is {parameter.dtype} on {parameter.device}"
+        )
+
+
+def _check_subsets(model: MIAFormer) -> None:
+    cost = model.cost()
+    if not model.adapt_config.rules.nested_heads:
         if cost.num_heads > MOST_SUBSET_HEADS:
             raise ValueError(
                 f"a file needs a branch for each subset of heads, so at most {MOST_SUBSET_HEADS} heads; this backbone "
@@ -162,11 +151,6 @@ def _check_exportable(model: MIAFormer) -> None:
             )
         if cost.embed_dim % cost.num_heads or cost.mlp_hidden % cost.num_heads:
             raise ValueError("subsets of heads whose groups of units differ in size cannot be exported")
-    check_plain(transformer_blocks(model.backbone), "exported", "Merge it into the weights first")
-    if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-        raise ValueError(
-            f"export takes a float32 model on the CPU, this one is {parameter.dtype} on {parameter.device}"
-        )
 
 
 def _log_price(graph: Graph, model: MIAFormer, price: float | None) -> str:
@@ -177,30 +161,6 @@ def _log_price(graph: Graph, model: MIAFormer, price: float | None) -> str:
     return write_log_price(graph, budget, model.calibration, model.price_scale)
 
 
-class _Embed(nn.Module):
-    def __init__(self, model: MIAFormer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.embed(images)[0]
-
-
-class _Head(nn.Module):
-    def __init__(self, model: MIAFormer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.model.answer(self.model.backbone.norm(rows[None]))
-
-
-def _embedded(graph: Graph, model: MIAFormer) -> str:
-    """Rows (P + N, C) of the embedded image."""
-    size = (1, model.backbone.in_chans, *model.image_size())
-    return graph.include(exported(_Embed(model), torch.zeros(size)), ["images"], "embed_")[0]
-
-
 def _outputs(graph: Graph, model: MIAFormer, rows: str, macs: str) -> dict[str, tuple[str, int, list[Any]]]:
     cost = model.cost()
     count = cost.num_prefix_tokens
@@ -208,24 +168,21 @@ def _outputs(graph: Graph, model: MIAFormer, rows: str, macs: str) -> dict[str, 
         count += cost.num_patches
     rows = graph.op("Slice", rows, graph.ints(0), graph.ints(count))
     varies = model.adapt_config.chooses_resolution and not cost.trims_last_block
-    head = exported(_Head(model), torch.zeros(count, cost.embed_dim), "rows" if varies else None)
-    logits = graph.include(head, [rows], "head_")[0]
+    head = exported(Head(model), torch.zeros(1, count, cost.embed_dim), 1 if varies else None)
+    logits = graph.include(head, [graph.op("Unsqueeze", rows, graph.ints(0))], "head_")[0]
     fraction = graph.op("Mul", graph.op("Cast", macs, to=TensorProto.DOUBLE), graph.constant(1 / cost.backbone))
     fraction = graph.op("Cast", fraction, to=TensorProto.FLOAT)
     shape = [one.dim_value for one in head.graph.output[0].type.tensor_type.shape.dim]
     return {"logits": (logits, TensorProto.FLOAT, shape), "macs_fraction": (fraction, TensorProto.FLOAT, [1])}
 
 
-def _save(
-    graph: Graph,
-    model: MIAFormer,
-    path: str | Path,
-    scalars: dict[str, tuple[int, list[Any]]],
-    outputs: dict[str, tuple[str, int, list[Any]]],
-    more: dict[str, str],
-) -> None:
+def _finished(graph: Graph, model: MIAFormer, outputs: dict[str, tuple[str, int, list[Any]]]) -> onnx.ModelProto:
     shape = [1, model.backbone.in_chans, *model.image_size()]
-    inputs: dict[str, tuple[int, list[Any]]] = {"images": (TensorProto.FLOAT, shape), **scalars}
+    scalars: dict[str, tuple[int, list[Any]]] = {name: (TensorProto.FLOAT, []) for name in ("budget", "cap")}
+    return graph.model({"images": (TensorProto.FLOAT, shape), **scalars}, outputs)
+
+
+def _save(proto: onnx.ModelProto, model: MIAFormer, path: str | Path, more: dict[str, str]) -> None:
     table = model.calibration
     meta = {
         "miaformer": miaformer.__version__,
@@ -236,7 +193,7 @@ def _save(
         "least_macs": str(model.least_macs()),
         "looks": json.dumps([] if table is None else [asdict(row) for row in table.looks]),
     }
-    proto = graph.model(inputs, outputs, **{**meta, **more})
+    onnx.helper.set_model_props(proto, {**meta, **more})
     onnx.checker.check_model(proto)
     with whole_file(path) as unfinished:
         unfinished.write_bytes(proto.SerializeToString())

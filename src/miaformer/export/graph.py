@@ -15,11 +15,15 @@ MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 
 
 class Graph:
-    """Nodes in the order in which they run. A value is the name of a node's output."""
+    """Nodes in the order in which they run. A value is the name of a node's output.
 
-    def __init__(self, outer: Graph | None = None) -> None:
+    standard_ops: only operators of the ONNX standard, for runtimes that lack ONNX Runtime's own.
+    """
+
+    def __init__(self, outer: Graph | None = None, *, standard_ops: bool = False) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.outer = outer
+        self.standard_ops: bool = standard_ops if outer is None else outer.standard_ops
         self.root: Graph = self if outer is None else outer.root
         if outer is None:
             self.initializers: dict[str, onnx.TensorProto] = {}
@@ -93,7 +97,7 @@ class Graph:
         return [renamed.get(one.name, one.name) for one in graph.output]
 
     def model(
-        self, inputs: dict[str, tuple[int, list[Any]]], outputs: dict[str, tuple[str, int, list[Any]]], **meta: str
+        self, inputs: dict[str, tuple[int, list[Any]]], outputs: dict[str, tuple[str, int, list[Any]]]
     ) -> onnx.ModelProto:
         """The finished model. inputs: name to element type and shape; outputs: name to value, type and shape."""
         for name, (value, _, _) in outputs.items():
@@ -105,10 +109,10 @@ class Graph:
             [helper.make_tensor_value_info(name, kind, shape) for name, (_, kind, shape) in outputs.items()],
             list(self.initializers.values()),
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, producer_name="miaformer", ir_version=10)
-        helper.set_model_props(model, meta)
-        return model
+        opsets = [helper.make_opsetid("", OPSET)]
+        if not self.standard_ops:
+            opsets.append(helper.make_opsetid(MICROSOFT, 1))
+        return helper.make_model(graph, opset_imports=opsets, producer_name="miaformer", ir_version=10)
 
 
 def array(tensor: Any) -> NDArray[Any]:

@@ -13,7 +13,10 @@ from miaformer.model.looks import Looks, row_of
 
 
 def open_session(path: str | Path, threads: int | None = None) -> Any:
-    """An ONNX Runtime session of an exported file on the processor. threads: None leaves the choice to it."""
+    """An ONNX Runtime session of an exported file on the processor. threads: None leaves the choice to it.
+
+    Raises ValueError for a file that this version of ONNX Runtime cannot run, with its reason.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -21,7 +24,13 @@ def open_session(path: str | Path, threads: int | None = None) -> Any:
         options.intra_op_num_threads = threads
     # Its threads would otherwise spin after each call, on the cores of whoever runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no common class; an operator that it lacks has two
+        if not Path(path).is_file():
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"ONNX Runtime {onnxruntime.__version__} cannot run {path}: {reason}") from error
 
 
 def run_session(
