@@ -214,7 +214,7 @@ def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     return {"SMALL": SMALL, "QUICK": quick, "images": torch.randn(2, 3, 32, 32), **_from_hub()}
 
 
-NEEDED = {"transformers": "transformers", "serve": "fastapi", "export": "onnxscript"}
+NEEDED = {"transformers": "transformers", "serve": "fastapi", "export": "onnxscript", "openvino": "openvino"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if RUNNABLE.search(page.read_text())], ids=lambda p: p.stem)
