@@ -18,7 +18,8 @@ from miaformer import MIAFormer, Output, cli
 from miaformer.data import build_transform
 from miaformer.data.images import open_image
 from miaformer.model.budget import Calibration
-from miaformer.prediction.classify import BatchClassifier, fingerprint
+from miaformer.model.fingerprint import fingerprint
+from miaformer.prediction.classify import BatchClassifier
 from miaformer.prediction.entries import Unreadable
 from miaformer.prediction.predictor import Predictor
 

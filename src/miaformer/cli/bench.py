@@ -94,7 +94,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from miaformer.cli.bench_output import bench_notes, bench_tables
+    from miaformer.cli.bench_output import bench_notes, bench_tables, counted
     from miaformer.cli.output import LiveProgress, console, print_table, say, write_json, write_outputs
     from miaformer.evaluation.bench import stage_of
     from miaformer.evaluation.on_data import bench_data
@@ -106,8 +106,9 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     model = open_model(args.model, device, **own_model(args))
     stages = {stage_of(dtype, batch): args.repeats for dtype in args.dtypes for batch in args.batch_sizes}
+    tables = counted(len(stages), "table")
     say(
-        f"{_cells(len(stages))} to time, about {duration(args.seconds)} each: {duration(args.seconds * len(stages))}, "
+        f"{tables} to time, about {duration(args.seconds)} each: {duration(args.seconds * len(stages))}, "
         "and before each what exporting and compiling takes."
     )
     begun, done = time.perf_counter(), 0
@@ -120,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
             write_json(args.json, {"model": args.model, **partial})
         if left := len(stages) - done:
             seconds = (time.perf_counter() - begun) / done * left
-            console(stderr=True).print(f"{done} of {_cells(len(stages))} timed, about {duration(seconds)} left")
+            console(stderr=True).print(f"{done} of {tables} timed, about {duration(seconds)} left")
 
     with LiveProgress(stages, "rounds") as on_progress:
         found = bench_data(
@@ -150,10 +151,6 @@ def run(args: argparse.Namespace) -> int:
     if report["interrupted"]:
         raise KeyboardInterrupt("interrupted; what was measured until then is reported")
     return 0
-
-
-def _cells(count: int) -> str:
-    return "1 table" if count == 1 else f"{count} tables"
 
 
 def _check(args: argparse.Namespace) -> None:

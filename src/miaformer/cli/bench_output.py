@@ -25,7 +25,7 @@ def _table(report: Mapping[str, Any], dtype: str, batch: int, several_grains: bo
         [row for row in report[kind] if (row["dtype"], row["batch"]) == (dtype, batch)] for kind in ("dense", "rows")
     )
     images, repeats = dense[0]["images"], dense[0]["repeats"]
-    title = f"{dtype}, batch {batch}: {_count(images, 'picture')}, {_count(repeats, 'round')}"
+    title = f"{dtype}, batch {batch}: {counted(images, 'picture')}, {counted(repeats, 'round')}"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("engine", no_wrap=True)
     if several_grains:
@@ -77,7 +77,7 @@ def _memory_table(memory: list[dict[str, Any]]) -> Table:
 def bench_notes(report: Mapping[str, Any]) -> Iterator[str]:
     """What the tables leave unsaid, a line each."""
     environment = report["environment"]
-    threads, version = _count(environment["threads"], "thread"), environment["versions"]["torch"]
+    threads, version = counted(environment["threads"], "thread"), environment["versions"]["torch"]
     yield f"{report['model']} on {report['data']}; {environment['device']}, {threads}, torch {version}."
     yield (
         "ms: a batch. time: of the same engine's dense execution. Budget 1 runs the controllers and keeps everything. "
@@ -110,5 +110,6 @@ def bench_notes(report: Mapping[str, Any]) -> Iterator[str]:
         yield "Interrupted: what was not measured until then is missing."
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """`1 round`, `2 rounds`"""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -122,7 +122,7 @@ def show(model: MIAFormer, data: str, out: Path, seed: int, engine: str = "auto"
     print_table(report_table(report))
     for note in report_notes(report):
         say(note)
-    say(f"Timing {TIMED_MODEL} ...")
+    say(f"Timing {TIMED_MODEL}, which takes about a minute ...")
     engines = ("eager", "onnx") if engine == "auto" else (engine,)
     report["timing"] = timing = time_useful(next(model.parameters()).device, engines, seed)
     write_json(out / "report.json", report)
@@ -157,19 +157,22 @@ def time_useful(device: torch.device, engines: Sequence[str], seed: int) -> dict
 
 def speed_lines(timing: Mapping[str, Any]) -> list[str]:
     """What half of the compute takes beside the dense model, each on the engine that is fastest here."""
+    from miaformer.cli.bench_output import counted
+
     rows = [row for row in timing["rows"] if row["budget"] == TIMED_BUDGET]
     if not rows:
         return [f"{TIMED_MODEL} was not timed: {one['engine']}: {one['reason']}." for one in timing["left_out"]]
     row = min(rows, key=lambda row: row["ms"])
-    environment = timing["environment"]
+    environment, rounds = timing["environment"], counted(row["repeats"], "round")
+    threads = counted(environment["threads"], "thread")
     dense, sparse = (
         f"{row['best_dense_ms']:.1f} ms ({row['best_dense_engine']})",
         f"{row['ms']:.1f} ms ({row['engine']})",
     )
     return [
-        f"{TIMED_MODEL} on {environment['device']}, {environment['threads']} threads, an image at a time: dense "
+        f"{TIMED_MODEL} on {environment['device']}, {threads}, an image at a time: dense "
         f"{dense}; with {row['macs_fraction']:.2f} of the MACs {sparse}, which is {row['best_time_fraction']:.2f} "
         f"± {row['best_spread']:.2f} of the dense time.",
-        f"Medians over {row['images']} images and {row['repeats']} rounds; ± is the interquartile range. Weights and "
+        f"Medians over {row['images']} images and {rounds}; ± is the interquartile range. Weights and "
         "controllers are random: only times mean anything.",
     ]

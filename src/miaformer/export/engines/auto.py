@@ -112,12 +112,6 @@ class Auto(Engine):
             if budgets is not None:
                 calls[name] = lambda engine=engine: engine.run(images, budgets, caps)  # type: ignore[misc]
             calls[name + _DENSE] = lambda engine=engine: engine.everything(images)  # type: ignore[misc]
-        for name, call in list(calls.items()):
-            try:
-                call()
-            except EngineUnavailableError as error:  # not every model can be exported
-                _log.warning("the engine %s is left out: %s", name, error)
-                del calls[name]
         kind = "batches" if len(images) > 1 else "single images"
         budget = None if budgets is None else statistics.fmean(budgets)
         spent = "" if budget is None else f" at {budget:.2f}" + (f" under {statistics.fmean(caps):.2f}" if caps else "")
@@ -125,6 +119,12 @@ class Auto(Engine):
         path = (self.folder or cache_folder()) / TIMED
         found = _timed_before(path).get(key)
         if found is None or set(found) != set(calls):
+            for name, call in list(calls.items()):
+                try:
+                    call()
+                except EngineUnavailableError as error:  # not every model can be exported
+                    _log.warning("the engine %s is left out: %s", name, error)
+                    del calls[name]
             found = {name: 1000 * taken / len(images) for name, taken in faster(calls).items()}
             with suppress(OSError), whole_file(path) as unfinished:
                 unfinished.write_text(json.dumps({**_timed_before(path), key: found}, indent=2) + "\n")
