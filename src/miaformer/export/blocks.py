@@ -14,7 +14,7 @@ from miaformer.engine.cost import Cost
 from miaformer.engine.products import gelu_kind
 from miaformer.export.graph import MICROSOFT, Graph, array
 from miaformer.export.weights import Weight
-from miaformer.vit.layers import mlp_inputs
+from miaformer.vit.layers import EVERY, attention_scale, mlp_inputs, mlp_scale, query_key_value_layers
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class BlockWriter:
 
     @staticmethod
     def of(graph: Graph, cost: Cost, block: Any, index: int, weight: type[Weight] = Weight) -> BlockWriter:
-        value, gate, _ = mlp_inputs(block.mlp)
-        layers = {"qkv": block.attn.qkv, "proj": block.attn.proj, "value": value, "gate": gate, "fc2": block.mlp.fc2}
+        named = dict(zip(("query", "key", "value"), query_key_value_layers(block.attn), strict=True))
+        hidden, gate, _ = mlp_inputs(block.mlp)
+        layers = {**named, "proj": block.attn.proj, "hidden": hidden, "gate": gate, "fc2": block.mlp.fc2}
         weights = {name: weight(graph, layer) for name, layer in layers.items() if layer is not None}
         return BlockWriter(cost, block, index, weights)
 
@@ -37,8 +38,7 @@ class BlockWriter:
         """The rows that the block changes, after it. rows: (n, C), prefix rows first; kept: the heads."""
         block, attn, cost = self.block, self.block.attn, self.cost
         width = Width.of(kept, block, cost.mlp_width, torch.device("cpu"))
-        every = np.arange(attn.attn_dim)
-        channels = array(torch.from_numpy(every)[width.heads])
+        channels = None if width.heads is EVERY else array(torch.arange(attn.attn_dim)[width.heads])
         y = self.norm(graph, block.norm1, rows)
         read = rows
         if cost.trims(self.index):
@@ -54,9 +54,10 @@ class BlockWriter:
         queries = y
         if self.cost.trims(self.index):
             queries = graph.op("Slice", y, first, graph.ints(self.cost.num_prefix_tokens))
+        names, layers = ("query", "key", "value"), query_key_value_layers(attn)
         q, k, v = (
-            self._linear(graph, source, "qkv", attn.qkv.bias, None, channels + part * attn.attn_dim)
-            for part, source in enumerate((queries, y, y))
+            self._linear(graph, source, name, layer.bias, None, channels)
+            for name, layer, source in zip(names, layers, (queries, y, y), strict=True)
         )
         q, k = (self._head_norm(graph, norm, part, num_heads) for norm, part in ((attn.q_norm, q), (attn.k_norm, k)))
         scale = float(attn.head_dim**-0.5)
@@ -68,7 +69,7 @@ class BlockWriter:
 
     def _mlp(self, graph: Graph, read: str, out: str, width: Width) -> str:
         """The rows after attention's residual, `read` + `out`, through the MLP."""
-        x = self._residual(graph, read, out, self.block.ls1, None)
+        x = self._residual(graph, read, out, attention_scale(self.block), None)
         y = self.norm(graph, self.block.norm2, x)
         mlp = self.block.mlp
         hidden, dim = (
@@ -78,7 +79,7 @@ class BlockWriter:
         if dim is not None:
             y = graph.op("Gather", y, graph.constant(dim), axis=1)
         value, gate, activate_value = mlp_inputs(mlp)
-        y, read = self._linear(graph, y, "value", value.bias, dim, hidden), y
+        y, read = self._linear(graph, y, "hidden", value.bias, dim, hidden), y
         if gate is None:
             y = self._activated(graph, y)
         else:
@@ -87,7 +88,7 @@ class BlockWriter:
             y = graph.op("Mul", y, gates)
         y = self.norm(graph, mlp.norm, y, hidden)
         y = self._linear(graph, y, "fc2", mlp.fc2.bias, hidden, dim)
-        return self._residual(graph, x, y, self.block.ls2, dim)
+        return self._residual(graph, x, y, mlp_scale(self.block), dim)
 
     def _linear(self, graph: Graph, x: str, name: str, bias: Any, inputs: Any, outputs: Any) -> str:
         """A layer on a part of its inputs and outputs; None: all."""
@@ -96,8 +97,8 @@ class BlockWriter:
         return self.weights[name].product(graph, x, bias, inputs, outputs)
 
     def _residual(self, graph: Graph, x: str, y: str, scale: Any, dim: Any) -> str:
-        if not isinstance(scale, nn.Identity):
-            gamma = array(scale.gamma)
+        if scale is not None:
+            gamma = array(scale)
             y = graph.op("Mul", y, graph.constant(gamma if dim is None else gamma[dim]))
         if dim is not None:  # channels that are not kept stay as they are
             total = self.cost.embed_dim
