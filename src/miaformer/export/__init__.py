@@ -13,12 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from miaformer.export.files import export_onnx, export_static
-    from miaformer.export.session import open_session, run_session
+    from miaformer.export.session import open_session, run_file, run_session
 
-__all__ = ["export_onnx", "export_static", "open_session", "run_session"]
+__all__ = ["export_onnx", "export_static", "open_session", "run_file", "run_session"]
 
 # Imported when first used: running a file needs none of what writing one does.
-_HOME = {"export_onnx": "files", "export_static": "files", "open_session": "session", "run_session": "session"}
+_HOME = {
+    "export_onnx": "files",
+    "export_static": "files",
+    "open_session": "session",
+    "run_file": "session",
+    "run_session": "session",
+}
 
 
 def __getattr__(name: str) -> Any:

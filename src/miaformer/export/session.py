@@ -1,8 +1,9 @@
-"""Running an exported file in ONNX Runtime."""
+"""Running an exported file, in ONNX Runtime or another runtime."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,38 +37,53 @@ def open_session(path: str | Path, threads: int | None = None) -> Any:
 def run_session(
     session: Any, images: NDArray[np.float32], budget: float = 1.0, cap: float = 4.0
 ) -> dict[str, NDArray[Any]]:
+    """What an adaptive file gives for one image (1, 3, H, W) in ONNX Runtime. See `run_file`."""
+    inputs = {one.name for one in session.get_inputs()}
+    names = [one.name for one in session.get_outputs()]
+
+    def run(feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        values = session.run(names, {name: value for name, value in feed.items() if name in inputs})
+        return dict(zip(names, values, strict=True))
+
+    return run_file(run, session.get_modelmeta().custom_metadata_map, images, budget, cap)
+
+
+def run_file(
+    run: Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]],
+    metadata: Mapping[str, str],
+    images: NDArray[np.float32],
+    budget: float = 1.0,
+    cap: float = 4.0,
+) -> dict[str, NDArray[Any]]:
     """What an adaptive file gives for one image (1, 3, H, W), by the names of its outputs, and in how many `looks`.
 
-    A file of a model that looks twice says in its metadata, as `looks`, at which budgets: then it is run again where
-    the first answer is not confident, and the MACs of both runs are added up.
+    run: runs the file in any runtime, inputs by name to outputs by name. metadata: of the file. A file of a model that
+    looks twice says there, as `looks`, at which budgets: then it is run again where the first answer is not confident,
+    and the MACs of both runs are added up.
 
     Raises ValueError for images with NaN or infinite values, for a budget that is no positive number, and for a cap
     below what the model takes at least: the file itself, which raises nothing, gives an answer all the same.
     """
-    meta = session.get_modelmeta().custom_metadata_map
-    least = int(meta.get("least_macs", 0)) / int(meta["backbone_macs"])
+    least = int(metadata.get("least_macs", 0)) / int(metadata["backbone_macs"])
     if not 0 < budget < float("inf"):
         raise ValueError(f"budget={budget!r} must be a fraction of the backbone's MACs, more than 0")
     if not least <= cap < float("inf"):
         raise ValueError(f"cap={cap!r} must be a fraction of the backbone's MACs, {least:.4f} at least")
     if not np.isfinite(images).all():
         raise ValueError("images hold NaN or infinite values")
-    inputs = {one.name for one in session.get_inputs()}
-    names = [one.name for one in session.get_outputs()]
 
     def look(budget: float, cap: float) -> dict[str, NDArray[Any]]:
-        feed = {"images": images, "budget": np.float32(budget), "cap": np.float32(cap)}
-        values = session.run(names, {name: np.asarray(value) for name, value in feed.items() if name in inputs})
-        return {**dict(zip(names, values, strict=True)), "looks": np.ones(1, np.int64)}
+        spend = {"budget": np.asarray(budget, np.float32), "cap": np.asarray(cap, np.float32)}
+        return {**run({"images": images, **spend}), "looks": np.ones(1, np.int64)}
 
-    row = row_of([Looks(**one) for one in json.loads(meta.get("looks", "[]"))], budget)
+    row = row_of([Looks(**one) for one in json.loads(metadata.get("looks", "[]"))], budget)
     if row is None:
         return look(budget, cap)
     first = look(row.first, cap)
     spent = float(first["macs_fraction"][0])
     scores = np.exp(first["logits"] - first["logits"].max())
     left = cap - spent
-    sizes = json.loads(meta.get("sizes", "[]"))  # fractions of what each takes
+    sizes = json.loads(metadata.get("sizes", "[]"))  # fractions of what each takes
     more = any(spent + 1e-6 < one <= left + 1e-6 for one in sizes or [left])
     if scores.max() / scores.sum() >= row.confidence or not more:
         return first
