@@ -13,8 +13,9 @@ from miaformer import load
 from miaformer.cli.arguments import radius
 from miaformer.cli.attack import DEFAULT_ATTACKS, DESCRIPTION
 from miaformer.data import open_data, spread
-from miaformer.lab import attacks
 from miaformer.lab.attacks import Ball, Climb, attack, needs_held_out
+from miaformer.lab.attacks import run as run_of_attacks
+from miaformer.lab.attacks.methods import ATTACKS
 
 CONTRACT = {"attack", "eps", "target", "clean", "robust", "macs_fraction_clean", "macs_fraction_attacked"}
 QUICK = ("--steps", 2, "--patch-steps", 2, "--images", 8, "--no-masking-check")
@@ -136,8 +137,8 @@ def test_an_uncalibrated_model_has_a_backbone_to_attack_and_no_budget(
 
 
 def test_help_names_the_attacks_and_targets_that_there_are() -> None:
-    assert DEFAULT_ATTACKS == attacks.DEFAULT_ATTACKS
-    for name in (*attacks.ATTACKS, *attacks.TARGETS):
+    assert DEFAULT_ATTACKS == run_of_attacks.DEFAULT_ATTACKS
+    for name in (*ATTACKS, *run_of_attacks.TARGETS):
         assert name in DESCRIPTION
 
 

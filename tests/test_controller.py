@@ -30,7 +30,7 @@ from miaformer.engine.cost import count_macs
 from miaformer.engine.decisions import likelier_heads
 from miaformer.engine.masked import Masked
 from miaformer.engine.walk import State
-from miaformer.training import gates
+from miaformer.training import policies
 from miaformer.training.policies import Draws, Relaxed
 
 BATCH, PREFIX, PATCHES, DIM, HEADS = 4, 2, 7, 12, 3
@@ -94,7 +94,7 @@ def test_predicted_difficulty_raises_every_logit_and_learns_from_nothing_else_in
     before = logits(controller, rows(0), everything, prices)
     controller.zero_grad()
     state = State(0, rows(0), everything, None, PREFIX, HEADS, 1, (1, PATCHES))
-    said = gates._logits(nn.ModuleList([controller]), state, prices)
+    said = policies._logits(nn.ModuleList([controller]), state, prices)
     assert torch.equal(said.depth, before[0])
     (said.depth.sum() + said.heads.sum() + said.tokens.sum()).backward()
     assert controller.difficulty.weight.grad is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,17 +102,29 @@ class Graph:
         """The finished model. inputs: name to element type and shape; outputs: name to value, type and shape."""
         for name, (value, _, _) in outputs.items():
             self.nodes.append(helper.make_node("Identity", [value], [name]))
+        used = _read(self.nodes)  # whoever loads the file is warned of others
         graph = helper.make_graph(
             self.nodes,
             "miaformer",
             [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
             [helper.make_tensor_value_info(name, kind, shape) for name, (_, kind, shape) in outputs.items()],
-            list(self.initializers.values()),
+            [value for name, value in self.initializers.items() if name in used],
         )
         opsets = [helper.make_opsetid("", OPSET)]
         if not self.standard_ops:
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         return helper.make_model(graph, opset_imports=opsets, producer_name="miaformer", ir_version=10)
+
+
+def _read(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """The names of all values that nodes read, those in branches too."""
+    names: set[str] = set()
+    for node in nodes:
+        names.update(node.input)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                names |= _read(attribute.g.node)
+    return names
 
 
 def array(tensor: Any) -> NDArray[Any]:
