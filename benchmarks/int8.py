@@ -86,8 +86,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         print("Exporting, and calibrating the file in 8-bit integers ...")
         files = written(model, calibrated_int8(model, calibration), Path(folder))
-        accuracy = {} if drawn else answers(files, test, args.budgets, args.test_images)
         times = timed(files, images.numpy(), args.budgets, args.runtimes, args.threads, args.rounds)
+        accuracy = [] if drawn else answers(files, test, args.budgets, args.test_images)
     result = {
         "command": f"python benchmarks/int8.py --model {args.model if drawn else 'MODEL'} --data DATA --threads "
         f"{args.threads} --budgets {' '.join(map(str, args.budgets))} --images {args.images} --rounds {args.rounds}",
@@ -129,12 +129,11 @@ def opened(file: File, runtime: str, threads: int) -> Run:
 
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     compiled = openvino.Core().compile_model(str(file.path), "CPU", settings)
-    inputs = {one.get_any_name() for one in compiled.inputs}
-    names = [one.get_any_name() for one in compiled.outputs]
+    inputs = {name for one in compiled.inputs for name in one.get_names()}
 
     def infer(feed: Mapping[str, Array]) -> Mapping[str, Array]:
         found = compiled({name: value for name, value in feed.items() if name in inputs})
-        return {name: found[name] for name in names}
+        return {name: found[one] for one in compiled.outputs for name in one.get_names()}
 
     return infer
 
@@ -150,7 +149,7 @@ def answers(files: list[File], test: Any, budgets: list[float], most: int | None
     right: dict[tuple[int, float], list[bool]] = {one: [] for one in asked}
     spent: dict[tuple[int, float], list[float]] = {one: [] for one in asked}
     done = 0
-    for batch in track(test.epoch(0), description="answers", total=len(test)):
+    for batch in track(test.epoch(0), description="answers"):
         for image, label in zip(batch.images.numpy(), batch.labels.tolist(), strict=True):
             if most is not None and done == most:
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_export import calibrated
+from test_resolution import choosing
 from vits import pictures, relative
 
 from miaformer import Decisions, MIAFormer
@@ -18,7 +20,7 @@ from miaformer.model.policy import Fixed
 pytest.importorskip("onnxruntime")
 import onnx
 
-from miaformer.export import export_onnx, export_static, open_session
+from miaformer.export import export_onnx, export_static, open_session, run_file
 
 Run = Callable[..., dict[str, Any]]  # inputs by their names to outputs by theirs
 
@@ -150,3 +152,25 @@ def test_int8_files_run_in_openvino_as_in_onnx_runtime(standard_file: Any) -> No
         if same:
             assert relative(torch.from_numpy(second["logits"]), torch.from_numpy(first["logits"])) < 0.03
     assert agree >= 6  # of 8: where a value lies between two steps, the runtimes may round it differently
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_images_are_made_smaller_alike(runtime: str, tmp_path: Path) -> None:
+    """Models that choose resolutions: every size, and looks that follow the answers of a runtime."""
+    model = choosing(images=40)
+    path = tmp_path / "sizes.onnx"
+    export_onnx(model, path, standard_ops=True)
+    metadata = {one.key: one.value for one in onnx.load(path).metadata_props}
+    run = RUNTIMES[runtime](path)
+
+    def named(outputs: Any) -> dict[str, Any]:
+        return {name: outputs[name] for name in ("logits", "macs_fraction")}
+
+    for size in json.loads(metadata["sizes"]):  # the first run in a size is wrong in OpenVINO (docs/deploy/openvino.md)
+        run(images=pictures(model.backbone, 1).numpy(), budget=np.float32(size), cap=np.float32(4.0))
+    for image in pictures(model.backbone, 6, seed=4).split(1):
+        for budget in (0.25, 0.4, 0.5, 0.8, 1.0):
+            found = run_file(lambda feed: named(run(**feed)), metadata, image.numpy(), budget)
+            wanted = model.run(image, budget=budget)
+            assert relative(torch.from_numpy(found["logits"]), wanted.logits) < 1e-4
+            assert float(found["macs_fraction"][0]) == pytest.approx(float(wanted.trace.macs_fraction), abs=1e-6)

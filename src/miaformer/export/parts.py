@@ -22,8 +22,8 @@ class Embedding(nn.Module):
 
     def __init__(self, model: MIAFormer, size: Size | None = None) -> None:
         super().__init__()
-        self.size = size
         self.backbone = model.backbone
+        self.resize = nn.Identity() if size is None else Resize(model.image_size(), size)
         if size is not None:
             blocks, model.backbone.blocks = model.backbone.blocks, nn.Sequential()
             try:
@@ -34,10 +34,23 @@ class Embedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         backbone = self.backbone
-        if self.size is not None:
-            images = resized(images, self.size)
-        rows: Tensor = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images)))
+        rows: Tensor = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(self.resize(images))))
         return rows
+
+
+class Resize(nn.Module):
+    """`resized`, as one product along each axis: not every runtime's `Resize` is antialiased (OpenVINO's is not)."""
+
+    def __init__(self, before: Size, after: Size) -> None:
+        super().__init__()
+        self.vertical: Tensor
+        self.horizontal: Tensor
+        for name, old, new in zip(("vertical", "horizontal"), before, after, strict=True):
+            self.register_buffer(name, resized(torch.eye(old)[None, None], (new, old))[0, 0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 3, H', W')"""
+        return self.vertical @ images @ self.horizontal.T
 
 
 class Head(nn.Module):
