@@ -50,7 +50,7 @@ def looked(session: Any, image: np.ndarray, budget: float, cap: float) -> tuple[
     if not rows:
         return run(session, image, budget, cap)
     row = min(rows, key=lambda row: abs(row["budget"] - budget))
-    scores, spent = run(session, image, row["first"], cap)
+    scores, spent = run(session, image, row["first"], cap, row.get("leave", 2.0))
     left = cap - spent
     sizes = json.loads(session.get_modelmeta().custom_metadata_map.get("sizes", "[]")) or [left]
     if scores.max() >= row["confidence"] or not any(spent + 1e-6 < one <= left + 1e-6 for one in sizes):
@@ -59,12 +59,15 @@ def looked(session: Any, image: np.ndarray, budget: float, cap: float) -> tuple[
     return scores, spent + more
 
 
-def run(session: Any, image: np.ndarray, budget: float, cap: float) -> tuple[np.ndarray, float]:
-    """One look. The file answers whatever it is given, so what is no picture is refused here."""
+def run(session: Any, image: np.ndarray, budget: float, cap: float, leave: float = 2.0) -> tuple[np.ndarray, float]:
+    """One look, which ends with an early answer of probability `leave`. The file answers whatever it is given, so what
+    is no picture is refused here.
+    """
     if not np.isfinite(image).all():
         raise ValueError("the image holds NaN or infinite values")
-    feed: dict[str, Any] = {"images": image, "budget": np.float32(budget), "cap": np.float32(cap)}
-    feed = {one.name: np.asarray(feed[one.name]) for one in session.get_inputs()}
+    spend = {"budget": budget, "cap": cap, "leave": leave}
+    scalars = {name: np.asarray(value, np.float32) for name, value in spend.items()}
+    feed = {one.name: scalars.get(one.name, image) for one in session.get_inputs()}
     logits, macs = session.run(["logits", "macs_fraction"], feed)
     scores = np.exp(logits[0] - logits[0].max())
     return scores / scores.sum(), float(macs[0])

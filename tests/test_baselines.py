@@ -30,7 +30,8 @@ from miaformer.lab.comparison.method import Entry, Question
 from miaformer.lab.comparison.resolution import Looked
 from miaformer.lab.comparison.results import Difficulty, Point
 from miaformer.lab.comparison.timing import BATCHES, mean_times, read_times, time_entries
-from miaformer.model.policy import Full, Look, RandomLooks, TwoLooks
+from miaformer.model.early_exit import exit_blocks, macs_of_leaving
+from miaformer.model.policy import EarlyExit, Full, Look, RandomSizes, TwoLooks
 from miaformer.training.progress import DURATIONS, core_seconds
 
 GRID = {"img_size": 32, "patch_size": 4}  # 8 x 8 patches, as 112 pixels in patches of 14 are
@@ -71,8 +72,11 @@ def test_two_looks_at_images_of_two_sizes_spend_their_budget(trained: MIAFormer)
     entries = METHODS["resolution-looks"].entries(adapt(trained.to_timm(), grains=("resolution",)).eval(), question)
     images = next(iter(batches.epoch(0))).images
     model = adapt(trained.to_timm(), grains=("resolution",)).eval()
-    macs = [model.cost(size).everything / model.cost().backbone for size in model.image_sizes()]
-    possible = torch.tensor([*macs, *(one + other for one in macs for other in macs if other > one)])
+    whole = model.cost().backbone
+    macs = [model.cost(size).everything / whole for size in model.image_sizes()]
+    leaving = [macs_of_leaving(model.cost(size), exit_blocks(model.cost().depth)) for size in model.image_sizes()]
+    first = [*macs, *(one / whole for places in leaving for one in places)]
+    possible = torch.tensor([*first, *(one + other for one in first for other in macs if other > one)])
     assert [entry.budget for entry in entries] == list(budgets)
     for entry in entries:
         logits, spent = entry.classify(entry.read(images))
@@ -90,8 +94,10 @@ def test_sizes_run_once_for_all_budgets_give_what_running_gives(trained: MIAForm
     with torch.inference_mode():
         for images in (images_of(model, 9), images_of(model, 12)):
             middle = model.run(images, policy=first).logits.softmax(dim=1).amax(dim=1).median().reshape(1)
-            half = torch.full((1,), 0.5)
-            for policy in (first, second, TwoLooks(first, second, middle), RandomLooks(first, second, half)):
+            leaves = replace(first, policy=EarlyExit(model.backbone, 0.9 * float(middle)))
+            drawn = RandomSizes(Full(), (*first.sizes, *second.sizes), 0.5)
+            twice = TwoLooks(first, second, middle), TwoLooks(leaves, second, 0.9 * middle)
+            for policy in (first, second, leaves, drawn, *twice):
                 wanted = model.run(images, policy=replace(policy))  # which starts from the seed, as the other
                 logits, spent = looked.by(policy)(images)
                 assert torch.allclose(logits, wanted.logits, atol=1e-5)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from miaformer.engine.cost import count_macs
 from miaformer.engine.masked import Masked
-from miaformer.lab.baselines.exits import EarlyExit, ExitsObjective, exit_table
+from miaformer.lab.baselines.exits import EvenExits, ExitsObjective, exit_table
 from miaformer.lab.baselines.merging import _merged, merged_logits, merged_macs, merges_drawn, merges_for
 from miaformer.lab.baselines.tokens import (
     LEAST_KEEP,
@@ -183,7 +183,7 @@ def test_images_that_execute_everything_keep_all_tokens(model: MIAFormer) -> Non
 @pytest.mark.parametrize(("threshold", "blocks"), [(0.0, 1), (1.01, None)])
 def test_exits_leave_at_once_or_never(model: MIAFormer, images: Tensor, threshold: float, blocks: int | None) -> None:
     with torch.inference_mode():
-        output = model.run(images, policy=EarlyExit(model.backbone, threshold))
+        output = model.run(images, policy=EvenExits(model.backbone, threshold))
     assert (output.trace.depth.sum(dim=1) == (blocks or model.cost().depth)).all()
     if blocks is None:
         torch.testing.assert_close(output.logits, model.backbone(images), atol=1e-5, rtol=1e-4)
@@ -194,14 +194,14 @@ def test_exits_are_final_and_follow_confidence(model: MIAFormer, images: Tensor)
         x = model.backbone.blocks[0](model.embed(images))
         confidence = model.backbone.forward_head(model.backbone.norm(x)).softmax(dim=1).amax(dim=1)
         threshold = float(confidence.median())
-        depth = model.run(images, policy=EarlyExit(model.backbone, threshold)).trace.depth
+        depth = model.run(images, policy=EvenExits(model.backbone, threshold)).trace.depth
     assert torch.equal(~depth[:, 1], confidence >= threshold)
     assert (depth[:, 1:] <= depth[:, :-1]).all(), "who has left does not come back"
 
 
 def test_a_share_of_the_tokens_enters_evenly_and_stays(model: MIAFormer, images: Tensor) -> None:
     with torch.inference_mode():
-        tokens = model.run(images, policy=EarlyExit(model.backbone, 2.0, keep=0.5)).trace.tokens
+        tokens = model.run(images, policy=EvenExits(model.backbone, 2.0, keep=0.5)).trace.tokens
     assert (tokens.sum(dim=2) == model.cost().num_patches // 2).all()
     assert torch.equal(tokens, tokens[:1, :1].expand_as(tokens))
 
@@ -212,7 +212,7 @@ def test_a_table_of_exits_foretells_what_they_do(model: MIAFormer, images: Tenso
     macs = float(table.macs[1:3].mean())
     accuracy, threshold = table.at(macs)
     with torch.inference_mode():
-        output = model.run(images, policy=EarlyExit(model.backbone, threshold, 0.5))
+        output = model.run(images, policy=EvenExits(model.backbone, threshold, 0.5))
     depth = output.trace.depth.sum(dim=1)
     assert torch.equal(output.trace.macs, torch.from_numpy(table.macs)[depth - 1])
     assert output.trace.macs.double().mean() <= macs

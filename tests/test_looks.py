@@ -15,14 +15,18 @@ from vits import lively, pictures, relative
 
 from miaformer import MIAFormer
 from miaformer.data import Batch
-from miaformer.evaluation.calibration import View, calibrate, choose_looks
+from miaformer.evaluation.calibration import ASKING, View, calibrate, choose_looks, leaving_views
 from miaformer.model.budget import Calibration
+from miaformer.model.early_exit import NEVER, EarlyExit, left_at, macs_of_leaving
 from miaformer.model.looks import STEP, Looks, row_of
 from miaformer.model.policy import AnyPolicy, Full, Look, TwoLooks
 
 
-def looking(seed: int = 0, **config: object) -> MIAFormer:
-    """A small calibrated model that looks again at about half of the images, at a budget of 0.5."""
+def looking(seed: int = 0, exits: bool = False, **config: object) -> MIAFormer:
+    """A small calibrated model that looks again at about half of the images, at a budget of 0.5.
+
+    exits: about a quarter leave their first look early.
+    """
     model = lively(seed, looks=2, **config)
     images = pictures(model.backbone, 48, seed=9)
     labels = torch.zeros(48, dtype=torch.int64)
@@ -32,10 +36,15 @@ def looking(seed: int = 0, **config: object) -> MIAFormer:
     first, second = least + 0.05, most - 0.05
     if model.adapt_config.chooses_resolution:
         first, second = model.calibration.fractions[-1], model.calibration.fractions[1]
+    leave = NEVER
     with torch.no_grad():
         logits = model.run(images, policy=one_look(model, first)).logits
-    middle = float(logits.softmax(dim=1).amax(dim=1).median())
-    rows = tuple(Looks(budget, first, second, middle) for budget in (0.5, 0.6))
+        if exits:
+            asking = EarlyExit(model.backbone, ASKING)
+            model.run(images, policy=Look(asking, (model.image_sizes()[-1],)))
+            leave = float(torch.stack(asking.answers).softmax(dim=2).amax(dim=2).quantile(0.75))
+    middle = min(float(logits.softmax(dim=1).amax(dim=1).median()), leave)
+    rows = tuple(Looks(budget, first, second, middle, leave) for budget in (0.5, 0.6))
     model.calibration = replace(model.calibration, looks=rows)
     return model
 
@@ -50,11 +59,12 @@ def one_look(model: MIAFormer, fraction: float) -> AnyPolicy:
 
 
 SIZES: dict[str, object] = {"grains": ("resolution",)}
-either = pytest.mark.parametrize("config", [{}, SIZES], ids=["prices", "sizes"])
+EXITS: dict[str, object] = {"exits": True, **SIZES}
+either = pytest.mark.parametrize("config", [{}, SIZES, EXITS], ids=["prices", "sizes", "exits"])
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"depth_choice": "nested", "token_choice": "even"}, {"mlp_width": "coupled"}, SIZES]
+    "config", [{}, {"depth_choice": "nested", "token_choice": "even"}, {"mlp_width": "coupled"}, SIZES, EXITS]
 )
 def test_masked_equals_sparse(config: dict[str, object]) -> None:
     model = looking(**config)
@@ -87,7 +97,7 @@ def test_the_second_look_is_taken_where_the_first_answer_is_not_confident(config
     images = pictures(model.backbone, 16)
     assert model.calibration is not None
     row = model.calibration.looks[0]
-    first, second = (model.run(images, policy=one_look(model, one)) for one in (row.first, row.second))
+    first, second = model.run(images, policy=_first(model)), model.run(images, policy=one_look(model, row.second))
     both = model.run(images, budget=0.5)
     again = first.logits.softmax(dim=1).amax(dim=1) < row.confidence
     assert torch.equal(both.trace.looks == 2, again)
@@ -109,8 +119,31 @@ def test_reported_macs_are_executed(config: dict[str, object]) -> None:
     assert counter.get_total_flops() == 2 * int(output.trace.macs.sum())
 
 
+def test_images_leave_a_look_whose_early_answer_is_confident() -> None:
+    """With that answer, for what its blocks took; and they are not looked at again."""
+    model = looking(**EXITS)
+    images = pictures(model.backbone, 24)
+    assert model.calibration is not None
+    row, size = model.calibration.looks[0], model.image_sizes()[-1]
+    asking = EarlyExit(model.backbone, ASKING)
+    to_its_end = model.run(images, policy=Look(asking, (size,)))
+    answers = torch.stack([*asking.answers, to_its_end.logits], dim=1)
+    output = model.run(images, budget=0.5)
+    left = left_at(answers.softmax(dim=2).amax(dim=2), row.leave)
+    once = output.trace.looks == 1
+    assert (once & (left == 0)).any()
+    assert (once & (left == 1)).any()
+    assert (left[~once] == 1).all()
+    assert relative(output.logits[once], answers[torch.arange(24), left][once]) < 1e-5
+    macs = torch.tensor(macs_of_leaving(model.cost(size), asking.blocks))
+    assert torch.equal(output.trace.macs[once], macs[left][once])
+    assert torch.equal(
+        output.trace.depth[once].sum(dim=1), torch.tensor([*asking.blocks, model.cost().depth])[left][once]
+    )
+
+
 @settings(deadline=None, max_examples=60)
-@given(st.floats(0.0, 1.0), st.integers(0, 5), st.sampled_from(["prices", "sizes"]))
+@given(st.floats(0.0, 1.0), st.integers(0, 5), st.sampled_from(["prices", "sizes", "exits"]))
 def test_no_cap_is_exceeded_and_a_second_look_is_worth_it(share: float, seed: int, kind: str) -> None:
     model = MODELS[kind]
     least = (model.least_macs() + 1) / model.cost().backbone
@@ -129,7 +162,7 @@ def _first(model: MIAFormer):  # type: ignore[no-untyped-def]
     return policy.first
 
 
-MODELS = {"prices": looking(), "sizes": looking(**SIZES)}
+MODELS = {"prices": looking(), "sizes": looking(**SIZES), "exits": looking(**EXITS)}
 
 
 @either
@@ -151,12 +184,12 @@ def test_a_table_of_before_is_read() -> None:
     assert Calibration.from_json(content) == table
 
 
-@pytest.mark.parametrize("config", [{"depth_choice": "nested"}, SIZES], ids=["prices", "sizes"])
+@pytest.mark.parametrize("config", [{"depth_choice": "nested"}, SIZES, EXITS], ids=["prices", "sizes", "exits"])
 def test_an_exported_file_looks_as_often(config: dict[str, object], tmp_path: Path) -> None:
     from miaformer.export import export_onnx, open_session, run_session
 
     model = looking(**config).float()
-    export_onnx(model, tmp_path / "model.onnx")
+    export_onnx(model, tmp_path / "model.onnx", trace=True)
     session = open_session(tmp_path / "model.onnx", 1)
     for cap in (4.0, 0.9, 0.7):
         spent = set()
@@ -165,6 +198,8 @@ def test_an_exported_file_looks_as_often(config: dict[str, object], tmp_path: Pa
             wanted = model.run(image[None], budget=0.5, cap=cap if cap < 1 else None)
             assert relative(torch.from_numpy(found["logits"]), wanted.logits) < 1e-4
             assert float(found["macs_fraction"][0]) == pytest.approx(float(wanted.trace.macs_fraction), abs=1e-5)
+            for name in ("depth", "heads", "tokens", "macs", "looks"):
+                assert torch.equal(torch.from_numpy(found[name]), getattr(wanted.trace, name))
             spent.add(int(wanted.trace.looks))
         assert spent == {1, 2}
 
@@ -180,7 +215,8 @@ def views(n: int = 400, seed: int = 0, helpful: bool = True) -> list[View]:
     for fraction in np.linspace(0.1, 0.9, 17):
         right = hard < 0.75 + 0.27 * fraction
         confidence = np.where(right, 0.6, 0.1) + 0.4 * noise if helpful else noise
-        found.append(View(float(fraction), np.full(n, fraction), np.where(right, 0, 1), confidence))
+        macs = np.full(n, fraction)
+        found.append(View(float(fraction), macs, np.where(right, 0, 1), confidence, to_its_end=float(fraction)))
     return found
 
 
@@ -206,6 +242,43 @@ def test_the_looks_chosen_spend_their_budget_and_beat_one_look(seed: int) -> Non
         assert agreement > single
 
 
+@given(st.integers(0, 20))
+def test_looks_that_images_leave_spend_their_budget_and_beat_looks_to_the_end(seed: int) -> None:
+    """Of three sizes, with two early answers each that are right less often and say so."""
+    generator = torch.Generator().manual_seed(seed)
+    n, whole = 400, (0.9, 0.5, 0.2)
+    hard = torch.rand(n, generator=generator)
+    answers, macs, found = {}, {}, []
+    for fraction in whole:
+        each = []
+        for share in (0.5, 0.75, 1.0):
+            knows = hard < 0.5 + 0.3 * share + 0.2 * fraction
+            sure = torch.where(knows, 2.0, 0.5) + torch.rand(n, generator=generator)
+            each.append(torch.nn.functional.one_hot(torch.where(knows, 0, 1), 3) * sure[:, None])
+        answers[fraction] = torch.stack(each, dim=1)
+        macs[fraction] = torch.tensor([0.5, 0.75, 1.0]).double() * fraction
+        found.append(View.of(each[-1], torch.full((n,), fraction).double()))
+        found += leaving_views(found[-1].fraction, answers[fraction], macs[fraction])
+    last = {fraction: each[:, -1].argmax(dim=1) for fraction, each in answers.items()}
+
+    def right(given: torch.Tensor) -> float:
+        return float((given == last[whole[0]]).double().mean())
+
+    table = choose_looks(found, between=False)
+    assert table[0].budget < whole[-1]
+    assert any(row.leave < NEVER for row in table)
+    for row in table:
+        first, second = (min(whole, key=lambda one, w=w: abs(one - w)) for w in (row.first, row.second))  # type: ignore[misc]
+        left = left_at(answers[first].softmax(dim=2).amax(dim=2), row.leave)
+        given = answers[first][torch.arange(n), left]
+        again = given.softmax(dim=1).amax(dim=1) < row.confidence
+        assert (left[again] == 2).all(), "who left early is not looked at again"
+        spent = (macs[first][left] + again * second).mean()
+        assert abs(float(spent) - row.budget) <= max(STEP / 2, second / n) + 1e-6
+        single = [right(last[one]) for one in whole if one <= row.budget]
+        assert right(torch.where(again, last[second], given.argmax(dim=1))) > max(single, default=0.0)
+
+
 def test_where_confidence_says_nothing_there_is_one_look() -> None:
     assert len(choose_looks(views(helpful=False))) <= 3  # of 160 budgets
 
@@ -228,6 +301,13 @@ def test_calibration_chooses_looks_only_where_the_model_may_look_twice() -> None
         for row in table.looks:
             spent = model.run(images, budget=row.budget).trace.macs_fraction.mean()
             assert float(spent) == pytest.approx(row.budget, abs=0.02)
+
+
+def test_images_leave_between_blocks() -> None:
+    model = lively(0)
+    for blocks in ((0,), (1, 9)):
+        with pytest.raises(ValueError, match="images leave before blocks 1 to"):
+            EarlyExit(model.backbone, 0.5, blocks)
 
 
 def test_looks_are_one_or_two() -> None:

@@ -167,7 +167,12 @@ def test_images_are_made_smaller_alike(runtime: str, tmp_path: Path) -> None:
         return {name: outputs[name] for name in ("logits", "macs_fraction")}
 
     for size in json.loads(metadata["sizes"]):  # the first run in a size is wrong in OpenVINO (docs/deploy/openvino.md)
-        run(images=pictures(model.backbone, 1).numpy(), budget=np.float32(size), cap=np.float32(4.0))
+        run(
+            images=pictures(model.backbone, 1).numpy(),
+            budget=np.float32(size),
+            cap=np.float32(4.0),
+            leave=np.float32(2.0),
+        )
     for image in pictures(model.backbone, 6, seed=4).split(1):
         for budget in (0.25, 0.4, 0.5, 0.8, 1.0):
             found = run_file(lambda feed: named(run(**feed)), metadata, image.numpy(), budget)

@@ -254,7 +254,7 @@ def test_wrong_settings_are_named() -> None:
         get_recipe("cifra10")
     with pytest.raises(ValueError, match=r"patch_drop=\(0\.5, 1\.0\) must be two numbers in \[0, 1\)"):
         Stage("backbone", epochs=1, lr=1, patch_drop=(0.5, 1.0))
-    with pytest.raises(ValueError, match="elastic stage: patch_drop and early_weight are for the backbone"):
+    with pytest.raises(ValueError, match="elastic stage: patch_drop is for the backbone stage"):
         Stage("elastic", epochs=1, lr=1, patch_drop=(0.5, 0.5))
     with pytest.raises(ValueError, match="early_weight=-1 must not be negative"):
         Stage("backbone", epochs=1, lr=1, early_weight=-1)

@@ -140,9 +140,13 @@ class Cost:
     @property
     def everything(self) -> int:
         """What executing everything takes: the backbone without the rows of its last block that nobody reads."""
+        return self.first(self.depth)
+
+    def first(self, blocks: int) -> int:
+        """What executing everything of so many first blocks takes, and nothing of the others."""
         rows, heads = np.array([self.num_prefix_tokens + self.num_patches]), np.ones((1, self.num_heads), np.int64)
-        blocks = (self._rows_and_heads(rows, self._read(index, rows), heads) for index in range(self.depth))
-        return int(sum(blocks)[0]) + self.fixed
+        each = (self._rows_and_heads(rows, self._read(index, rows), heads) for index in range(blocks))
+        return int(sum(each)[0]) + self.fixed
 
     @property
     def backbone(self) -> int:

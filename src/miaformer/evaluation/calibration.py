@@ -19,17 +19,20 @@ from torch import Tensor
 from miaformer.data import LabelledBatch
 from miaformer.engine.controller import LOG_PRICE_RANGE
 from miaformer.model.budget import Calibration
+from miaformer.model.early_exit import NEVER, EarlyExit, left_at, macs_of_leaving
 from miaformer.model.looks import STEP, Looks
 from miaformer.model.model import MIAFormer
-from miaformer.model.policy import Full, Look
+from miaformer.model.policy import Look
 
 MOST_PASSES = 48  # over the calibration images
 LEAST_GAP = 0.03  # between the fractions of the looks that are tried
+THRESHOLDS = 16  # at which images leave, that are tried for each size
 Array = NDArray[Any]
 OnProgress = Callable[[str, int], None]  # stage ("calibrate", "controls", "evaluate"), passes or images done
 
-# Images (B, 3, H, W) in one look to logits (B, classes) and macs_fraction (B,).
+# Images (B, 3, H, W) in one look to its answers (B, K, classes), early ones first, and macs_fraction (B,) of the last.
 LookAt = Callable[[Tensor, Look], tuple[Tensor, Tensor]]
+ASKING = 1.5  # a threshold that asks, and lets nobody leave
 
 
 def calibrate(
@@ -60,14 +63,14 @@ def calibrate(
     config = model.adapt_config
     passes = 0
 
-    def measured(look: Look) -> View:
+    def measured(look: Look) -> tuple[Tensor, Tensor]:
         nonlocal passes
         outputs = [look_at(batch, look) if look_at else _looked(model, batch, look) for batch in images]
         passes += 1
         if on_progress is not None:
             on_progress("calibrate", passes)
-        logits, macs_fraction = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-        return View.of(logits, macs_fraction)
+        answers, macs_fraction = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))
+        return answers.float(), macs_fraction.double()
 
     training = model.training
     model.eval()
@@ -84,22 +87,51 @@ def calibrate(
 
 def _looked(model: MIAFormer, images: Tensor, look: Look) -> tuple[Tensor, Tensor]:
     output = model.run(images, policy=look)
-    return output.logits, output.trace.macs_fraction
+    early = look.policy.answers if isinstance(look.policy, EarlyExit) else []
+    return torch.stack([*early, output.logits], dim=1), output.trace.macs_fraction
 
 
-def _of_sizes(model: MIAFormer, measured: Callable[[Look], View], num_images: int, data: str) -> Calibration:
-    views = [measured(Look(Full(), (size,))) for size in model.image_sizes()]
-    looks = choose_looks(views, between=False) if model.num_classes > 1 else ()
-    return Calibration((), tuple(view.fraction for view in views), num_images, data, looks)
+Measured = Callable[[Look], tuple[Tensor, Tensor]]  # as `LookAt`, of all images
 
 
-def _of_prices(
-    model: MIAFormer, measured: Callable[[Look], View], num_images: int, data: str, tolerance: float
-) -> Calibration:
+def _of_sizes(model: MIAFormer, measured: Measured, num_images: int, data: str) -> Calibration:
+    whole, sizes = model.cost().backbone, model.image_sizes()
+    if model.num_classes <= 1:
+        return Calibration((), tuple(model.cost(size).everything / whole for size in sizes), num_images, data)
+    asking = EarlyExit(model.backbone, ASKING)
+    views = []
+    for size in sizes:
+        answers, _ = measured(Look(asking, (size,)))
+        cost = model.cost(size)
+        views.append(View.of(answers[:, -1], torch.full((num_images,), cost.everything / whole).double()))
+        macs = torch.tensor(macs_of_leaving(cost, asking.blocks)).double() / whole
+        views += leaving_views(views[-1].fraction, answers, macs)
+    looks = choose_looks(views, between=False)
+    return Calibration((), tuple(view.fraction for view in views if view.leave == NEVER), num_images, data, looks)
+
+
+def leaving_views(to_its_end: float, answers: Tensor, macs: Tensor) -> list[View]:
+    """Looks in one size that images leave with a confident answer, at thresholds of which each lets more of them leave.
+
+    to_its_end: MACs of a look that nobody leaves. answers: (n, K, classes); macs: (K,), of leaving with each.
+    """
+    confidence = answers.softmax(dim=2).amax(dim=2)
+    if confidence.shape[1] == 1:
+        return []
+    places = torch.linspace(0, 1, THRESHOLDS + 2)[1:-1]
+    views = []
+    for threshold in torch.quantile(confidence[:, :-1].flatten(), places).unique().tolist():
+        left = left_at(confidence, threshold)
+        views.append(View.of(answers[torch.arange(len(left)), left], macs[left], threshold, to_its_end))
+    return views
+
+
+def _of_prices(model: MIAFormer, measured: Measured, num_images: int, data: str, tolerance: float) -> Calibration:
     views: dict[float, View] = {}
 
     def mean_fraction(price: float) -> float:
-        views[price] = measured(Look(model.learned(price)))
+        answers, macs = measured(Look(model.learned(price)))
+        views[price] = View.of(answers[:, -1], macs)
         return views[price].fraction
 
     table = price_table(mean_fraction, num_images, data, tolerance, model.price_range())
@@ -165,33 +197,45 @@ class View:
     macs: Array  # (n,), fractions
     answer: Array  # (n,) int64, the likeliest class
     confidence: Array  # (n,), its probability
+    leave: float = NEVER  # who is so confident early left with that answer
+    to_its_end: float = 0.0  # mean MACs where nobody leaves
 
     @staticmethod
-    def of(logits: Tensor, macs_fraction: Tensor) -> View:
+    def of(logits: Tensor, macs_fraction: Tensor, leave: float = NEVER, to_its_end: float | None = None) -> View:
         """logits: (n, classes); macs_fraction: (n,)."""
         confidence, answer = logits.float().softmax(dim=1).max(dim=1)
         macs = macs_fraction.double().cpu().numpy()
-        return View(float(macs.mean()), macs, answer.cpu().numpy(), confidence.cpu().numpy())
+        mean = float(macs.mean())
+        whole = mean if to_its_end is None else to_its_end
+        return View(mean, macs, answer.cpu().numpy(), confidence.cpu().numpy(), leave, whole)
 
 
 def choose_looks(views: Sequence[View], between: bool = True) -> tuple[Looks, ...]:
-    """The best two looks for each mean budget at which they are better than one.
+    """The best two looks for each mean budget at which they, or one that images leave early, are better than one look.
 
     Better is what answers more often as the most expensive single look does, less the standard error of what is spent:
     a pair that spends very unevenly meets its budget less exactly on other images. views: of different prices, or
-    sizes. between: whether single looks can spend anything between two of them, as prices can and sizes cannot.
+    sizes, and of those that images leave. between: whether single looks can spend anything between two of them, as
+    prices can and sizes cannot.
     """
-    ordered = _apart(sorted(views, key=lambda view: view.fraction))
-    reference = ordered[-1].answer
-    agreement = np.array([(view.answer == reference).mean() for view in ordered])
+    ordered = _apart(sorted((view for view in views if view.leave == NEVER), key=lambda view: view.fraction))
+    left = [view for view in views if view.leave < NEVER]
+    reference, n = ordered[-1].answer, len(ordered[-1].answer)
+    agreement = np.array([(view.answer == reference).mean() - view.macs.std() / n**0.5 for view in ordered])
     fractions = np.array([view.fraction for view in ordered])
     curves = [
-        _Curve(first, second, reference) for place, first in enumerate(ordered) for second in ordered[place + 1 :]
+        _Curve(first, second, reference)
+        for first in [*ordered, *left]
+        for second in ordered
+        if first.to_its_end < second.fraction - 1e-9
     ]
+    curves += [_Curve(view, None, reference) for view in left]
     found = []
-    for budget in np.arange(fractions[0] + STEP, fractions[-1], STEP):
+    for budget in np.arange(min(view.fraction for view in views) + STEP, fractions[-1], STEP):
         within = int(np.searchsorted(fractions, budget + STEP / 2)) - 1
         best, score = None, float(np.interp(budget, fractions, agreement) if between else agreement[within])
+        if within < 0:
+            score = 0.0  # no look that goes to its end is so cheap
         for curve in curves:
             looks, own = curve.at(float(budget))
             if looks is not None and own > score:
@@ -211,28 +255,41 @@ def _apart(views: Sequence[View]) -> list[View]:
 
 
 class _Curve:
-    """Two looks, with any number of images looked at again, the least confident first."""
+    """Two looks, with any number of images looked at again, the least confident first; or one that images leave."""
 
-    def __init__(self, first: View, second: View, reference: Array) -> None:
+    def __init__(self, first: View, second: View | None, reference: Array) -> None:
         self.first, self.second = first, second
         order = np.argsort(first.confidence, kind="stable")
-        confidence, self._count = first.confidence[order], len(order)
-        again = 1 + np.flatnonzero(np.diff(confidence) > 0)  # how many: images of one confidence are not told apart
-        gained = (second.answer == reference).astype(np.float64) - (first.answer == reference)
-        start = float((first.answer == reference).mean())
-        self._share = again / self._count
-        self._between = (confidence[again - 1] + confidence[again]) / 2
-        self._agreement = start + np.cumsum(gained[order])[again - 1] / self._count
-        self._spent = first.fraction + np.cumsum(second.macs[order])[again - 1] / self._count
+        confidence, count = first.confidence[order].astype(np.float64), len(order)
+        right, spent = first.answer[order] == reference[order], first.macs[order]
+        again = np.zeros(1, dtype=np.int64)  # how many: images of one confidence are not told apart
+        gained, more = np.zeros(count), np.zeros(count)
+        if second is not None:
+            again = 1 + np.flatnonzero((np.diff(confidence) > 0) & (confidence[:-1] < first.leave))
+            gained = (second.answer[order] == reference[order]).astype(np.float64) - right
+            more = second.macs[order]
+
+        def mean(values: Array, where_again: Array) -> Array:
+            """Of all images, for each number of them that are looked at again."""
+            total: Array = values.sum() + np.append(0.0, np.cumsum(where_again))[again]
+            return total / count
+
+        edges = np.append(confidence, confidence[-1:])
+        self._confidence = np.minimum((edges[again - 1] + edges[again]) / 2, first.leave) * (again > 0)
+        self._agreement = mean(right, gained)
+        self._spent = mean(spent, more)
+        variance = mean(spent**2, (spent + more) ** 2 - spent**2) - self._spent**2
+        self._error = np.sqrt(np.maximum(variance, 0) / count)
+        self._step = (0.0 if second is None else second.fraction) / count  # what one image more takes
 
     def at(self, budget: float) -> tuple[Looks | None, float]:
         """What spends this budget most nearly, and how good it is; None where nothing comes near it."""
         if not len(self._spent):
             return None, 0.0
         place = int(np.abs(self._spent - budget).argmin())
-        if abs(self._spent[place] - budget) > max(STEP / 2, self.second.fraction / self._count):
+        if abs(self._spent[place] - budget) > max(STEP / 2, self._step):
             return None, 0.0
-        share = float(self._share[place])
-        error = self.second.fraction * (share * (1 - share) / self._count) ** 0.5
-        looks = Looks(budget, self.first.fraction, self.second.fraction, float(self._between[place]))
-        return looks, float(self._agreement[place]) - error
+        first, second = self.first, self.second or self.first
+        confidence = float(self._confidence[place])
+        looks = Looks(budget, first.to_its_end, second.to_its_end, confidence, first.leave)
+        return looks, float(self._agreement[place] - self._error[place])

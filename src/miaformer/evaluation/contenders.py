@@ -20,10 +20,10 @@ from miaformer.evaluation.controls import (
     static_policy,
 )
 from miaformer.model.budget import check_fraction
-from miaformer.model.looks import row_of
+from miaformer.model.looks import STEP
 from miaformer.model.model import MIAFormer
 from miaformer.model.output import Trace
-from miaformer.model.policy import AnyPolicy, Full, Look, RandomLooks, Static, TwoLooks
+from miaformer.model.policy import AnyPolicy, Full, Look, RandomSizes, Static
 from miaformer.model.resolution import Size
 
 POLICIES = ("learned", "static", "random", "cls-attention", "full")
@@ -139,15 +139,18 @@ def _price_of(model: MIAFormer, budget: float) -> float | None:
 
 
 def _without_confidence(model: MIAFormer, name: str, budget: float, seed: int) -> AnyPolicy:
-    """The controls of a model that chooses resolutions: the largest size within the budget for every image, or the
-    learned policy's two looks, of which the second is for images drawn by chance.
+    """The controls of a model that chooses resolutions: the largest size within the budget for every image, or that one
+    and the next larger one, drawn by chance so that the budget is met.
     """
-    table = model.check_budget(budget)
-    row, learned = row_of(table.looks, budget), model.at_budget(budget)
-    if name == "static" or row is None or not isinstance(learned, TwoLooks):
-        return Look(Full(), (model.image_sizes()[table.nearest(table.within(budget))],))
-    share = torch.tensor([(budget - row.first) / row.second])
-    return RandomLooks(learned.first, learned.second, share, seed)
+    table, sizes = model.check_budget(budget), model.image_sizes()
+    place = table.nearest(table.within(budget))
+    least, spent = table.fractions[-1], table.fractions[place]
+    if budget < least - STEP / 2:
+        raise ValueError(f"budget={budget:.3f} is below {least:.3f}, what the smallest size takes")
+    if name == "static" or not place:
+        return Look(Full(), (sizes[place],))
+    share = (budget - spent) / (table.fractions[place - 1] - spent)
+    return RandomSizes(Full(), (sizes[place], sizes[place - 1]), share, seed)
 
 
 def _reaches(model: MIAFormer, budget: float) -> bool:

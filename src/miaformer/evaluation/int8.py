@@ -16,6 +16,7 @@ from miaformer.data import LabelledBatch
 from miaformer.evaluation.calibration import OnProgress, calibrate
 from miaformer.export import export_onnx, open_session, run_session
 from miaformer.model.budget import Calibration
+from miaformer.model.early_exit import EarlyExit
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import Learned, Look
 
@@ -66,7 +67,7 @@ class _File:
             twin.calibration = Calibration(model.price_range(), (1.0, 0.5), 0)  # prices in, evenly by their logarithm
             low, high = model.log_price(torch.tensor(twin.calibration.prices)).tolist()
             self._budget_of = lambda log_price: 1.0 - 0.5 * (log_price - low) / (high - low)
-        export_onnx(twin, path, int8=True)
+        export_onnx(twin, path, int8=True, trace=True)
         self._session = open_session(path, torch.get_num_threads())
 
     def __call__(self, images: Tensor, look: Look) -> tuple[Tensor, Tensor]:
@@ -74,9 +75,18 @@ class _File:
             budget = self._budget_of(look.policy.log_price.item())
         else:
             budget = self.model.macs_of_sizes()[look.sizes[0]] / self.model.cost().backbone
-        found = [run_session(self._session, image[None].numpy(), budget) for image in images]
-        logits, macs = (np.concatenate([one[name] for one in found]) for name in ("logits", "macs_fraction"))
-        return torch.from_numpy(logits), torch.from_numpy(macs)
+        scalars = {"budget": budget, "cap": 4.0}  # none
+        if isinstance(look.policy, EarlyExit):
+            scalars["leave"] = float(look.policy.threshold)
+        feed = {name: np.asarray(value, np.float32) for name, value in scalars.items()}
+        names = [one.name for one in self._session.get_outputs()]
+        each = []
+        for image in images:
+            found = dict(zip(names, self._session.run(names, {"images": image[None].numpy(), **feed}), strict=True))
+            early = found.get("answers", found["logits"][:0])
+            each.append((np.concatenate([early, found["logits"]]), found["macs_fraction"]))
+        answers, macs = (np.stack(parts) for parts in zip(*each, strict=True))
+        return torch.from_numpy(answers), torch.from_numpy(macs[:, 0])
 
 
 @torch.inference_mode()

@@ -44,9 +44,10 @@ def export_onnx(
     tokens by gathering, heads by branches over slices of weights that are folded when the file is loaded. Without a
     cap, give one above 1; a budget out of the calibrated range counts as the nearest end. A cap below `least_macs` of
     the file's metadata cannot be kept: everything is skipped then. A model that chooses resolutions looks at the image
-    in the largest size that budget and cap allow, and in the smallest at least (`export.sizes`). Outputs: `logits`
+    in the largest size that budget and cap allow, and in the smallest at least (`export.sizes`); its file has a third
+    scalar, `leave`: an early answer that is so confident is the last, and above 2 none is asked for. Outputs: `logits`
     (1, classes), `macs_fraction` (1,), with `trace` also `depth` (1, L), `heads` (1, L, H), `tokens` (1, L, N), bool,
-    and `macs` (1,) int64.
+    `macs` (1,) int64, and of a model that chooses resolutions the early `answers` (K, classes) that were asked for.
     price: decide at this price, whatever budget is given; a model that is not calibrated needs one. standard_ops: only
     operators of the ONNX standard, for other runtimes; by default attention is ONNX Runtime's fused operator. int8:
     products of the blocks in 8-bit integers, their inputs quantized as they come; controllers, embedding and classifier
@@ -93,18 +94,23 @@ def _export_sizes(
     if price is not None:
         raise ValueError("this model chooses resolutions and has no prices")
     cost = model.cost()
-    rows, macs, grid_size = sizes.write(graph, model, weight)
-    outputs = _outputs(graph, model, rows, macs)
+    done = sizes.write(graph, model, weight)
+    outputs = _outputs(graph, model, done.rows, done.macs)
     if trace:
-        outputs["macs"] = (macs, TensorProto.INT64, [1])
-        kept = graph.op("Less", graph.constant(np.arange(cost.num_patches)), grid_size)
-        executed = {"depth": np.ones((1, cost.depth), bool), "heads": np.ones((1, cost.depth, cost.num_heads), bool)}
-        values = {name: graph.constant(value) for name, value in executed.items()}
-        values["tokens"] = graph.op("Expand", kept, graph.ints(1, cost.depth, cost.num_patches))
+        outputs["macs"] = (done.macs, TensorProto.INT64, [1])
+        outputs["answers"] = (done.answers, TensorProto.FLOAT, [None, model.num_classes])
+        executed = graph.op("Unsqueeze", done.executed, graph.ints(0, 2))  # (1, L, 1)
+        kept = graph.op("Less", graph.constant(np.arange(cost.num_patches)), done.num_patches)
+        values = {
+            "depth": graph.op("Unsqueeze", done.executed, graph.ints(0)),
+            "heads": graph.op("And", executed, graph.constant(np.ones(cost.num_heads, bool))),
+            "tokens": graph.op("And", executed, kept),
+        }
         for name, shape in _trace_shapes(cost).items():
             outputs[name] = (values[name], TensorProto.BOOL, [1, cost.depth, *shape])
     fractions = [macs / cost.backbone for macs in model.macs_of_sizes().values()]
-    _save(_finished(graph, model, outputs), model, path, {"price": "", "sizes": json.dumps(fractions)})
+    proto = _finished(graph, model, outputs, "leave")
+    _save(proto, model, path, {"price": "", "sizes": json.dumps(fractions), "leaves": "true"})
 
 
 def _trace_shapes(cost: Cost) -> dict[str, list[int]]:
@@ -176,9 +182,12 @@ def _outputs(graph: Graph, model: MIAFormer, rows: str, macs: str) -> dict[str, 
     return {"logits": (logits, TensorProto.FLOAT, shape), "macs_fraction": (fraction, TensorProto.FLOAT, [1])}
 
 
-def _finished(graph: Graph, model: MIAFormer, outputs: dict[str, tuple[str, int, list[Any]]]) -> onnx.ModelProto:
+def _finished(
+    graph: Graph, model: MIAFormer, outputs: dict[str, tuple[str, int, list[Any]]], *more: str
+) -> onnx.ModelProto:
+    """more: scalar inputs beside budget and cap."""
     shape = [1, model.backbone.in_chans, *model.image_size()]
-    scalars: dict[str, tuple[int, list[Any]]] = {name: (TensorProto.FLOAT, []) for name in ("budget", "cap")}
+    scalars: dict[str, tuple[int, list[Any]]] = {name: (TensorProto.FLOAT, []) for name in ("budget", "cap", *more)}
     return graph.model({"images": (TensorProto.FLOAT, shape), **scalars}, outputs)
 
 

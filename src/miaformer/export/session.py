@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from miaformer.model.early_exit import NEVER
 from miaformer.model.looks import Looks, row_of
 
 
@@ -72,14 +73,17 @@ def run_file(
     if not np.isfinite(images).all():
         raise ValueError("images hold NaN or infinite values")
 
-    def look(budget: float, cap: float) -> dict[str, NDArray[Any]]:
-        spend = {"budget": np.asarray(budget, np.float32), "cap": np.asarray(cap, np.float32)}
-        return {**run({"images": images, **spend}), "looks": np.ones(1, np.int64)}
+    def look(budget: float, cap: float, leave: float = NEVER) -> dict[str, NDArray[Any]]:
+        spend = {"budget": budget, "cap": cap}
+        if "leaves" in metadata:
+            spend["leave"] = leave
+        scalars = {name: np.asarray(value, np.float32) for name, value in spend.items()}
+        return {**run({"images": images, **scalars}), "looks": np.ones(1, np.int64)}
 
     row = row_of([Looks(**one) for one in json.loads(metadata.get("looks", "[]"))], budget)
     if row is None:
         return look(budget, cap)
-    first = look(row.first, cap)
+    first = look(row.first, cap, row.leave)
     spent = float(first["macs_fraction"][0])
     scores = np.exp(first["logits"] - first["logits"].max())
     left = cap - spent

@@ -38,7 +38,7 @@ class Calibration:
     @property
     def range(self) -> tuple[float, float]:
         """The smallest and the largest budget that the table reaches."""
-        return self.fractions[-1], self.fractions[0]
+        return min([self.fractions[-1], *(row.budget for row in self.looks[:1])]), self.fractions[0]
 
     def check(self, budget: float) -> float:
         """The budget, if it is one that can be met.

@@ -3,7 +3,8 @@
 What is decided inside one look is decided before there is an answer, and nothing tells how hard an image is as well as
 the confidence of an answer does. So compute follows difficulty best where a cheap look comes first, and an expensive
 one follows for those images alone whose answer it leaves open (CF-ViT, Chen et al. 2023). Looks differ in the size of
-the image (`resolution`), or in what controllers keep at their prices. Which two, and which confidence is enough, is
+the image (`resolution`), or in what controllers keep at their prices. Where they differ in size, the first look may end
+before its last block, where an early answer is confident (`early_exit`). Which two, and which confidence is enough, is
 chosen for every mean budget on the calibration images (`miaformer.evaluation.calibration`).
 """
 
@@ -13,6 +14,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from miaformer.model.early_exit import NEVER
+
 STEP = 0.005  # of mean budgets, between the rows of a table
 
 
@@ -20,14 +23,16 @@ STEP = 0.005  # of mean budgets, between the rows of a table
 class Looks:
     """How a mean budget is spent in two looks.
 
-    first, second: the mean MACs fractions of one look each. confidence: images whose first answer is less
-    confident get a second look.
+    first, second: the mean MACs fractions of one look each, to its end. confidence: images whose first answer is less
+    confident get a second look. leave: images with an early answer that is so confident leave the first look with it;
+    at least `confidence`.
     """
 
     budget: float
     first: float
     second: float
     confidence: float
+    leave: float = NEVER
 
 
 def row_of(table: Sequence[Looks], budget: float) -> Looks | None:

@@ -2,7 +2,7 @@
 
 `MIAFormer` holds the backbone as timm made it (`model.backbone(images)` is the static model at any time), decides per
 image which blocks, heads and tokens to execute, or in which size to look at it, executes that alone, and says what it
-did. What a call asks for becomes decisions in `prices`; `running` executes them.
+did. What a call asks for becomes decisions in `requests`; `running` executes them.
 """
 
 from __future__ import annotations

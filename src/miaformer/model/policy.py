@@ -1,7 +1,7 @@
 """What makes decisions. One interface for all, so that one engine, one benchmark and one cost count compare them.
 
-The learned policy asks the controllers; the others are its controls: everything, at random, the same for every
-image, or the tokens that the class token attends to most.
+The learned policy asks the controllers, an early exit the classifier (`early_exit`); the others are controls:
+everything, at random, the same for every image, or the tokens that the class token attends to most.
 """
 
 from __future__ import annotations
@@ -21,12 +21,25 @@ from torch import Tensor, nn
 from miaformer.engine.controller import Controller, Controllers, Formula
 from miaformer.engine.cost import Cost
 from miaformer.engine.deciding import decide
-from miaformer.engine.decisions import Decisions, Gates, HostGates
+from miaformer.engine.decisions import Booleans, Decisions, Gates, HostGates
 from miaformer.engine.walk import Policy, State
+from miaformer.model.early_exit import NEVER, EarlyExit
 from miaformer.model.resolution import Size
 from miaformer.vit.layers import LinearView, normed_keys, normed_queries, query_key_value_layers
 
-__all__ = ["ClsAttention", "Fixed", "Full", "Learned", "Look", "Policy", "Random", "Sampling", "Static", "TwoLooks"]
+__all__ = [
+    "ClsAttention",
+    "EarlyExit",
+    "Fixed",
+    "Full",
+    "Learned",
+    "Look",
+    "Policy",
+    "Random",
+    "Sampling",
+    "Static",
+    "TwoLooks",
+]
 
 
 class _Free:
@@ -270,12 +283,50 @@ class Look:
     policy: Policy
     sizes: tuple[Size, ...] = ()
 
+    def sizes_of(self, batch: int) -> tuple[Size, ...]:
+        """One each, of a batch."""
+        return self.sizes * batch if len(self.sizes) == 1 else self.sizes
+
+    def may_leave(self, batch: int) -> Booleans:
+        """Which images (B,) of a batch are asked for early answers."""
+        thresholds = self.policy.threshold if isinstance(self.policy, EarlyExit) else NEVER
+        asked: Booleans = (torch.as_tensor(thresholds) < NEVER).expand(batch).numpy()
+        return asked
+
     def of(self, images: Tensor) -> Look:
         """The same for these images (n,) of the batch."""
-        policy, sizes = self.policy, self.sizes
-        if isinstance(policy, Learned) and len(policy.log_price) > 1:
+        sizes = tuple(self.sizes[i] for i in images.tolist()) if len(self.sizes) > 1 else self.sizes
+        return Look(self.policy_of(images), sizes)
+
+    def policy_of(self, images: Tensor, leaving: bool = True) -> Policy:
+        """Who decides for these images (n,) of the batch. leaving: False lets none of them leave early."""
+        policy = self.policy
+        if isinstance(policy, EarlyExit) and not leaving:
+            policy = Full()
+        elif isinstance(policy, EarlyExit) and isinstance(policy.threshold, Tensor) and policy.threshold.numel() > 1:
+            policy = replace(policy, threshold=policy.threshold[images])
+        elif isinstance(policy, Learned) and len(policy.log_price) > 1:
             policy = replace(policy, log_price=policy.log_price[images.to(policy.log_price.device)])
-        return Look(policy, tuple(sizes[i] for i in images.tolist()) if len(sizes) > 1 else sizes)
+        return policy
+
+
+@dataclass(frozen=True)
+class RandomSizes(Look):
+    """A control of looks: each image in one of two sizes, drawn by chance, from a seeded generator.
+
+    sizes: two. share: of images that get the second one.
+    """
+
+    share: float = 0.5
+    seed: int = 0
+    _generator: torch.Generator = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_generator", torch.Generator().manual_seed(self.seed))
+
+    def sizes_of(self, batch: int) -> tuple[Size, ...]:
+        drawn = torch.rand(batch, generator=self._generator) < self.share
+        return tuple(self.sizes[one] for one in drawn.long().tolist())
 
 
 @dataclass(frozen=True)
@@ -293,24 +344,6 @@ class TwoLooks:
         """Which images (n,) of the first look's logits (B, classes) are to be looked at again."""
         confidence = logits.float().softmax(dim=1).amax(dim=1)
         return (confidence < self.confidence.to(confidence)).nonzero().flatten()
-
-
-@dataclass(frozen=True)
-class RandomLooks(TwoLooks):
-    """Its control: as many second looks, at images drawn by chance, from a seeded generator.
-
-    confidence: (1,), the share of them.
-    """
-
-    seed: int = 0
-    _generator: torch.Generator = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_generator", torch.Generator().manual_seed(self.seed))
-
-    def open_images(self, logits: Tensor) -> Tensor:
-        drawn = torch.rand(len(logits), generator=self._generator)
-        return (drawn < self.confidence.cpu()).nonzero().flatten()
 
 
 AnyPolicy = Policy | Look | TwoLooks  # of one look, of one in other sizes, of two

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from miaformer.model.budget import Calibration, check_fraction
+from miaformer.model.early_exit import NEVER, EarlyExit
 from miaformer.model.looks import row_of
 from miaformer.model.policy import AnyPolicy, Full, Learned, Look, Policy, Sampling, TwoLooks
 
@@ -95,6 +96,9 @@ def _in_two(model: MIAFormer, budgets: Tensor, batch: int) -> TwoLooks | None:
         _in_one(model, [getattr(row, name) if row else one for row, one in zip(rows, asked, strict=True)], table, batch)
         for name in ("first", "second")
     )
+    leave = [row.leave if row else NEVER for row in rows]
+    if min(leave) < NEVER:
+        first = replace(first, policy=EarlyExit(model.backbone, torch.tensor(leave)))
     return TwoLooks(first, second, torch.tensor([row.confidence if row else 0.0 for row in rows]))
 
 

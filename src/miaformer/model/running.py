@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miaformer.engine.cost import Cost, Counts
+from miaformer.model.early_exit import EarlyExit
 from miaformer.model.output import Output, Trace, in_turn, merged
 from miaformer.model.policy import Look, Policy, TwoLooks
 from miaformer.model.resolution import Size, resized, within_cap
@@ -42,14 +43,19 @@ def _look(model: MIAFormer, images: Tensor, look: Look, cap_macs: Counts | None,
     whole = _cost_of(model, images)
     if not look.sizes:
         return _executed(model, images, look.policy, cap_macs, execution, whole)
-    sizes = _sizes_of(model, look, images, cap_macs)
+    leaving = look.may_leave(len(images))
+    if cap_macs is not None and isinstance(look.policy, EarlyExit):  # asked where that can be paid for
+        asking = look.policy.asking_macs(whole)
+        leaving = leaving & (cap_macs >= model.least_macs() + asking)
+        cap_macs = cap_macs - leaving * asking
+    groups = list(zip(_sizes_of(model, look, images, cap_macs), leaving.tolist(), strict=True))
     parts = []
-    for size in dict.fromkeys(sizes):
+    for size, leaves in dict.fromkeys(groups):
         if size is None:
             raise cap_too_low(model)
-        own = torch.tensor([place for place, one in enumerate(sizes) if one == size])
+        own = torch.tensor([place for place, one in enumerate(groups) if one == (size, leaves)])
         small = resized(images if len(own) == len(images) else images[own], size)
-        parts.append((own, _executed(model, small, look.of(own).policy, None, execution, whole)))
+        parts.append((own, _executed(model, small, look.policy_of(own, leaves), None, execution, whole)))
     return in_turn(parts)
 
 
@@ -63,7 +69,7 @@ def _sizes_of(model: MIAFormer, look: Look, images: Tensor, cap_macs: Counts | N
             f"images are {images.shape[-2]} x {images.shape[-1]}: a model that chooses resolutions takes "
             f"{height} x {width} and makes them smaller itself"
         )
-    asked = look.sizes * len(images) if len(look.sizes) == 1 else look.sizes
+    asked = look.sizes_of(len(images))
     return asked if cap_macs is None else within_cap(asked, cap_macs, model.macs_of_sizes())
 
 

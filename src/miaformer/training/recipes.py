@@ -31,7 +31,7 @@ class Stage:
     temperature: tuple[float, float] = (1.0, 1.0)  # of gate noise, from start to end of the stage
     keep: tuple[float, float, float] = (0.5, 0.25, 0.15)  # elastic: the least share of blocks, heads, tokens
     patch_drop: tuple[float, float] = (0.0, 0.0)  # backbone: the share of patch tokens left out, drawn a step
-    early_weight: float = 0.0  # backbone: of the loss of an answer given after a block of the second half
+    early_weight: float = 0.0  # backbone, resolution: of the loss of an answer given after a block of the second half
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.lr < 0 or self.controller_lr < 0:
@@ -47,9 +47,11 @@ class Stage:
             )
         if self.early_weight < 0:
             raise ValueError(f"{self.kind} stage: early_weight={self.early_weight} must not be negative")
-        if (most or self.early_weight) and self.kind != "backbone":
+        if most and self.kind != "backbone":
+            raise ValueError(f"{self.kind} stage: patch_drop is for the backbone stage; decisions drop tokens here")
+        if self.early_weight and self.kind not in ("backbone", "resolution"):
             raise ValueError(
-                f"{self.kind} stage: patch_drop and early_weight are for the backbone stage; decisions do both here"
+                f"{self.kind} stage: early_weight is for the stages backbone and resolution; decisions see to it here"
             )
 
 
@@ -224,7 +226,7 @@ FINETUNE = Recipe(  # chosen on a pretrained ViT-S and photographs (docs/log.md)
     stages=(
         Stage("probe", epochs=1),
         Stage("backbone", epochs=5, lr=2e-4, layer_decay=0.75, patch_drop=(0.2, 0.75), early_weight=0.4),
-        Stage("resolution", epochs=2.4, lr=2e-4, layer_decay=0.75),
+        Stage("resolution", epochs=2.4, lr=2e-4, layer_decay=0.75, early_weight=0.4),
     ),
     distill_weight=0.0,  # the teacher would take as long as learning does
     augmentation={"hflip": 0.5, "scale": (0.35, 1.0)},

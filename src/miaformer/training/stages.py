@@ -21,54 +21,52 @@ from miaformer.training.policies import Draws, Leaving, Relaxed, Sampled, elasti
 from miaformer.vit.backbone import transformer_blocks
 
 
-class Backbone(Objective):
-    """The static model.
+class Dense(Objective):
+    """Everything is executed. Where the stage wants it (`early_weight`), the answer after one random block per image is
+    supervised too (Lee et al. 2015), so that weights learn to say early what they know.
+    """
 
-    Drops a share of the patch tokens (Liu et al. 2022, PatchDropout) and supervises the answer after one random block
-    per image (Lee et al. 2015), so that the backbone tolerates skipping.
+    def learned(self, x: Tensor, targets: Targets, step: Step) -> tuple[Tensor, Tensor]:
+        """Task losses (B,) and logits (B, classes) of embedded images (B, P+N, C)."""
+        blocks = transformer_blocks(self.model.backbone)
+        before: list[Tensor] = []  # each block
+        for block in blocks:
+            before.append(x)
+            x = block(x)
+        logits = self.answer(x)
+        task = targets.loss(logits)
+        if not self.stage.early_weight:
+            return task, logits
+        half = len(blocks) // 2
+        drawn = half + (step.draws.leaving * (len(blocks) - half)).long()
+        early = torch.stack(before[half:])[drawn - half, torch.arange(len(x), device=x.device)]
+        return task + self.stage.early_weight * targets.loss(self.answer(early)), logits
+
+
+class Backbone(Dense):
+    """The static model, of which a share of the patch tokens is left out (Liu et al. 2022, PatchDropout), so that it
+    tolerates skipping.
     """
 
     dense = True
 
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
-        logits, early = self._logits(images, step)
-        task = targets.loss(logits)
-        if early is not None:
-            task = task + self.stage.early_weight * targets.loss(early)
-        return Outcome.of_all_alike(task, logits, targets)
-
-    def _logits(self, images: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
-        """Of the whole model and, where the stage wants it, early ones."""
         backbone, (least, most) = self.model.backbone, self.stage.patch_drop
-        blocks = transformer_blocks(backbone)
-        if not most and not self.stage.early_weight:
-            return backbone(images), None
         rate = least + (most - least) * float(step.draws.shared[0])
-        drop = PatchDropout(rate, num_prefix_tokens=backbone.num_prefix_tokens)
+        drop = PatchDropout(rate, num_prefix_tokens=backbone.num_prefix_tokens) if most else nn.Identity()
         x = backbone.norm_pre(drop(backbone._pos_embed(backbone.patch_embed(images))))
-        before: list[Tensor] = []  # each block
-        for block in blocks:
-            before.append(x)
-            x = block(x)
-        if not self.stage.early_weight:
-            return self.answer(x), None
-        half = len(blocks) // 2
-        drawn = half + (step.draws.leaving * (len(blocks) - half)).long()
-        early = torch.stack(before[half:])[drawn - half, torch.arange(len(x), device=x.device)]
-        return self.answer(x), self.answer(early)
+        return Outcome.of_all_alike(*self.learned(x, targets, step), targets)
 
 
-class Resolution(Objective):
+class Resolution(Dense):
     """The static model on images of the sizes that it is looked at in, one drawn each step."""
 
     adapts = True
 
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
         size = drawn_size(self.model.macs_of_sizes(), float(step.draws.shared[0]))
-        logits = self.model.backbone(resized(images, size))
-        return Outcome.of_all_alike(
-            targets.loss(logits), logits, targets, self.model.cost(size).backbone / cost.backbone
-        )
+        task, logits = self.learned(self.model.embed(resized(images, size)), targets, step)
+        return Outcome.of_all_alike(task, logits, targets, self.model.cost(size).backbone / cost.backbone)
 
 
 class Elastic(UnderPolicy):

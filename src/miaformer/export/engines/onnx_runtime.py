@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,7 +62,8 @@ class OnnxRuntime(Engine):
             found = list(
                 self._pool.map(lambda image, *spent: run_session(each, image[None], *spent), batch, budgets, most)
             )
-        values = {name: torch.from_numpy(np.concatenate([part[name] for part in found])) for name in found[0]}
+        names = ["logits", *(field.name for field in fields(Trace) if field.name != "grid")]
+        values = {name: torch.from_numpy(np.concatenate([part[name] for part in found])) for name in names}
         patches = values["tokens"].any(dim=1).sum(dim=1).tolist() if len(self._grids) > 1 else []
         whole = self.model.cost().grid
         grid = torch.tensor([self._grids.get(count, whole) for count in patches] or [whole] * len(batch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,53 +18,30 @@ from miaformer.engine.decisions import Decisions, Gates
 from miaformer.engine.dither import evenly
 from miaformer.engine.walk import State
 from miaformer.evaluation.controls import macs_of
+from miaformer.model.early_exit import NEVER, EarlyExit
 from miaformer.model.model import MIAFormer
 from miaformer.training.objective import Objective, Outcome, Step, Targets
 from miaformer.vit.backbone import transformer_blocks
 
 Array = NDArray[Any]
-NEVER = 2.0  # a confidence that none has
 
 
-@dataclass
-class EarlyExit:
-    """Executes blocks until the classifier is confident, then none.
+class EvenExits(EarlyExit):
+    """Asks before each block but the first, of an even share of the tokens.
 
-    The backbone's own norm and classifier read the class token (or the pooled tokens) before each block but the first;
-    an image whose likeliest class has a probability of `threshold` or more skips what is left. Confidence as in
-    BranchyNet (Teerapittayanon et al. 2016) and MSDNet (Huang et al. 2018), with one classifier for all depths.
     keep: the share of tokens that enters the first block, spread evenly over the image, the same in every image.
-    answers: the logits (images that are left, classes) that were read before each block but the first.
     """
 
-    backbone: VisionTransformer
-    threshold: float
-    keep: float = 1.0
-    answers: list[Tensor] = field(default_factory=list, init=False, repr=False)
-    _gone: Tensor = field(init=False, repr=False)  # (B,) bool
+    def __init__(self, backbone: VisionTransformer, threshold: float, keep: float = 1.0) -> None:
+        super().__init__(backbone, threshold, tuple(range(1, len(transformer_blocks(backbone)))))
+        self.keep = keep
 
-    @torch.no_grad()
     def decide(self, state: State) -> Gates:
-        full = Gates.full(len(state.x), state.num_heads, state.num_patches, state.x.device)
-        if state.index == 0:
-            self._gone = torch.zeros_like(full.depth)
-            self.answers = []
-            tokens = torch.from_numpy(evenly(*state.grid, self.keep)).to(state.x.device)
-            return Gates(full.depth, full.heads, tokens.expand_as(full.tokens))
-        staying = (~self._gone).nonzero().flatten()
-        read = state.x[staying]
-        if self.backbone.global_pool == "token":
-            read = read[:, : state.num_prefix_tokens]
-        self.answers.append(self.backbone.forward_head(self.backbone.norm(read)).float())
-        confidence = self.answers[-1].softmax(dim=1).amax(dim=1)
-        self._gone[staying] = confidence >= self.threshold
-        return Gates(~self._gone, full.heads, (state.active > 0).to(state.x.device))
-
-    def context_macs(self, cost: Cost, index: int) -> int:
-        return cost.head_macs if index else 0
-
-    def token_score_macs(self, cost: Cost, index: int) -> int:
-        return 0
+        gates = super().decide(state)
+        if state.index:
+            return gates
+        tokens = torch.from_numpy(evenly(*state.grid, self.keep)).to(state.x.device)
+        return replace(gates, tokens=tokens.expand_as(gates.tokens))
 
 
 @dataclass(frozen=True)
@@ -95,7 +72,7 @@ class ExitTable:
 def exit_table(model: MIAFormer, batches: Iterable[LabelledBatch], keep: float) -> ExitTable:
     """Of all images of `batches`, with the share `keep` of their tokens."""
     parameter = next(model.parameters())
-    policy = EarlyExit(model.backbone, NEVER, keep)
+    policy = EvenExits(model.backbone, NEVER, keep)
     confidence, correct = [], []
     for batch in batches:
         last = model.run(batch.images.to(parameter), policy=policy).logits.float()

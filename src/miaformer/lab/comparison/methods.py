@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from miaformer.evaluation import cls_attention_policy, contenders
 from miaformer.evaluation.contenders import Contender
 from miaformer.export.engines.onnx_runtime import OnnxModule
-from miaformer.lab.baselines.exits import EarlyExit, exit_table
+from miaformer.lab.baselines.exits import EvenExits, exit_table
 from miaformer.lab.baselines.merging import merged_logits, merged_macs, merges_for
 from miaformer.lab.baselines.tokens import add_scorers, top_tokens_policy
 from miaformer.lab.comparison.ablations import ABLATIONS
@@ -153,7 +153,7 @@ def _exits(name: str, shares: Sequence[float]) -> Callable[[MIAFormer, Question]
             reached = [(*table.at(macs), table.keep) for table in tables if table.macs[0] <= macs]
             if reached:
                 _, threshold, keep = max(reached)
-                found.append(Entry(name, budget, by_policy(model, EarlyExit(model.backbone, threshold, keep))))
+                found.append(Entry(name, budget, by_policy(model, EvenExits(model.backbone, threshold, keep))))
         return found
 
     return entries

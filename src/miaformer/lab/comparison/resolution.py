@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miaformer.evaluation.calibration import calibrate
+from miaformer.evaluation.calibration import ASKING, calibrate
 from miaformer.lab.comparison.engines import of_module
 from miaformer.lab.comparison.method import Classify, Entry, Method, Question, as_backbone, by_policy, one_stage
 from miaformer.model.adapt import adapt
+from miaformer.model.early_exit import EarlyExit, left_at, macs_of_leaving
 from miaformer.model.model import MIAFormer
-from miaformer.model.policy import AnyPolicy, Full, Look, TwoLooks
+from miaformer.model.policy import AnyPolicy, Look, TwoLooks
 from miaformer.model.resolution import Size, resized
 from miaformer.training.recipes import Recipe
 
@@ -50,31 +51,51 @@ class Looked:
     def __init__(self, model: MIAFormer) -> None:
         self.model = model
         self._images: Tensor | None = None
-        self._logits: dict[Size, Tensor] = {}
+        self._answers: dict[Size, Tensor] = {}
 
     def by(self, policy: AnyPolicy) -> Classify:
-        """Logits and MACs fractions, as `by_policy`. policy: of one size, or of two, for all images."""
-        whole, macs = self.model.cost().backbone, self.model.macs_of_sizes()
+        """Logits and MACs fractions, as `by_policy`. policy: what `MIAFormer.at_budget` gives, or a control of it."""
 
         def classify(images: Tensor) -> tuple[Tensor, Tensor]:
             first = policy.first if isinstance(policy, TwoLooks) else policy
             assert isinstance(first, Look)
-            (size,) = first.sizes
-            logits, spent = self._at(size, images), torch.full((len(images),), macs[size] / whole)
+            logits, spent = self._look(first, images)
             if isinstance(policy, TwoLooks):
-                (size,), again = policy.second.sizes, policy.open_images(logits).cpu()
-                logits = logits.index_copy(0, again.to(logits.device), self._at(size, images)[again])
-                spent[again] += macs[size] / whole
+                again = policy.open_images(logits).cpu()
+                second, more = self._look(policy.second, images)
+                logits = logits.index_copy(0, again.to(logits.device), second[again])
+                spent[again] += more[again]
             return logits, spent
 
         return classify
 
+    def _look(self, look: Look, images: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, whole = look.sizes_of(len(images)), self.model.cost().backbone
+        each = []
+        for size in dict.fromkeys(chosen):
+            answers, cost = self._at(size, images), self.model.cost(size)
+            left, macs = torch.full((len(images),), -1), torch.tensor([cost.everything])
+            if isinstance(look.policy, EarlyExit):
+                left = left_at(answers.softmax(dim=2).amax(dim=2), look.policy.threshold).cpu()
+                macs = torch.tensor(macs_of_leaving(cost, look.policy.blocks))
+            logits = answers[torch.arange(len(images)), left]
+            own = torch.tensor([one == size for one in chosen])
+            each.append((own, logits, (macs[left].double() / whole).float()))
+        _, logits, spent = each[0]
+        for own, other, macs in each[1:]:
+            logits = torch.where(own[:, None].to(logits.device), other, logits)
+            spent = torch.where(own, macs, spent)
+        return logits, spent
+
     def _at(self, size: Size, images: Tensor) -> Tensor:
+        """Answers (B, K, classes) before each block that may be left before, and at the end."""
         if images is not self._images:
-            self._images, self._logits = images, {}
-        if size not in self._logits:
-            self._logits[size] = self.model.run(images, policy=Look(Full(), (size,))).logits
-        return self._logits[size]
+            self._images, self._answers = images, {}
+        if size not in self._answers:
+            asking = EarlyExit(self.model.backbone, ASKING)
+            logits = self.model.run(images, policy=Look(asking, (size,))).logits
+            self._answers[size] = torch.stack([*asking.answers, logits], dim=1)
+        return self._answers[size]
 
 
 def _without_training(model: MIAFormer, question: Question) -> list[Entry]:
