@@ -71,7 +71,7 @@ def _in_onnx(model: MIAFormer, one: Contender, learned: Callable[[float], Call])
         return {"onnx": learned(one.budget)}
     if isinstance(one.policy, Static):
         return {"onnx": OnnxModule(partial(_write_static, model, one.policy), batch=1)}
-    if isinstance(one.policy, Look):
+    if isinstance(one.policy, Look) and len(one.policy.sizes) == 1:
         (size,) = one.policy.sizes
         module = _Smaller(model.to_timm(size), size)
         return {"onnx": of_module(module, image_shape(model))["onnx"]}
