@@ -16,7 +16,7 @@ from miaformer.cli.bench_output import bench_notes
 from miaformer.evaluation import bench_data
 from miaformer.evaluation.bench import _Cell, bench
 from miaformer.evaluation.calibration import price_table
-from miaformer.evaluation.drawn import draw_controllers
+from miaformer.evaluation.drawn import draw_controllers, drawn_models
 from miaformer.evaluation.timing import Race
 
 
@@ -45,6 +45,18 @@ def test_drawn_controllers_decide_their_grains_image_by_image(grains: str) -> No
     }
     for name, does in varies.items():
         assert does == (grains in ("all", name)), name
+
+
+def test_drawn_looks_are_second_ones_for_as_many_images_as_the_budget_allows() -> None:
+    given = miaformer.adapt(vit(0, depth=4, img_size=32)).eval()
+    images = pictures(given.backbone, 60, seed=1)
+    model = drawn_models(given, images, grains=("resolution",))["resolution"]
+    with torch.inference_mode():
+        for budget in (0.4, 0.5, 0.6):
+            trace = model.run(images, budget=budget).trace
+            assert float(trace.macs_fraction.mean()) == pytest.approx(budget, abs=0.03)
+            assert set(trace.looks.tolist()) == {1, 2}
+        torch.testing.assert_close(model(images, budget=1.0), given.backbone(images), atol=1e-4, rtol=1e-4)
 
 
 def test_a_report_has_a_row_for_every_budget_and_its_numbers_agree() -> None:
@@ -160,7 +172,7 @@ def test_of_a_data_set_each_grain_is_drawn_calibrated_and_timed(data: Path) -> N
     ("arguments", "message"),
     [
         ([], "--data is missing"),
-        (["--data", "digits", "--grains", "heads"], "--grains draws controllers for timm:NAME"),
+        (["--data", "digits", "--grains", "heads"], "--grains draws decisions for timm:NAME"),
         (["--data", "digits", "--batch-sizes", "0"], "--batch-sizes 0 must be at least 1"),
     ],
 )

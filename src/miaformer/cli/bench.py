@@ -9,7 +9,7 @@ from typing import Any
 from miaformer.cli.arguments import DTYPES, add_command, check_positive, open_device, open_model, own_model
 
 ENGINES = ("eager", "packed", "compile", "graphs", "onnx")  # bench.TIMED_ENGINES, which would import torch
-GRAINS = ("all", "depth", "heads", "tokens")
+GRAINS = ("resolution", "all", "depth", "heads", "tokens")
 
 DESCRIPTION = """\
 Compare the speed of sparse and dense execution of MODEL on images of DATA. Every engine runs the same learned policy
@@ -24,8 +24,8 @@ engines:
   onnx     ONNX Runtime on the CPU; sparse batches run one image per thread
 
 MODEL may be timm:NAME, an unadapted timm ViT, with random weights unless --weights FILE or --pretrained is
-given. Its controllers are then drawn at random, so that decisions differ between images, and calibrated on images of
-DATA. --grains says what they decide, e.g. only tokens.
+given. Its decisions are then drawn at random, so that they differ between images. --grains says what is decided:
+resolution, as after training with the recipe finetune, or what controllers decide, all of it or e.g. only tokens.
 """
 
 EPILOG = """\
@@ -79,7 +79,7 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         choices=GRAINS,
         metavar="G",
-        help="what the controllers of timm:NAME decide: all, depth, heads or tokens (default: all)",
+        help=f"what is decided for timm:NAME: {', '.join(GRAINS)} (default: resolution)",
     )
     parser.add_number("--repeats", 15, "maximum rounds per batch")
     parser.add_number("--seconds", 20.0, "seconds of timing per dtype and batch size", "S")
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
             args.dtypes,
             args.batch_sizes,
             args.budgets,
-            grains=args.grains or (("all",) if args.model.startswith("timm:") else None),
+            grains=args.grains or (("resolution",) if args.model.startswith("timm:") else None),
             repeats=args.repeats,
             seconds=args.seconds,
             calibration_images=args.calibration_images,
@@ -161,7 +161,7 @@ def _check(args: argparse.Namespace) -> None:
             "class folders), or a name that timm knows"
         )
     if args.grains and not args.model.startswith("timm:"):
-        raise ValueError(f"--grains draws controllers for timm:NAME; {args.model} has controllers of its own")
+        raise ValueError(f"--grains draws decisions for timm:NAME; {args.model} has decisions of its own")
     if min(args.batch_sizes) < 1:
         raise ValueError(f"--batch-sizes {min(args.batch_sizes)} must be at least 1")
     check_positive(args, "repeats")

@@ -80,12 +80,12 @@ def bench_notes(report: Mapping[str, Any]) -> Iterator[str]:
     threads, version = counted(environment["threads"], "thread"), environment["versions"]["torch"]
     yield f"{report['model']} on {report['data']}; {environment['device']}, {threads}, torch {version}."
     yield (
-        "ms: a batch. time: of the same engine's dense execution. Budget 1 runs the controllers and keeps everything. "
+        "ms: a batch. time: of the same engine's dense execution. Budget 1 decides too, and keeps everything. "
         "efficiency: MACs / time, 1.00 where all saved MACs became saved time. ± rounds: interquartile ranges."
     )
     if report["drawn"]:
         yield (
-            "Controllers were drawn at random, so that images differ in what they get: times are as a trained model's, "
+            "Decisions were drawn at random, so that images differ in what they get: times are as a trained model's, "
             "answers mean nothing."
         )
     for row in report["dense"]:

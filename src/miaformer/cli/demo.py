@@ -142,7 +142,7 @@ def show(model: MIAFormer, data: str, out: Path, seed: int, engine: str = "auto"
 
 
 def time_useful(device: torch.device, engines: Sequence[str], seed: int) -> dict[str, Any]:
-    """`bench` of a ViT of useful size, one image at a time: random weights, controllers drawn at random."""
+    """`bench` of a ViT of useful size, one image at a time: random weights, decisions drawn at random."""
     import timm
     import torch
 
@@ -151,7 +151,7 @@ def time_useful(device: torch.device, engines: Sequence[str], seed: int) -> dict
 
     torch.manual_seed(seed)
     model = adapt(timm.create_model(TIMED_MODEL)).eval().to(device)
-    settings: dict[str, Any] = {"batch_sizes": [1], "budgets": [TIMED_BUDGET], "grains": ["all"], "seed": seed}
+    settings: dict[str, Any] = {"batch_sizes": [1], "budgets": [TIMED_BUDGET], "grains": ["resolution"], "seed": seed}
     return bench_data(model, "digits", engines, seconds=TIMED_SECONDS, calibration_images=8, **settings)
 
 
@@ -173,6 +173,6 @@ def speed_lines(timing: Mapping[str, Any]) -> list[str]:
         f"{TIMED_MODEL} on {environment['device']}, {threads}, an image at a time: dense "
         f"{dense}; with {row['macs_fraction']:.2f} of the MACs {sparse}, which is {row['best_time_fraction']:.2f} "
         f"± {row['best_spread']:.2f} of the dense time.",
-        f"Medians over {row['images']} images and {rounds}; ± is the interquartile range. Weights and "
-        "controllers are random: only times mean anything.",
+        f"Medians over {row['images']} images and {rounds}; ± is the interquartile range. Weights are random, "
+        "decisions too: only times mean anything.",
     ]

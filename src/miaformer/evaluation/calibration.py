@@ -210,13 +210,13 @@ class View:
         return View(mean, macs, answer.cpu().numpy(), confidence.cpu().numpy(), leave, whole)
 
 
-def choose_looks(views: Sequence[View], between: bool = True) -> tuple[Looks, ...]:
+def choose_looks(views: Sequence[View], between: bool = True, looks: int = 2) -> tuple[Looks, ...]:
     """The best two looks for each mean budget at which they, or one that images leave early, are better than one look.
 
     Better is what answers more often as the most expensive single look does, less the standard error of what is spent:
     a pair that spends very unevenly meets its budget less exactly on other images. views: of different prices, or
     sizes, and of those that images leave. between: whether single looks can spend anything between two of them, as
-    prices can and sizes cannot.
+    prices can and sizes cannot. looks: 1 allows no second look.
     """
     ordered = _apart(sorted((view for view in views if view.leave == NEVER), key=lambda view: view.fraction))
     left = [view for view in views if view.leave < NEVER]
@@ -227,7 +227,7 @@ def choose_looks(views: Sequence[View], between: bool = True) -> tuple[Looks, ..
         _Curve(first, second, reference)
         for first in [*ordered, *left]
         for second in ordered
-        if first.to_its_end < second.fraction - 1e-9
+        if looks == 2 and first.to_its_end < second.fraction - 1e-9
     ]
     curves += [_Curve(view, None, reference) for view in left]
     found = []
@@ -237,9 +237,9 @@ def choose_looks(views: Sequence[View], between: bool = True) -> tuple[Looks, ..
         if within < 0:
             score = 0.0  # no look that goes to its end is so cheap
         for curve in curves:
-            looks, own = curve.at(float(budget))
-            if looks is not None and own > score:
-                best, score = looks, own
+            row, own = curve.at(float(budget))
+            if row is not None and own > score:
+                best, score = row, own
         if best is not None:
             found.append(best)
     return tuple(found)

@@ -1,9 +1,10 @@
-"""Controllers drawn at random, so that an untrained model decides differently from image to image.
+"""Decisions drawn at random, so that an untrained model decides differently from image to image.
 
 For measuring speed: what a decision costs and saves does not depend on how good it is, but it does depend on how much
-images, heads and tokens differ. Weights are scaled and centred block by block on real pictures: over images each depth
-and head logit, and over tokens each token logit, gets a standard deviation of `SPREAD`, and keep rates move with the
-price.
+images, heads and tokens differ. Controllers' weights are scaled and centred block by block on real pictures: over
+images each depth and head logit, and over tokens each token logit, gets a standard deviation of `SPREAD`, and keep
+rates move with the price. A model that chooses resolutions looks at every image in its smallest size, and in its own at
+as many as the budget allows, the least confident first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,10 +24,13 @@ from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import HostGates
 from miaformer.engine.sparse import Sparse
 from miaformer.engine.walk import State
+from miaformer.model.adapt import adapt
+from miaformer.model.budget import Calibration
+from miaformer.model.looks import STEP, Looks
 from miaformer.model.model import MIAFormer
-from miaformer.model.policy import Learned
+from miaformer.model.policy import Full, Learned, Look
 
-Grains = Literal["all", "depth", "heads", "tokens"]
+Grains = Literal["resolution", "all", "depth", "heads", "tokens"]
 
 SPREAD = 2.0  # standard deviation of logits
 SHARED_SPREAD = 1.0  # of the part of token logits that all tokens of an image share: images differ in length
@@ -42,9 +47,15 @@ _FIT_STEPS = 30
 def drawn_models(
     model: MIAFormer, images: Tensor, seed: int = 0, grains: Sequence[Grains] = ("all",)
 ) -> dict[str, MIAFormer]:
-    """One model for each of `grains`, with controllers of its own drawn, all sharing the backbone of `model`."""
+    """One model for each of `grains`, with decisions of its own drawn, all sharing the backbone of `model` but that for
+    `resolution`.
+    """
     models: dict[str, MIAFormer] = {}
     for grain in dict.fromkeys(grains):
+        if grain == "resolution":
+            models[grain] = adapt(model.to_timm(), grains=("resolution",)).eval()
+            draw_looks(models[grain], images)
+            continue
         twin = copy.deepcopy(model, {id(model.backbone): model.backbone})
         draw_controllers(twin, images, seed, grain)
         models[grain] = twin
@@ -57,10 +68,12 @@ def draw_controllers(model: MIAFormer, images: Tensor, seed: int = 0, grains: Gr
 
     grains: what is decided; everything else is always kept. The calibration, of other controllers, is dropped.
 
-    Raises ValueError for unknown grains, for fewer than two images, and for images that a block cannot tell apart.
+    Raises ValueError for grains that controllers do not decide, for fewer than two images, and for images that a block
+    cannot tell apart.
     """
-    if grains not in get_args(Grains):
-        raise ValueError(f"grains={grains!r} must be one of {', '.join(get_args(Grains))}")
+    controlled = get_args(Grains)[1:]
+    if grains not in controlled:
+        raise ValueError(f"grains={grains!r} must be one of {', '.join(controlled)}")
     if len(images) < 2:
         raise ValueError(f"draw_controllers() needs at least two images that differ, got {len(images)}")
     parameter = next(model.parameters())
@@ -71,6 +84,22 @@ def draw_controllers(model: MIAFormer, images: Tensor, seed: int = 0, grains: Gr
     model.walk(model.embed(images.to(parameter)), policy, Sparse(cost), cost)
     model.calibration = None
     model.train(training)
+
+
+@torch.inference_mode()
+def draw_looks(model: MIAFormer, images: Tensor) -> None:
+    """Give a model that chooses resolutions a table of looks: its smallest size, and its largest for the least
+    confident of `images` (B, 3, H, W), normalised.
+    """
+    whole, sizes = model.cost().backbone, model.image_sizes()
+    fractions = tuple(macs / whole for macs in model.macs_of_sizes().values())
+    logits = model.run(images.to(next(model.parameters())), policy=Look(Full(), (sizes[-1],))).logits
+    confidence = logits.float().softmax(dim=1).amax(dim=1)
+    budgets = np.arange(fractions[-1] + STEP, fractions[0], STEP)
+    shares = torch.from_numpy((budgets - fractions[-1]) / fractions[0]).to(confidence)
+    rows = zip(budgets.tolist(), torch.quantile(confidence, shares).tolist(), strict=True)
+    looks = tuple(Looks(budget, fractions[-1], fractions[0], edge) for budget, edge in rows)
+    model.calibration = Calibration((), fractions, len(images), "", looks)
 
 
 @dataclass(frozen=True)

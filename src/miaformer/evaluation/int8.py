@@ -15,6 +15,7 @@ from torch import Tensor
 from miaformer.data import LabelledBatch
 from miaformer.evaluation.calibration import OnProgress, calibrate
 from miaformer.export import export_onnx, open_session, run_session
+from miaformer.export.session import NO_CAP
 from miaformer.model.budget import Calibration
 from miaformer.model.early_exit import EarlyExit
 from miaformer.model.model import MIAFormer
@@ -75,7 +76,7 @@ class _File:
             budget = self._budget_of(look.policy.log_price.item())
         else:
             budget = self.model.macs_of_sizes()[look.sizes[0]] / self.model.cost().backbone
-        scalars = {"budget": budget, "cap": 4.0}  # none
+        scalars = {"budget": budget, "cap": NO_CAP}
         if isinstance(look.policy, EarlyExit):
             scalars["leave"] = float(look.policy.threshold)
         feed = {name: np.asarray(value, np.float32) for name, value in scalars.items()}

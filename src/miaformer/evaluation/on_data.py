@@ -92,8 +92,8 @@ def bench_data(
 ) -> dict[str, Any]:
     """`bench` on pictures of a data set, as `miaformer bench --json` writes it.
 
-    data: what `read_pictures` takes. grains: controllers are drawn at random, once for each, instead of the model's
-    own. calibration_images: on which they are drawn, and a model without calibration is calibrated. memory: measure
+    data: what `read_pictures` takes. grains: decisions are drawn at random, once for each, instead of the model's own.
+    calibration_images: on which they are drawn, and a model without calibration is calibrated. memory: measure
     that too. Ctrl-C ends it with what there is, and `interrupted` says so; on_cell is given the same after each dtype
     and batch size.
 

@@ -20,6 +20,7 @@ from miaformer.export import sizes
 from miaformer.export.adaptive import AdaptiveWriter, Image, write_log_price
 from miaformer.export.graph import Graph, TensorProto
 from miaformer.export.parts import Head, embedded, exported
+from miaformer.export.session import NO_CAP
 from miaformer.export.static import StaticModel
 from miaformer.export.weights import Int8Weight, Weight
 from miaformer.model.model import MIAFormer
@@ -67,7 +68,7 @@ def export_onnx(
     writer = AdaptiveWriter(graph, model, log_price, weight)
     rows = embedded(graph, model)
     spent = graph.ints(model.least_macs())
-    cap = graph.op("Clip", "cap", graph.constant(0.0, np.float32), graph.constant(4.0, np.float32))
+    cap = graph.op("Clip", "cap", graph.constant(0.0, np.float32), graph.constant(NO_CAP, np.float32))
     cap = graph.op("Mul", graph.op("Cast", cap, to=TensorProto.DOUBLE), graph.constant(float(cost.backbone)))
     left = graph.op("Sub", graph.op("Cast", cap, to=TensorProto.INT64), spent)
     every_token = np.arange(cost.num_patches)

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from miaformer.model.early_exit import NEVER
 from miaformer.model.looks import Looks, row_of
 
+Run = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
+NO_CAP = 4.0
+
 
 def open_session(path: str | Path, threads: int | None = None) -> Any:
     """An ONNX Runtime session of an exported file on the processor. threads: None leaves the choice to it.
@@ -36,25 +39,18 @@ def open_session(path: str | Path, threads: int | None = None) -> Any:
 
 
 def run_session(
-    session: Any, images: NDArray[np.float32], budget: float = 1.0, cap: float = 4.0
+    session: Any, images: NDArray[np.float32], budget: float = 1.0, cap: float = NO_CAP
 ) -> dict[str, NDArray[Any]]:
     """What an adaptive file gives for one image (1, 3, H, W) in ONNX Runtime. See `run_file`."""
-    inputs = {one.name for one in session.get_inputs()}
-    names = [one.name for one in session.get_outputs()]
-
-    def run(feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        values = session.run(names, {name: value for name, value in feed.items() if name in inputs})
-        return dict(zip(names, values, strict=True))
-
-    return run_file(run, session.get_modelmeta().custom_metadata_map, images, budget, cap)
+    return AdaptiveFile.of_session(session)(images, budget, cap)
 
 
 def run_file(
-    run: Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]],
+    run: Run,
     metadata: Mapping[str, str],
     images: NDArray[np.float32],
     budget: float = 1.0,
-    cap: float = 4.0,
+    cap: float = NO_CAP,
 ) -> dict[str, NDArray[Any]]:
     """What an adaptive file gives for one image (1, 3, H, W), by the names of its outputs, and in how many `looks`.
 
@@ -65,34 +61,59 @@ def run_file(
     Raises ValueError for images with NaN or infinite values, for a budget that is no positive number, and for a cap
     below what the model takes at least: the file itself, which raises nothing, gives an answer all the same.
     """
-    least = int(metadata.get("least_macs", 0)) / int(metadata["backbone_macs"])
-    if not 0 < budget < float("inf"):
-        raise ValueError(f"budget={budget!r} must be a fraction of the backbone's MACs, more than 0")
-    if not least <= cap < float("inf"):
-        raise ValueError(f"cap={cap!r} must be a fraction of the backbone's MACs, {least:.4f} at least")
-    if not np.isfinite(images).all():
-        raise ValueError("images hold NaN or infinite values")
+    return AdaptiveFile(run, metadata)(images, budget, cap)
 
-    def look(budget: float, cap: float, leave: float = NEVER) -> dict[str, NDArray[Any]]:
+
+class AdaptiveFile:
+    """`run_file` of a file whose metadata is read once."""
+
+    def __init__(self, run: Run, metadata: Mapping[str, str]) -> None:
+        self._run = run
+        self._least = int(metadata.get("least_macs", 0)) / int(metadata["backbone_macs"])
+        self._looks = [Looks(**row) for row in json.loads(metadata.get("looks", "[]"))]
+        self._sizes = json.loads(metadata.get("sizes", "[]"))  # fractions of what each takes
+        self._leaves = "leaves" in metadata  # an input `leave`
+
+    @staticmethod
+    def of_session(session: Any) -> AdaptiveFile:
+        """In ONNX Runtime."""
+        inputs = {one.name for one in session.get_inputs()}
+        names = [one.name for one in session.get_outputs()]
+
+        def run(feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            values = session.run(names, {name: value for name, value in feed.items() if name in inputs})
+            return dict(zip(names, values, strict=True))
+
+        return AdaptiveFile(run, session.get_modelmeta().custom_metadata_map)
+
+    def __call__(self, images: NDArray[np.float32], budget: float, cap: float) -> dict[str, NDArray[Any]]:
+        if not 0 < budget < float("inf"):
+            raise ValueError(f"budget={budget!r} must be a fraction of the backbone's MACs, more than 0")
+        if not self._least <= cap < float("inf"):
+            raise ValueError(f"cap={cap!r} must be a fraction of the backbone's MACs, {self._least:.4f} at least")
+        if not np.isfinite(images).all():
+            raise ValueError("images hold NaN or infinite values")
+        row = row_of(self._looks, budget)
+        if row is None:
+            return self._look(images, budget, cap)
+        first = self._look(images, row.first, cap, row.leave)
+        spent = float(first["macs_fraction"][0])
+        scores = np.exp(first["logits"] - first["logits"].max())
+        left = cap - spent
+        more = any(spent + 1e-6 < one <= left + 1e-6 for one in self._sizes or [left])
+        if scores.max() / scores.sum() >= row.confidence or not more:
+            return first
+        second = self._look(images, row.second, left)
+        for name in ("macs_fraction", "macs", "looks"):
+            if name in second:
+                second[name] = first[name] + second[name]
+        return second
+
+    def _look(
+        self, images: NDArray[np.float32], budget: float, cap: float, leave: float = NEVER
+    ) -> dict[str, NDArray[Any]]:
         spend = {"budget": budget, "cap": cap}
-        if "leaves" in metadata:
+        if self._leaves:
             spend["leave"] = leave
         scalars = {name: np.asarray(value, np.float32) for name, value in spend.items()}
-        return {**run({"images": images, **scalars}), "looks": np.ones(1, np.int64)}
-
-    row = row_of([Looks(**one) for one in json.loads(metadata.get("looks", "[]"))], budget)
-    if row is None:
-        return look(budget, cap)
-    first = look(row.first, cap, row.leave)
-    spent = float(first["macs_fraction"][0])
-    scores = np.exp(first["logits"] - first["logits"].max())
-    left = cap - spent
-    sizes = json.loads(metadata.get("sizes", "[]"))  # fractions of what each takes
-    more = any(spent + 1e-6 < one <= left + 1e-6 for one in sizes or [left])
-    if scores.max() / scores.sum() >= row.confidence or not more:
-        return first
-    second = look(row.second, left)
-    for name in ("macs_fraction", "macs", "looks"):
-        if name in second:
-            second[name] = first[name] + second[name]
-    return second
+        return {**self._run({"images": images, **scalars}), "looks": np.ones(1, np.int64)}

@@ -23,12 +23,13 @@ from torch import Tensor
 
 import miaformer
 from miaformer.export.engines.engine import Engine, EngineUnavailableError, first_line
-from miaformer.export.session import open_session, run_session
+from miaformer.export.session import NO_CAP, AdaptiveFile, open_session
 from miaformer.model.fingerprint import fingerprint
 from miaformer.model.model import MIAFormer
 from miaformer.model.output import Output, Trace
 from miaformer.vit.backbone import check_images
 
+NAMES = ("logits", *(field.name for field in fields(Trace) if field.name != "grid"))  # of the file's outputs
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -54,21 +55,25 @@ class OnnxRuntime(Engine):
         if caps is not None:
             self.model.check_cap(caps)
         batch = check_images(images, self.model.backbone).numpy()
-        most = caps or [4.0] * len(batch)
+        most = caps or [NO_CAP] * len(batch)
         if len(batch) == 1:
-            found = [run_session(self._alone, batch, budgets[0], most[0])]
+            found = [self._alone(batch, budgets[0], most[0])]
         else:
             each = self._each  # opened once, before threads ask for it
-            found = list(
-                self._pool.map(lambda image, *spent: run_session(each, image[None], *spent), batch, budgets, most)
-            )
-        names = ["logits", *(field.name for field in fields(Trace) if field.name != "grid")]
-        values = {name: torch.from_numpy(np.concatenate([part[name] for part in found])) for name in names}
-        patches = values["tokens"].any(dim=1).sum(dim=1).tolist() if len(self._grids) > 1 else []
-        whole = self.model.cost().grid
-        grid = torch.tensor([self._grids.get(count, whole) for count in patches] or [whole] * len(batch))
+            found = list(self._pool.map(lambda image, *spent: each(image[None], *spent), batch, budgets, most))
+        values = {
+            name: torch.from_numpy(np.concatenate([part[name] for part in found]) if len(found) > 1 else found[0][name])
+            for name in NAMES
+        }
         logits = values.pop("logits")
-        return Output(logits, Trace(**values, grid=grid))
+        return Output(logits, Trace(**values, grid=self._grid(values["tokens"])))
+
+    def _grid(self, tokens: Tensor) -> Tensor:
+        """Rows and columns (B, 2) of the patch tokens that images were looked at in. tokens: (B, L, N)."""
+        whole = self.model.cost().grid
+        if len(self._grids) == 1:
+            return torch.tensor([whole]).expand(len(tokens), 2)
+        return torch.tensor([self._grids.get(count, whole) for count in tokens.any(dim=1).sum(dim=1).tolist()])
 
     def dense(self, images: Tensor) -> Tensor:
         return run_static(self._dense, check_images(images, self.model.backbone))
@@ -78,12 +83,12 @@ class OnnxRuntime(Engine):
         return {k: v for k, v in self.__dict__.items() if k in ("model", "folder", "threads", "_grids")}
 
     @cached_property
-    def _alone(self) -> Any:
-        return open_session(self._adaptive, self.threads)
+    def _alone(self) -> AdaptiveFile:
+        return AdaptiveFile.of_session(open_session(self._adaptive, self.threads))
 
     @cached_property
-    def _each(self) -> Any:
-        return open_session(self._adaptive, 1)
+    def _each(self) -> AdaptiveFile:
+        return AdaptiveFile.of_session(open_session(self._adaptive, 1))
 
     @cached_property
     def _dense(self) -> Any:
