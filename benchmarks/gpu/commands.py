@@ -92,7 +92,6 @@ def fast(files: Path, out: Path, device: str, tiny: bool) -> list[Command]:
     shared += [
         "--seconds",
         1 if tiny else 6,
-        "--memory",
         "--engines",
         "eager",
         *([] if tiny else ["compile", "graphs"]),

@@ -1,4 +1,4 @@
-"""`miaformer bench`: what skipped compute saves in time and memory, engine by engine."""
+"""`miaformer bench`: what skipped compute saves in time, engine by engine."""
 
 from __future__ import annotations
 
@@ -39,10 +39,9 @@ JSON:
              "time_fraction", "efficiency", "spread", "best_dense_engine", "best_dense_dtype", "best_dense_ms",
              "best_time_fraction", "best_spread", "images", "repeats"}],
    "dense": [{"engine", "dtype", "batch", "images", "repeats", "ms", "variation"}],
-   "memory": [{"engine", "dtype", "batch", "grains", "budget", "dense_mb", "sparse_mb"}],
    "left_out": [{"engine", "execution", "dtype", "batches", "reason"}], "drawn", "interrupted",
    "environment": {...}, ...}
-  Budget 1 runs the controllers and keeps everything. Times are medians over `repeats` rounds of each batch of images,
+  Budget 1 decides too, and keeps everything. Times are medians over `repeats` rounds of each batch of images,
   then means over batches; fractions are taken within each round. efficiency = macs_fraction / time_fraction; spread
   is the interquartile range of the time fractions of all rounds, on all batches; variation that of the times over their
   median. best_dense_*: the fastest dense
@@ -84,7 +83,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_number("--repeats", 15, "maximum rounds per batch")
     parser.add_number("--seconds", 20.0, "seconds of timing per dtype and batch size", "S")
     parser.add_number("--calibration-images", 32, "images for calibration, if MODEL is not calibrated")
-    parser.add_argument("--memory", action="store_true", help="also measure peak memory, in separate processes")
     parser.add_device()
     parser.add_seed("images, weights and controllers")
     parser.add_outputs("the report", "time over MACs")
@@ -135,7 +133,6 @@ def run(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             seconds=args.seconds,
             calibration_images=args.calibration_images,
-            memory=args.memory,
             seed=args.seed,
             on_progress=on_progress,
             on_cell=keep,

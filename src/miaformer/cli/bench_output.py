@@ -16,8 +16,6 @@ def bench_tables(report: Mapping[str, Any]) -> Iterator[Table]:
     several = len({row["grains"] for row in report["rows"]}) > 1
     for dtype, batch in dict.fromkeys((row["dtype"], row["batch"]) for row in report["dense"]):
         yield _table(report, dtype, batch, several)
-    if report.get("memory"):
-        yield _memory_table(report["memory"])
 
 
 def _table(report: Mapping[str, Any], dtype: str, batch: int, several_grains: bool) -> Table:
@@ -56,21 +54,6 @@ def _table(report: Mapping[str, Any], dtype: str, batch: int, several_grains: bo
                 f"{row['best_time_fraction']:.2f}",
                 end_section=row is own[-1],
             )
-    return table
-
-
-def _memory_table(memory: list[dict[str, Any]]) -> Table:
-    table = Table(title="peak memory on top of the loaded model, MB", title_justify="left", title_style="bold")
-    table.add_column("engine", no_wrap=True)
-    table.add_column("dtype", no_wrap=True)
-    for name in ("batch", "budget", "dense", "sparse", "sparse / dense"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in memory:
-        share = f"{row['sparse_mb'] / row['dense_mb']:.2f}" if row["dense_mb"] else ""
-        table.add_row(
-            *(row["engine"], row["dtype"], str(row["batch"]), f"{row['budget']:g}"),
-            *(f"{row['dense_mb']:.0f}", f"{row['sparse_mb']:.0f}", share),
-        )
     return table
 
 

@@ -1,8 +1,8 @@
 """How good is it: calibration, accuracy per compute against controls of equal cost, time.
 
 `calibration` makes the table of budgets; `evaluate` compares policies at equal compute, which `contenders` and
-`controls` make; `on_data` does both for a data set, as `miaformer eval` and `bench` do. `bench`, `timing` and
-`memory`: time against the dense model; `drawn`: controllers drawn at random, for models that have none.
+`controls` make; `on_data` does both for a data set, as `miaformer eval` and `bench` do. `bench` and `timing`: time
+against the dense model; `drawn`: decisions drawn at random, for models that have none.
 """
 
 from miaformer.evaluation.calibration import calibrate

@@ -17,7 +17,6 @@ from miaformer.evaluation.calibration import OnProgress, calibrate
 from miaformer.evaluation.drawn import Grains, drawn_models
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.evaluate import evaluate
-from miaformer.evaluation.memory import measure_memory
 from miaformer.export.engines import Engine
 from miaformer.model.model import MIAFormer
 
@@ -85,7 +84,6 @@ def bench_data(
     repeats: int = 15,
     seconds: float = 20.0,
     calibration_images: int = 32,
-    memory: bool = False,
     seed: int = 0,
     on_progress: OnProgress | None = None,
     on_cell: Callable[[dict[str, Any]], None] | None = None,
@@ -93,9 +91,8 @@ def bench_data(
     """`bench` on pictures of a data set, as `miaformer bench --json` writes it.
 
     data: what `read_pictures` takes. grains: decisions are drawn at random, once for each, instead of the model's own.
-    calibration_images: on which they are drawn, and a model without calibration is calibrated. memory: measure
-    that too. Ctrl-C ends it with what there is, and `interrupted` says so; on_cell is given the same after each dtype
-    and batch size.
+    calibration_images: on which they are drawn, and a model without calibration is calibrated. Ctrl-C ends it with what
+    there is, and `interrupted` says so; on_cell is given the same after each dtype and batch size.
 
     Raises ValueError as `read_pictures`, `drawn_models` and `bench` do.
     """
@@ -120,18 +117,7 @@ def bench_data(
 
     settings = (dtypes, batch_sizes, budgets, repeats, seconds, on_progress)
     found = bench(models, pictures, engines, *settings, on_cell=keep)
-    report: dict[str, Any] = {"data": str(data), **found.to_json(), **about}
-    if memory and not found.interrupted:
-        of, first = next(iter(models.items()))
-        rows = report["memory"] = []
-        try:
-            for row in measure_memory(first, pictures, dtypes, batch_sizes, budgets, device):
-                rows.append({"engine": "eager", "grains": of, **row})
-                if on_progress is not None:
-                    on_progress("memory", len(rows))
-        except KeyboardInterrupt:
-            report["interrupted"] = True
-    return report
+    return {"data": str(data), **found.to_json(), **about}
 
 
 def _calibrate_all(models: dict[str, MIAFormer], held_out: Tensor, data: str, on_progress: OnProgress | None) -> None:
