@@ -22,10 +22,10 @@ from torch import Tensor
 
 import miaformer
 from miaformer.data import open_data
-from miaformer.evaluation.calibration import ASKING, View, choose_looks, leaving_views
+from miaformer.evaluation.calibration import View, choose_looks, leaving_views
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.on_data import ordered_batches
-from miaformer.model.early_exit import NEVER, EarlyExit, left_at, macs_of_leaving
+from miaformer.model.early_exit import ASKING, NEVER, EarlyExit, left_at, macs_of_leaving
 from miaformer.model.looks import Looks, row_of
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import Look
@@ -54,11 +54,11 @@ def main() -> None:
         "exits from a third of the depth on": Variant(tuple(range(depth // 3, depth, 2)), 2),
         "exits before one block": Variant((half + (last - half) // 2,), 2),
     }
-    rows = []
+    rows, least = [], model.least_macs() / model.cost().backbone
     for name, variant in variants.items():
         table = variant.table(model, calibration)
         for budget in args.budgets:
-            row = row_of(table, budget)
+            row = row_of(table, budget, least)
             if row is not None:
                 accuracy, macs = variant.spent(model, row, test, labels)
                 rows.append(

@@ -45,15 +45,17 @@ def main() -> None:
 
 def looked(session: Any, image: np.ndarray, budget: float, cap: float) -> tuple[np.ndarray, float]:
     """Probabilities (classes,) and MACs; in two looks where the file's table spends this budget so."""
-    table = json.loads(session.get_modelmeta().custom_metadata_map.get("looks", "[]"))
+    known = session.get_modelmeta().custom_metadata_map
+    table, sizes = (json.loads(known.get(name, "[]")) for name in ("looks", "sizes"))
     rows = [row for row in table if abs(row["budget"] - budget) <= 0.0025]
+    if not rows and table and sizes and budget < sizes[-1] - 0.0025:  # below the smallest size: the next row down
+        rows = [row for row in table if row["budget"] <= budget][-1:] or table[:1]
     if not rows:
         return run(session, image, budget, cap)
     row = min(rows, key=lambda row: abs(row["budget"] - budget))
     scores, spent = run(session, image, row["first"], cap, row.get("leave", 2.0))
     left = cap - spent
-    sizes = json.loads(session.get_modelmeta().custom_metadata_map.get("sizes", "[]")) or [left]
-    if scores.max() >= row["confidence"] or not any(spent + 1e-6 < one <= left + 1e-6 for one in sizes):
+    if scores.max() >= row["confidence"] or not any(spent + 1e-6 < one <= left + 1e-6 for one in sizes or [left]):
         return scores, spent
     scores, more = run(session, image, row["second"], left)
     return scores, spent + more

@@ -66,6 +66,16 @@ def test_every_method_is_trained_for_the_same_epochs(recipe: Recipe) -> None:
         assert epochs == pytest.approx(adapting), method.name
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_can_be_trained_by_the_recipe_for_pretrained_models(name: str) -> None:
+    recipe = METHODS[name].recipe
+    if recipe is not None:
+        trained = recipe(get_recipe("finetune"))
+        early = {stage.early_weight for stage in trained.stages if stage.kind == "resolution"}
+        assert early <= {0.4}, "as the recipe itself"
+        assert all(stage.early_weight == 0 for stage in trained.stages if stage.kind != "resolution")
+
+
 def test_a_recipe_without_a_backbone_stage_takes_its_backbone_as_it_comes(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,7 +212,7 @@ def test_a_table_of_exits_foretells_what_they_do(model: MIAFormer, images: Tenso
     macs = float(table.macs[1:3].mean())
     accuracy, threshold = table.at(macs)
     with torch.inference_mode():
-        output = model.run(images, policy=EvenExits(model.backbone, threshold, 0.5))
+        output = model.run(images, policy=EvenExits(model.backbone, threshold, keep=0.5))
     depth = output.trace.depth.sum(dim=1)
     assert torch.equal(output.trace.macs, torch.from_numpy(table.macs)[depth - 1])
     assert output.trace.macs.double().mean() <= macs

@@ -445,3 +445,14 @@ def test_gradients_reach_the_last_block_alone(batch: int, keep: float) -> None:
     assert any(name.startswith(last) for name in found[0])
     for name, gradient in found[0].items():
         assert torch.allclose(gradient, found[1][name], atol=1e-9), name
+
+
+@pytest.mark.parametrize("part", ["", "attn", "mlp"])
+def test_hooks_on_parts_of_a_block_do_not_depend_on_what_is_executed(part: str) -> None:
+    """Blocks are executed by their parts: hooks on them count nowhere, also where all of a block is executed."""
+    model = miaformer.adapt(vit()).eval()
+    images = pictures(model.backbone, 2)
+    before = model.run(images, policy=Full()).logits
+    model.backbone.blocks[0].get_submodule(part).register_forward_hook(lambda module, args, out: 3 * out)
+    for execution in ("sparse", "masked"):
+        assert relative(model.run(images, policy=Full(), execution=execution).logits, before) < 1e-4  # type: ignore[arg-type]

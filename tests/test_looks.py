@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from vits import lively, pictures, relative
+from vits import lively, pictures, relative, vit
 
 from miaformer import MIAFormer
 from miaformer.data import Batch
-from miaformer.evaluation.calibration import ASKING, View, calibrate, choose_looks, leaving_views
+from miaformer.evaluation.calibration import View, calibrate, choose_looks, leaving_views
 from miaformer.model.budget import Calibration
-from miaformer.model.early_exit import NEVER, EarlyExit, left_at, macs_of_leaving
+from miaformer.model.early_exit import ASKING, NEVER, EarlyExit, left_at, macs_of_leaving
 from miaformer.model.looks import STEP, Looks, row_of
 from miaformer.model.policy import AnyPolicy, Full, Look, TwoLooks
 
@@ -303,11 +303,24 @@ def test_calibration_chooses_looks_only_where_the_model_may_look_twice() -> None
             assert float(spent) == pytest.approx(row.budget, abs=0.02)
 
 
-def test_images_leave_between_blocks() -> None:
+def test_images_leave_between_blocks_of_a_classifier() -> None:
     model = lively(0)
     for blocks in ((0,), (1, 9)):
         with pytest.raises(ValueError, match="images leave before blocks 1 to"):
             EarlyExit(model.backbone, 0.5, blocks)
+    assert EarlyExit(model.backbone, 0.5, (2, 1, 2)).blocks == (1, 2)
+    with pytest.raises(ValueError, match="EarlyExit needs a classifier"):
+        EarlyExit(vit(num_classes=0), 0.5)
+
+
+def test_below_the_smallest_size_the_next_row_down_counts() -> None:
+    rows = [Looks(0.10, 0.3, 0.8, 0.5, 0.6), Looks(0.15, 0.3, 0.8, 0.5, 0.7), Looks(0.4, 0.3, 0.8, 0.6)]
+    assert row_of(rows, 0.13, least=0.3) is rows[0]
+    assert row_of(rows, 0.09, least=0.3) is rows[0]
+    assert row_of(rows, 0.29, least=0.3) is rows[1]
+    assert row_of(rows, 0.31, least=0.3) is None
+    assert row_of(rows, 0.401, least=0.3) is rows[2]
+    assert row_of([], 0.1, least=0.3) is None
 
 
 def test_looks_are_one_or_two() -> None:

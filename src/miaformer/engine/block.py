@@ -104,6 +104,12 @@ def is_plain(layer: Any) -> bool:
     )
 
 
+def is_as_built(block: Any) -> bool:
+    """Whether calling a block gives what its parts give: nobody put hooks on it, or another `forward`."""
+    parts = (block, block.attn, block.mlp)
+    return not any("forward" in one.__dict__ or one._forward_hooks or one._forward_pre_hooks for one in parts)
+
+
 def check_own_forward(block: Any) -> None:
     """Raises ValueError for a block whose parts have had their `forward` replaced: theirs is not what is executed."""
     for part in (block, block.attn, block.mlp):

@@ -19,7 +19,7 @@ from torch import Tensor
 from miaformer.data import LabelledBatch
 from miaformer.engine.controller import LOG_PRICE_RANGE
 from miaformer.model.budget import Calibration
-from miaformer.model.early_exit import NEVER, EarlyExit, left_at, macs_of_leaving
+from miaformer.model.early_exit import ASKING, NEVER, EarlyExit, answers_early, left_at, macs_of_leaving
 from miaformer.model.looks import STEP, Looks
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import Look
@@ -32,7 +32,6 @@ OnProgress = Callable[[str, int], None]  # stage ("calibrate", "controls", "eval
 
 # Images (B, 3, H, W) in one look to its answers (B, K, classes), early ones first, and macs_fraction (B,) of the last.
 LookAt = Callable[[Tensor, Look], tuple[Tensor, Tensor]]
-ASKING = 1.5  # a threshold that asks, and lets nobody leave
 
 
 def calibrate(
@@ -96,7 +95,7 @@ Measured = Callable[[Look], tuple[Tensor, Tensor]]  # as `LookAt`, of all images
 
 def _of_sizes(model: MIAFormer, measured: Measured, num_images: int, data: str) -> Calibration:
     whole, sizes = model.cost().backbone, model.image_sizes()
-    if model.num_classes <= 1:
+    if not answers_early(model.backbone):
         return Calibration((), tuple(model.cost(size).everything / whole for size in sizes), num_images, data)
     asking = EarlyExit(model.backbone, ASKING)
     views = []
@@ -111,7 +110,7 @@ def _of_sizes(model: MIAFormer, measured: Measured, num_images: int, data: str) 
 
 
 def leaving_views(to_its_end: float, answers: Tensor, macs: Tensor) -> list[View]:
-    """Looks in one size that images leave with a confident answer, at thresholds of which each lets more of them leave.
+    """Looks in one size that images leave with a confident answer, at several thresholds.
 
     to_its_end: MACs of a look that nobody leaves. answers: (n, K, classes); macs: (K,), of leaving with each.
     """
@@ -120,7 +119,8 @@ def leaving_views(to_its_end: float, answers: Tensor, macs: Tensor) -> list[View
         return []
     places = torch.linspace(0, 1, THRESHOLDS + 2)[1:-1]
     views = []
-    for threshold in torch.quantile(confidence[:, :-1].flatten(), places).unique().tolist():
+    thresholds = torch.quantile(confidence[:, :-1].flatten(), places)
+    for threshold in thresholds.clamp(max=1 - 1e-6).unique().tolist():  # what rounds to 1 here need not elsewhere
         left = left_at(confidence, threshold)
         views.append(View.of(answers[torch.arange(len(left)), left], macs[left], threshold, to_its_end))
     return views
@@ -197,7 +197,7 @@ class View:
     macs: Array  # (n,), fractions
     answer: Array  # (n,) int64, the likeliest class
     confidence: Array  # (n,), its probability
-    leave: float = NEVER  # who is so confident early left with that answer
+    leave: float = NEVER  # images with an early confidence of at least this left with that answer
     to_its_end: float = 0.0  # mean MACs where nobody leaves
 
     @staticmethod
@@ -211,7 +211,7 @@ class View:
 
 
 def choose_looks(views: Sequence[View], between: bool = True, looks: int = 2) -> tuple[Looks, ...]:
-    """The best two looks for each mean budget at which they, or one that images leave early, are better than one look.
+    """For each mean budget, the best two looks, or one look with early exits, where that beats a single look.
 
     Better is what answers more often as the most expensive single look does, less the standard error of what is spent:
     a pair that spends very unevenly meets its budget less exactly on other images. views: of different prices, or
@@ -231,11 +231,11 @@ def choose_looks(views: Sequence[View], between: bool = True, looks: int = 2) ->
     ]
     curves += [_Curve(view, None, reference) for view in left]
     found = []
-    for budget in np.arange(min(view.fraction for view in views) + STEP, fractions[-1], STEP):
+    for budget in np.arange(min(view.fraction for view in [*ordered, *left]) + STEP, fractions[-1], STEP):
         within = int(np.searchsorted(fractions, budget + STEP / 2)) - 1
         best, score = None, float(np.interp(budget, fractions, agreement) if between else agreement[within])
-        if within < 0:
-            score = 0.0  # no look that goes to its end is so cheap
+        if within < 0 and not between:
+            score = -math.inf  # no look that goes to its end is so cheap
         for curve in curves:
             row, own = curve.at(float(budget))
             if row is not None and own > score:

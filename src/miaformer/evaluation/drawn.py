@@ -74,8 +74,7 @@ def draw_controllers(model: MIAFormer, images: Tensor, seed: int = 0, grains: Gr
     controlled = get_args(Grains)[1:]
     if grains not in controlled:
         raise ValueError(f"grains={grains!r} must be one of {', '.join(controlled)}")
-    if len(images) < 2:
-        raise ValueError(f"draw_controllers() needs at least two images that differ, got {len(images)}")
+    _check_several("draw_controllers", images)
     parameter = next(model.parameters())
     training = model.training
     model.eval()
@@ -90,7 +89,10 @@ def draw_controllers(model: MIAFormer, images: Tensor, seed: int = 0, grains: Gr
 def draw_looks(model: MIAFormer, images: Tensor) -> None:
     """Give a model that chooses resolutions a table of looks: its smallest size, and its largest for the least
     confident of `images` (B, 3, H, W), normalised.
+
+    Raises ValueError for fewer than two images.
     """
+    _check_several("draw_looks", images)
     whole, sizes = model.cost().backbone, model.image_sizes()
     fractions = tuple(macs / whole for macs in model.macs_of_sizes().values())
     logits = model.run(images.to(next(model.parameters())), policy=Look(Full(), (sizes[-1],))).logits
@@ -100,6 +102,11 @@ def draw_looks(model: MIAFormer, images: Tensor) -> None:
     rows = zip(budgets.tolist(), torch.quantile(confidence, shares).tolist(), strict=True)
     looks = tuple(Looks(budget, fractions[-1], fractions[0], edge) for budget, edge in rows)
     model.calibration = Calibration((), fractions, len(images), "", looks)
+
+
+def _check_several(name: str, images: Tensor) -> None:
+    if len(images) < 2:
+        raise ValueError(f"{name}() needs at least two images that differ, got {len(images)}")
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,9 @@ def export_onnx(
     cap, give one above 1; a budget out of the calibrated range counts as the nearest end. A cap below `least_macs` of
     the file's metadata cannot be kept: everything is skipped then. A model that chooses resolutions looks at the image
     in the largest size that budget and cap allow, and in the smallest at least (`export.sizes`); its file has a third
-    scalar, `leave`: an early answer that is so confident is the last, and above 2 none is asked for. Outputs: `logits`
-    (1, classes), `macs_fraction` (1,), with `trace` also `depth` (1, L), `heads` (1, L, H), `tokens` (1, L, N), bool,
-    `macs` (1,) int64, and of a model that chooses resolutions the early `answers` (K, classes) that were asked for.
+    scalar, `leave`: an early answer of at least this confidence is final, and from 2 on none is computed. Outputs:
+    `logits` (1, classes), `macs_fraction` (1,), with `trace` also `depth` (1, L), `heads` (1, L, H), `tokens`
+    (1, L, N), bool, `macs` (1,) int64, and of a model that chooses resolutions the early `answers` (K, classes).
     price: decide at this price, whatever budget is given; a model that is not calibrated needs one. standard_ops: only
     operators of the ONNX standard, for other runtimes; by default attention is ONNX Runtime's fused operator. int8:
     products of the blocks in 8-bit integers, their inputs quantized as they come; controllers, embedding and classifier

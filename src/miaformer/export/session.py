@@ -93,7 +93,7 @@ class AdaptiveFile:
             raise ValueError(f"cap={cap!r} must be a fraction of the backbone's MACs, {self._least:.4f} at least")
         if not np.isfinite(images).all():
             raise ValueError("images hold NaN or infinite values")
-        row = row_of(self._looks, budget)
+        row = row_of(self._looks, budget, self._sizes[-1] if self._sizes else 0.0)
         if row is None:
             return self._look(images, budget, cap)
         first = self._look(images, row.first, cap, row.leave)

@@ -23,7 +23,7 @@ class Calibration:
     fractions: tuple[float, ...]  # falling
     num_images: int
     data: str = ""
-    looks: tuple[Looks, ...] = ()  # by rising budget: where two looks are better than one
+    looks: tuple[Looks, ...] = ()  # by rising budget: where two looks, or early exits, are better than one look
 
     def __post_init__(self) -> None:
         if not self.fractions or len(self.prices) not in (0, len(self.fractions)):

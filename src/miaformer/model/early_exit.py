@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from miaformer.engine.cost import Cost
-from miaformer.engine.decisions import Gates
+from miaformer.engine.decisions import Booleans, HostGates
 from miaformer.engine.walk import State
 
-NEVER = 2.0  # a threshold that tells not to ask; one between 1 and this asks, and lets nobody leave
+ASKING = 1.5  # a threshold at which early answers are computed and nobody leaves
+NEVER = 2.0  # a threshold at which a `Look` computes no early answers
 
 
 def exit_blocks(depth: int) -> tuple[int, ...]:
-    """The blocks before which an early answer is worth its while: every other one of the second half."""
+    """The blocks before which an early answer is worth computing: every other one of the second half."""
     return tuple(range(max(depth // 2, 1), depth, 2))
 
 
-@dataclass
+def answers_early(backbone: VisionTransformer) -> bool:
+    """Whether its classifier gives one answer for an image, of more than one class, as confidence needs."""
+    return backbone.num_classes > 1 and bool(backbone.global_pool)
+
+
+@dataclass(eq=False)
 class EarlyExit:
     """A policy: executes blocks until the classifier is confident, then none.
 
@@ -30,37 +37,46 @@ class EarlyExit:
 
     threshold: one for all images, or one each, (B,). blocks: by default `exit_blocks` of the depth.
     answers: the logits (B, classes) read before each of `blocks` in the last call.
+
+    Raises ValueError for a backbone that classifies nothing, and for blocks that it does not have.
     """
 
-    backbone: VisionTransformer
+    backbone: VisionTransformer = field(repr=False)
     threshold: float | Tensor
     blocks: tuple[int, ...] = ()
-    answers: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
-    _staying: Tensor = field(init=False, repr=False, compare=False)  # (B,) bool
+    answers: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    _staying: Booleans = field(init=False, repr=False)  # (B,)
 
     def __post_init__(self) -> None:
         depth = len(self.backbone.blocks)
-        self.blocks = self.blocks or exit_blocks(depth)
+        if not answers_early(self.backbone):
+            raise ValueError(
+                f"EarlyExit needs a classifier of pooled tokens with two classes or more; this backbone has "
+                f"{self.backbone.num_classes} classes and pools by {self.backbone.global_pool!r}"
+            )
+        self.blocks = tuple(sorted(set(self.blocks))) or exit_blocks(depth)
         if not all(0 < index < depth for index in self.blocks):
             raise ValueError(
                 f"EarlyExit(blocks={self.blocks!r}): images leave before blocks 1 to {depth - 1} of {depth}"
             )
 
-    def decide(self, state: State) -> Gates:
-        full = Gates.full(len(state.x), state.num_heads, state.num_patches, state.x.device)
+    def decide(self, state: State) -> HostGates:
+        batch = len(state.x)
         if state.index == 0:
-            self.answers, self._staying = [], full.depth
+            self.answers, self._staying = [], np.ones(batch, dtype=bool)
         if state.index in self.blocks:
             read = state.x.detach()
             if self.backbone.global_pool == "token":
                 read = read[:, : state.num_prefix_tokens]
             self.answers.append(self.backbone.forward_head(self.backbone.norm(read)).detach().float())
-            confidence = self.answers[-1].softmax(dim=1).amax(dim=1)
-            self._staying = self._staying & (confidence < torch.as_tensor(self.threshold).to(confidence))
-        return Gates(self._staying, full.heads, (state.active > 0).to(state.x.device))
+            confidence = self.answers[-1].softmax(dim=1).amax(dim=1).cpu()
+            unsure = confidence < torch.as_tensor(self.threshold).to(confidence)
+            self._staying = self._staying & unsure.numpy()
+        heads = np.ones((batch, state.num_heads), dtype=bool)
+        return HostGates(self._staying, heads, (state.active > 0).cpu().numpy())
 
     def asking_macs(self, cost: Cost) -> int:
-        """What all answers take that are asked for."""
+        """What all early answers take."""
         return len(self.blocks) * cost.head_macs
 
     def context_macs(self, cost: Cost, index: int) -> int:
@@ -81,6 +97,6 @@ def left_at(confidence: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def macs_of_leaving(cost: Cost, blocks: tuple[int, ...]) -> list[int]:
-    """MACs of leaving before each of `blocks`, and of staying to the end, all of `EarlyExit`'s answers among them."""
+    """MACs of leaving before each of `blocks`, and of staying to the end, with all of `EarlyExit`'s answers."""
     asking = len(blocks) * cost.head_macs
     return [cost.first(index) + asking for index in (*blocks, cost.depth)]

@@ -21,11 +21,11 @@ STEP = 0.005  # of mean budgets, between the rows of a table
 
 @dataclass(frozen=True)
 class Looks:
-    """How a mean budget is spent in two looks.
+    """How a mean budget is spent in two looks, or in one that images may leave early.
 
     first, second: the mean MACs fractions of one look each, to its end. confidence: images whose first answer is less
-    confident get a second look. leave: images with an early answer that is so confident leave the first look with it;
-    at least `confidence`.
+    confident get a second look; 0: none does. leave: images with an early answer of at least this confidence leave the
+    first look with it; never below `confidence`.
     """
 
     budget: float
@@ -35,8 +35,13 @@ class Looks:
     leave: float = NEVER
 
 
-def row_of(table: Sequence[Looks], budget: float) -> Looks | None:
-    """The row of a table, by rising budget, for a budget; None where one look is best."""
+def row_of(table: Sequence[Looks], budget: float, least: float = 0.0) -> Looks | None:
+    """The row of a table, by rising budget, for a budget; None where one look to its end is best.
+
+    least: what the cheapest such look takes; below it there are rows alone, and the nearest that spends no more counts.
+    """
     place = bisect_left([row.budget for row in table], budget)
     near = [row for row in table[max(place - 1, 0) : place + 1] if abs(row.budget - budget) <= STEP / 2 + 1e-9]
+    if not near and table and budget < least - STEP / 2:
+        return table[max(place - 1, 0)]
     return min(near, key=lambda row: abs(row.budget - budget), default=None)

@@ -290,7 +290,7 @@ class Look:
     def may_leave(self, batch: int) -> Booleans:
         """Which images (B,) of a batch are asked for early answers."""
         thresholds = self.policy.threshold if isinstance(self.policy, EarlyExit) else NEVER
-        asked: Booleans = (torch.as_tensor(thresholds) < NEVER).expand(batch).numpy()
+        asked: Booleans = (torch.as_tensor(thresholds).cpu() < NEVER).expand(batch).numpy()
         return asked
 
     def of(self, images: Tensor) -> Look:

@@ -28,7 +28,7 @@ def requested(
     cap: Budget | None,
     batch: int,
 ) -> Look | TwoLooks:
-    """What a call executes: a budget may be spent in two looks.
+    """What a call executes: a budget may be spent in two looks, and in early exits.
 
     Raises TypeError or ValueError for what is no policy, for more than one of policy, budget and price, and for a
     budget that the model does not know.
@@ -84,10 +84,11 @@ def allowed(model: MIAFormer, cap: Budget | None, batch: int) -> Tensor | None:
 
 
 def _in_two(model: MIAFormer, budgets: Tensor, batch: int) -> TwoLooks | None:
-    """None where one look is best for all. budgets: (), or (B,) where images have their own."""
+    """None where one look to its end is best for all. budgets: (), or (B,) where images have their own."""
     asked = torch.atleast_1d(budgets).tolist()
     table = model.check_budget(asked)
-    rows = [row_of(table.looks, one) for one in asked]
+    least = table.fractions[-1] if model.adapt_config.chooses_resolution else 0.0
+    rows = [row_of(table.looks, one, least) for one in asked]
     if model.adapt_config.chooses_resolution:
         asked = [table.within(one) for one in asked]
     elif not any(rows):

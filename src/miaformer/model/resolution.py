@@ -46,7 +46,10 @@ def resized(images: Tensor, size: Size) -> Tensor:
     """
     if tuple(images.shape[-2:]) == tuple(size):
         return images
-    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    has_kernel = images.device.type != "cpu" or images.element_size() >= 4  # PyTorch has none for 16 bits on a CPU
+    exact = images if has_kernel else images.float()
+    smaller = F.interpolate(exact, size, mode="bicubic", antialias=True, align_corners=False)
+    return smaller.to(images.dtype)
 
 
 def take_any_size(backbone: VisionTransformer) -> VisionTransformer:

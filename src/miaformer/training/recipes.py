@@ -50,9 +50,7 @@ class Stage:
         if most and self.kind != "backbone":
             raise ValueError(f"{self.kind} stage: patch_drop is for the backbone stage; decisions drop tokens here")
         if self.early_weight and self.kind not in ("backbone", "resolution"):
-            raise ValueError(
-                f"{self.kind} stage: early_weight is for the stages backbone and resolution; decisions see to it here"
-            )
+            raise ValueError(f"{self.kind} stage: early_weight is for the stages backbone and resolution")
 
 
 _RANGES = (  # of settings of a recipe

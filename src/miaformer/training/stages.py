@@ -26,21 +26,29 @@ class Dense(Objective):
     supervised too (Lee et al. 2015), so that weights learn to say early what they know.
     """
 
-    def learned(self, x: Tensor, targets: Targets, step: Step) -> tuple[Tensor, Tensor]:
-        """Task losses (B,) and logits (B, classes) of embedded images (B, P+N, C)."""
-        blocks = transformer_blocks(self.model.backbone)
-        before: list[Tensor] = []  # each block
-        for block in blocks:
-            before.append(x)
+    def learned(
+        self, images: Tensor, targets: Targets, step: Step, cost: Cost, drop: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Task losses (B,) and logits (B, classes) of images (B, 3, H, W). drop: leaves out some of the tokens."""
+        backbone, blocks = self.model.backbone, transformer_blocks(self.model.backbone)
+        if drop is None and not self.stage.early_weight:
+            logits = backbone(images)
+            return targets.loss(logits), logits
+        x = backbone._pos_embed(backbone.patch_embed(images))
+        x = backbone.norm_pre(x if drop is None else drop(x))
+        half, before = len(blocks) // 2, []  # each block of the second half, the rows that an answer reads
+        read = cost.num_prefix_tokens if cost.trims_last_block else None
+        for index, block in enumerate(blocks):
+            if self.stage.early_weight and index >= half:
+                before.append(x[:, :read])
             x = block(x)
         logits = self.answer(x)
         task = targets.loss(logits)
-        if not self.stage.early_weight:
-            return task, logits
-        half = len(blocks) // 2
-        drawn = half + (step.draws.leaving * (len(blocks) - half)).long()
-        early = torch.stack(before[half:])[drawn - half, torch.arange(len(x), device=x.device)]
-        return task + self.stage.early_weight * targets.loss(self.answer(early)), logits
+        if before:
+            drawn = (step.draws.leaving * len(before)).long()
+            early = torch.stack(before)[drawn, torch.arange(len(x), device=x.device)]
+            task = task + self.stage.early_weight * targets.loss(self.answer(early))
+        return task, logits
 
 
 class Backbone(Dense):
@@ -53,9 +61,8 @@ class Backbone(Dense):
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
         backbone, (least, most) = self.model.backbone, self.stage.patch_drop
         rate = least + (most - least) * float(step.draws.shared[0])
-        drop = PatchDropout(rate, num_prefix_tokens=backbone.num_prefix_tokens) if most else nn.Identity()
-        x = backbone.norm_pre(drop(backbone._pos_embed(backbone.patch_embed(images))))
-        return Outcome.of_all_alike(*self.learned(x, targets, step), targets)
+        drop = PatchDropout(rate, num_prefix_tokens=backbone.num_prefix_tokens) if most else None
+        return Outcome.of_all_alike(*self.learned(images, targets, step, cost, drop), targets)
 
 
 class Resolution(Dense):
@@ -65,7 +72,7 @@ class Resolution(Dense):
 
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
         size = drawn_size(self.model.macs_of_sizes(), float(step.draws.shared[0]))
-        task, logits = self.learned(self.model.embed(resized(images, size)), targets, step)
+        task, logits = self.learned(resized(images, size), targets, step, cost)
         return Outcome.of_all_alike(task, logits, targets, self.model.cost(size).backbone / cost.backbone)
 
 

@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from miaformer.data import LabelledBatch
 from miaformer.engine.cost import Cost
-from miaformer.engine.decisions import Decisions, Gates
+from miaformer.engine.decisions import Decisions, HostGates
 from miaformer.engine.dither import evenly
 from miaformer.engine.walk import State
 from miaformer.evaluation.controls import macs_of
-from miaformer.model.early_exit import NEVER, EarlyExit
+from miaformer.model.early_exit import ASKING, EarlyExit, left_at
 from miaformer.model.model import MIAFormer
 from miaformer.training.objective import Objective, Outcome, Step, Targets
 from miaformer.vit.backbone import transformer_blocks
@@ -26,22 +25,24 @@ from miaformer.vit.backbone import transformer_blocks
 Array = NDArray[Any]
 
 
+@dataclass(eq=False)
 class EvenExits(EarlyExit):
-    """Asks before each block but the first, of an even share of the tokens.
+    """Early exits before every block but the first, on an even share of the tokens.
 
     keep: the share of tokens that enters the first block, spread evenly over the image, the same in every image.
     """
 
-    def __init__(self, backbone: VisionTransformer, threshold: float, keep: float = 1.0) -> None:
-        super().__init__(backbone, threshold, tuple(range(1, len(transformer_blocks(backbone)))))
-        self.keep = keep
+    keep: float = 1.0
 
-    def decide(self, state: State) -> Gates:
+    def __post_init__(self) -> None:
+        self.blocks = self.blocks or tuple(range(1, len(transformer_blocks(self.backbone))))
+        super().__post_init__()
+
+    def decide(self, state: State) -> HostGates:
         gates = super().decide(state)
         if state.index:
             return gates
-        tokens = torch.from_numpy(evenly(*state.grid, self.keep)).to(state.x.device)
-        return replace(gates, tokens=tokens.expand_as(gates.tokens))
+        return replace(gates, tokens=np.broadcast_to(evenly(*state.grid, self.keep), gates.tokens.shape))
 
 
 @dataclass(frozen=True)
@@ -49,38 +50,33 @@ class ExitTable:
     """What leaving after each block would do, of images that were looked at once, to the end."""
 
     keep: float  # share of tokens
-    confidence: Array  # (n, L): after each block; after the last nobody asks, so infinite
+    confidence: Array  # (n, L): after each block
     correct: Array  # (n, L) bool
     macs: Array  # (L,), of leaving after each block
 
     def at(self, macs: float) -> tuple[float, float]:
         """Accuracy and threshold of spending so many MACs on average, or less if that is all there is to spend."""
-        low, high = 0.0, NEVER  # leave at once, never leave
+        confidence = torch.from_numpy(self.confidence)
+        low, high = 0.0, ASKING  # leave at once, never leave
         for _ in range(24):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.macs[self._left(middle)].mean() <= macs else (low, middle)
-        left = self._left(low)
+            spent = self.macs[left_at(confidence, middle).numpy()].mean()
+            low, high = (middle, high) if spent <= macs else (low, middle)
+        left = left_at(confidence, low).numpy()
         return float(self.correct[np.arange(len(left)), left].mean()), low
-
-    def _left(self, threshold: float) -> Array:
-        """The block (n,) after which each image leaves."""
-        left: Array = (self.confidence >= threshold).argmax(axis=1)
-        return left
 
 
 @torch.inference_mode()
 def exit_table(model: MIAFormer, batches: Iterable[LabelledBatch], keep: float) -> ExitTable:
     """Of all images of `batches`, with the share `keep` of their tokens."""
     parameter = next(model.parameters())
-    policy = EvenExits(model.backbone, NEVER, keep)
+    policy = EvenExits(model.backbone, ASKING, keep=keep)
     confidence, correct = [], []
     for batch in batches:
         last = model.run(batch.images.to(parameter), policy=policy).logits.float()
         answers = torch.stack([*policy.answers, last], dim=1)  # (B, L, classes)
         correct.append((answers.argmax(dim=2).cpu() == batch.labels.cpu()[:, None]).numpy())
-        sure = answers.softmax(dim=2).amax(dim=2).cpu().numpy()
-        sure[:, -1] = np.inf
-        confidence.append(sure)
+        confidence.append(answers.softmax(dim=2).amax(dim=2).cpu().numpy())
     return ExitTable(keep, np.concatenate(confidence), np.concatenate(correct), _macs(model, keep))
 
 

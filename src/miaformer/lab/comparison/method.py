@@ -103,7 +103,7 @@ def one_stage(kind: str) -> Callable[[Recipe], Recipe]:
     """
 
     def recipe(base: Recipe) -> Recipe:
-        stage = replace(main_stage(base), kind=kind, epochs=adaptation_epochs(base), anneal=1.0)
+        stage = replace(main_stage(base), kind=kind, epochs=adaptation_epochs(base), anneal=1.0, early_weight=0.0)
         adapt = BASELINES_ADAPT if base.chooses_resolution else base.adapt
         return replace(base, stages=(stage,), adapt=adapt, mixup=0.0, cutmix=0.0)
 

@@ -153,7 +153,7 @@ def _exits(name: str, shares: Sequence[float]) -> Callable[[MIAFormer, Question]
             reached = [(*table.at(macs), table.keep) for table in tables if table.macs[0] <= macs]
             if reached:
                 _, threshold, keep = max(reached)
-                found.append(Entry(name, budget, by_policy(model, EvenExits(model.backbone, threshold, keep))))
+                found.append(Entry(name, budget, by_policy(model, EvenExits(model.backbone, threshold, keep=keep))))
         return found
 
     return entries

@@ -14,11 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miaformer.evaluation.calibration import ASKING, calibrate
+from miaformer.evaluation.calibration import calibrate
 from miaformer.lab.comparison.engines import of_module
-from miaformer.lab.comparison.method import Classify, Entry, Method, Question, as_backbone, by_policy, one_stage
+from miaformer.lab.comparison.method import (
+    Classify,
+    Entry,
+    Method,
+    Question,
+    as_backbone,
+    by_policy,
+    main_stage,
+    one_stage,
+)
 from miaformer.model.adapt import adapt
-from miaformer.model.early_exit import EarlyExit, left_at, macs_of_leaving
+from miaformer.model.early_exit import ASKING, EarlyExit, left_at, macs_of_leaving
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import AnyPolicy, Look, TwoLooks
 from miaformer.model.resolution import Size, resized
@@ -28,7 +37,10 @@ ADAPT: dict[str, Any] = {"grains": ("resolution",)}
 
 
 def _trained(base: Recipe) -> Recipe:
-    return replace(one_stage("resolution")(base), adapt=ADAPT)
+    """With early answers, where the recipe's own model learns them."""
+    alone = one_stage("resolution")(base)
+    (stage,), early = alone.stages, main_stage(base).early_weight if base.chooses_resolution else 0.0
+    return replace(alone, stages=(replace(stage, early_weight=early),), adapt=ADAPT)
 
 
 def _at_every_size(model: MIAFormer, question: Question, name: str) -> list[Entry]:
