@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,29 +102,40 @@ class Graph:
         """The finished model. inputs: name to element type and shape; outputs: name to value, type and shape."""
         for name, (value, _, _) in outputs.items():
             self.nodes.append(helper.make_node("Identity", [value], [name]))
-        used = _read(self.nodes)  # whoever loads the file is warned of others
         graph = helper.make_graph(
             self.nodes,
             "miaformer",
             [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
             [helper.make_tensor_value_info(name, kind, shape) for name, (_, kind, shape) in outputs.items()],
-            [value for name, value in self.initializers.items() if name in used],
         )
+        _place(graph, self.initializers)
         opsets = [helper.make_opsetid("", OPSET)]
         if not self.standard_ops:
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         return helper.make_model(graph, opset_imports=opsets, producer_name="miaformer", ir_version=10)
 
 
-def _read(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """The names of all values that nodes read, those in branches too."""
-    names: set[str] = set()
-    for node in nodes:
-        names.update(node.input)
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                names |= _read(attribute.g.node)
-    return names
+def _place(graph: onnx.GraphProto, initializers: dict[str, onnx.TensorProto]) -> None:
+    """Put each initializer into the innermost graph that holds all of its readers; what nobody reads is left out.
+
+    ONNX Runtime arranges weights for its products when it loads a file, but only those of the graph that reads them:
+    weights of a branch that lie outside of it are arranged at every run (docs/log.md).
+    """
+    places: dict[str, list[onnx.GraphProto]] = {}  # from the outermost graph to the innermost
+
+    def visit(path: list[onnx.GraphProto]) -> None:
+        for node in path[-1].node:
+            for name in node.input:
+                if name in initializers:
+                    together = zip(places.get(name, path), path, strict=False)
+                    places[name] = [one for one, other in together if one is other]
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    visit([*path, attribute.g])
+
+    visit([graph])
+    for name, path in places.items():
+        path[-1].initializer.append(initializers[name])
 
 
 def array(tensor: Any) -> NDArray[Any]:
