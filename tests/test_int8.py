@@ -31,6 +31,12 @@ def batches(model: MIAFormer, count: int, seed: int) -> list[Batch]:
         return [Batch(images, model.backbone(images).argmax(dim=1), torch.arange(count))]
 
 
+def initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """Those of the graph and of all its branches."""
+    branches = [one.g for node in graph.node for one in node.attribute if one.type == onnx.AttributeProto.GRAPH]
+    return [*graph.initializer, *(weight for branch in branches for weight in initializers(branch))]
+
+
 def test_answers_are_near_and_weights_are_a_quarter(tmp_path: Path) -> None:
     model = calibrated("plain")
     export_onnx(model, tmp_path / "int8.onnx", int8=True, trace=True)
@@ -38,7 +44,8 @@ def test_answers_are_near_and_weights_are_a_quarter(tmp_path: Path) -> None:
     layers = [
         layer for block in model.backbone.blocks for layer in block.modules() if isinstance(layer, torch.nn.Linear)
     ]
-    integers = [one for one in proto.graph.initializer if one.data_type == onnx.TensorProto.INT8 and len(one.dims) == 2]
+    weights = initializers(proto.graph)
+    integers = [one for one in weights if one.data_type == onnx.TensorProto.INT8 and len(one.dims) == 2]
     assert sum(int(np.prod(one.dims)) for one in integers) == sum(layer.weight.numel() for layer in layers)
     session, compared, worst = open_session(tmp_path / "int8.onnx", 1), 0, 0.0
     for image in pictures(model.backbone, 24, seed=4).float().split(1):
