@@ -1,16 +1,16 @@
 # `miaformer serve` on processors: a user without rights, a health check.
-#   docker build --build-arg TORCH_INDEX=... -t miaformer .    (docs/deploy/container.md)
+#   docker build --secret id=pip,src=pip.conf -t miaformer .    (docs/deploy/container.md)
 #   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/runs/photos/model:/model:ro" miaformer
 # To bake a model in: FROM miaformer, then COPY runs/photos/model /model
 FROM python:3.12-slim AS build
 WORKDIR /build
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-# The index of PyTorch's CPU wheels. Without it torch comes from pip's own, whose wheels for Linux hold CUDA: gigabytes.
-ARG TORCH_INDEX=""
-RUN python -m venv /opt/miaformer \
-    && /opt/miaformer/bin/pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch>=2.11" torchvision \
-    && /opt/miaformer/bin/pip install --no-cache-dir ".[serve,fast,onnx]"
+# The secret is a configuration of pip that finds PyTorch's CPU wheels. Without it torch's wheels for Linux hold CUDA: gigabytes.
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    python -m venv /opt/miaformer \
+    && /opt/miaformer/bin/pip install --no-cache-dir "torch>=2.11" torchvision
+RUN /opt/miaformer/bin/pip install --no-cache-dir ".[serve,fast,onnx]"
 
 FROM python:3.12-slim
 COPY --from=build /opt/miaformer /opt/miaformer

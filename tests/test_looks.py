@@ -204,6 +204,35 @@ def test_an_exported_file_looks_as_often(config: dict[str, object], tmp_path: Pa
         assert spent == {1, 2}
 
 
+def test_a_weight_lies_in_the_innermost_branch_that_holds_its_readers(tmp_path: Path) -> None:
+    """ONNX Runtime arranges it for its products only there."""
+    import onnx
+
+    from miaformer.export import export_onnx
+
+    export_onnx(looking(**EXITS).float(), tmp_path / "model.onnx")
+    checked = 0
+
+    def readers(graph: onnx.GraphProto, name: str) -> int:
+        """One for the graph's own nodes, and one for each branch that reads it."""
+        branches = [one.g for node in graph.node for one in node.attribute if one.type == onnx.AttributeProto.GRAPH]
+        return any(name in node.input for node in graph.node) * 2 + sum(readers(one, name) > 0 for one in branches)
+
+    def check(graph: onnx.GraphProto) -> None:
+        nonlocal checked
+        for weight in graph.initializer:
+            assert readers(graph, weight.name) >= 2, weight.name
+            checked += 1
+        for node in graph.node:
+            for one in node.attribute:
+                if one.type == onnx.AttributeProto.GRAPH:
+                    check(one.g)
+
+    proto = onnx.load(tmp_path / "model.onnx")
+    check(proto.graph)
+    assert checked > len(proto.graph.initializer), "some lie in branches"
+
+
 # Which looks ---------------------------------------------------------------------------------------------------------
 
 

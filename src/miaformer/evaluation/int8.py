@@ -15,7 +15,7 @@ from torch import Tensor
 from miaformer.data import LabelledBatch
 from miaformer.evaluation.calibration import OnProgress, calibrate
 from miaformer.export import export_onnx, open_session, run_session
-from miaformer.export.session import NO_CAP
+from miaformer.export.session import NO_CAP, run_of
 from miaformer.model.budget import Calibration
 from miaformer.model.early_exit import EarlyExit
 from miaformer.model.model import MIAFormer
@@ -69,7 +69,7 @@ class _File:
             low, high = model.log_price(torch.tensor(twin.calibration.prices)).tolist()
             self._budget_of = lambda log_price: 1.0 - 0.5 * (log_price - low) / (high - low)
         export_onnx(twin, path, int8=True, trace=True)
-        self._session = open_session(path, torch.get_num_threads())
+        self._run = run_of(open_session(path, torch.get_num_threads()))
 
     def __call__(self, images: Tensor, look: Look) -> tuple[Tensor, Tensor]:
         if isinstance(look.policy, Learned):
@@ -80,10 +80,9 @@ class _File:
         if isinstance(look.policy, EarlyExit):
             scalars["leave"] = float(look.policy.threshold)
         feed = {name: np.asarray(value, np.float32) for name, value in scalars.items()}
-        names = [one.name for one in self._session.get_outputs()]
         each = []
         for image in images:
-            found = dict(zip(names, self._session.run(names, {"images": image[None].numpy(), **feed}), strict=True))
+            found = self._run({"images": image[None].numpy(), **feed})
             early = found.get("answers", found["logits"][:0])
             each.append((np.concatenate([early, found["logits"]]), found["macs_fraction"]))
         answers, macs = (np.stack(parts) for parts in zip(*each, strict=True))

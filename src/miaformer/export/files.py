@@ -16,11 +16,11 @@ from miaformer.data.files import whole_file
 from miaformer.engine.block import check_plain
 from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import Decisions
-from miaformer.export import sizes
 from miaformer.export.adaptive import AdaptiveWriter, Image, write_log_price
 from miaformer.export.graph import Graph, TensorProto
 from miaformer.export.parts import Head, embedded, exported
 from miaformer.export.session import NO_CAP
+from miaformer.export.sizes import SizesWriter
 from miaformer.export.static import StaticModel
 from miaformer.export.weights import Int8Weight, Weight
 from miaformer.model.model import MIAFormer
@@ -95,7 +95,7 @@ def _export_sizes(
     if price is not None:
         raise ValueError("this model chooses resolutions and has no prices")
     cost = model.cost()
-    done = sizes.write(graph, model, weight)
+    done = SizesWriter(model, weight).write(graph)
     outputs = _outputs(graph, model, done.rows, done.macs)
     if trace:
         outputs["macs"] = (done.macs, TensorProto.INT64, [1])

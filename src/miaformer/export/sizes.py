@@ -16,7 +16,7 @@ from miaformer.export.blocks import BlockWriter
 from miaformer.export.graph import Graph
 from miaformer.export.parts import Head, embedded, exported
 from miaformer.export.weights import Weight
-from miaformer.model.early_exit import NEVER, exit_blocks, macs_of_leaving
+from miaformer.model.early_exit import NEVER, answers_early, asking_macs, exit_blocks, macs_of_leaving
 from miaformer.model.looks import STEP
 from miaformer.model.model import MIAFormer
 from miaformer.model.resolution import Size
@@ -36,25 +36,23 @@ class Looked:
     answers: str  # (K, classes), early ones where they were asked for
 
 
-def write(graph: Graph, model: MIAFormer, weight: type[Weight]) -> Looked:
-    """Reads the graph's inputs `images`, `budget`, `cap` and `leave`."""
-    return SizesWriter(model, weight).write(graph)
-
-
 class SizesWriter:
+    """Writes one look of a model that chooses resolutions."""
+
     def __init__(self, model: MIAFormer, weight: type[Weight]) -> None:
         self.model, self.weight, self.cost = model, weight, model.cost()
         self.blocks = transformer_blocks(model.backbone)
-        self.exits = exit_blocks(self.cost.depth) if model.num_classes > 1 else ()
+        self.exits = exit_blocks(self.cost.depth) if answers_early(model.backbone) else ()
         rows = self.cost.num_prefix_tokens + (0 if self.cost.trims_last_block else self.cost.num_patches)
         varies = None if self.cost.trims_last_block else 1
         self.head = exported(Head(model), torch.zeros(1, rows, self.cost.embed_dim), varies)
 
     def write(self, graph: Graph) -> Looked:
+        """Reads the graph's inputs `images`, `budget`, `cap` and `leave`."""
         largest = graph.op("Add", "budget", graph.constant(STEP / 2, np.float32))
         most = graph.op("Add", "cap", graph.constant(CAP_ROUNDING, np.float32))
         asks = graph.op("Less", "leave", graph.constant(NEVER, np.float32))
-        asking = self._fraction(len(self.exits) * self.cost.head_macs)
+        asking = self._fraction(asking_macs(self.cost, self.exits))
         pays = graph.constant(self._fraction(self.model.least_macs()) + asking, np.float32)
         asks = graph.op("And", asks, graph.op("LessOrEqual", pays, most))
         spared = graph.op("Where", asks, graph.constant(asking, np.float32), graph.constant(0.0, np.float32))

@@ -75,10 +75,6 @@ class EarlyExit:
         heads = np.ones((batch, state.num_heads), dtype=bool)
         return HostGates(self._staying, heads, (state.active > 0).cpu().numpy())
 
-    def asking_macs(self, cost: Cost) -> int:
-        """What all early answers take."""
-        return len(self.blocks) * cost.head_macs
-
     def context_macs(self, cost: Cost, index: int) -> int:
         return cost.head_macs if index in self.blocks else 0
 
@@ -96,7 +92,11 @@ def left_at(confidence: Tensor, threshold: float | Tensor) -> Tensor:
     return enough.long().argmax(dim=1)
 
 
+def asking_macs(cost: Cost, blocks: tuple[int, ...]) -> int:
+    """MACs of the early answers before all of `blocks`."""
+    return len(blocks) * cost.head_macs
+
+
 def macs_of_leaving(cost: Cost, blocks: tuple[int, ...]) -> list[int]:
     """MACs of leaving before each of `blocks`, and of staying to the end, with all of `EarlyExit`'s answers."""
-    asking = len(blocks) * cost.head_macs
-    return [cost.first(index) + asking for index in (*blocks, cost.depth)]
+    return [cost.first(index) + asking_macs(cost, blocks) for index in (*blocks, cost.depth)]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miaformer.engine.cost import Cost, Counts
-from miaformer.model.early_exit import EarlyExit
+from miaformer.model.early_exit import EarlyExit, asking_macs
 from miaformer.model.output import Output, Trace, in_turn, merged
 from miaformer.model.policy import Look, Policy, TwoLooks
 from miaformer.model.resolution import Size, resized, within_cap
@@ -45,7 +45,7 @@ def _look(model: MIAFormer, images: Tensor, look: Look, cap_macs: Counts | None,
         return _executed(model, images, look.policy, cap_macs, execution, whole)
     leaving = look.may_leave(len(images))
     if cap_macs is not None and isinstance(look.policy, EarlyExit):  # asked where that can be paid for
-        asking = look.policy.asking_macs(whole)
+        asking = asking_macs(whole, look.policy.blocks)
         leaving = leaving & (cap_macs >= model.least_macs() + asking)
         cap_macs = cap_macs - leaving * asking
     groups = list(zip(_sizes_of(model, look, images, cap_macs), leaving.tolist(), strict=True))

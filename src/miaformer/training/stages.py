@@ -21,7 +21,7 @@ from miaformer.training.policies import Draws, Leaving, Relaxed, Sampled, elasti
 from miaformer.vit.backbone import transformer_blocks
 
 
-class Dense(Objective):
+class EarlyAnswers(Objective):
     """Everything is executed. Where the stage wants it (`early_weight`), the answer after one random block per image is
     supervised too (Lee et al. 2015), so that weights learn to say early what they know.
     """
@@ -51,7 +51,7 @@ class Dense(Objective):
         return task, logits
 
 
-class Backbone(Dense):
+class Backbone(EarlyAnswers):
     """The static model, of which a share of the patch tokens is left out (Liu et al. 2022, PatchDropout), so that it
     tolerates skipping.
     """
@@ -65,7 +65,7 @@ class Backbone(Dense):
         return Outcome.of_all_alike(*self.learned(images, targets, step, cost, drop), targets)
 
 
-class Resolution(Dense):
+class Resolution(EarlyAnswers):
     """The static model on images of the sizes that it is looked at in, one drawn each step."""
 
     adapts = True
