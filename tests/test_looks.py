@@ -17,7 +17,7 @@ from miaformer import MIAFormer
 from miaformer.data import Batch
 from miaformer.evaluation.calibration import View, calibrate, choose_looks, leaving_views
 from miaformer.model.budget import Calibration
-from miaformer.model.early_exit import ASKING, NEVER, EarlyExit, left_at, macs_of_leaving
+from miaformer.model.early_exit import ASKING, NEVER, EarlyExit, asking_macs, exit_blocks, left_at, macs_of_leaving
 from miaformer.model.looks import STEP, Looks, row_of
 from miaformer.model.policy import AnyPolicy, Full, Look, TwoLooks
 
@@ -202,6 +202,33 @@ def test_an_exported_file_looks_as_often(config: dict[str, object], tmp_path: Pa
                 assert torch.equal(torch.from_numpy(found[name]), getattr(wanted.trace, name))
             spent.add(int(wanted.trace.looks))
         assert spent == {1, 2}
+
+
+def test_early_answers_are_paid_for_within_the_cap(tmp_path: Path) -> None:
+    """At caps that pay for a size, for all early answers too, and for two MACs less; in PyTorch and in a file."""
+    from miaformer.export import export_onnx, open_session, run_session
+
+    model = looking(**EXITS, settings={"num_classes": 60}).float()
+    cost, images = model.cost(), pictures(model.backbone, 6).float()
+    table = model.calibration
+    assert table is not None
+    model.calibration = replace(table, looks=tuple(replace(row, first=table.fractions[-2]) for row in table.looks))
+    export_onnx(model, tmp_path / "model.onnx", trace=True)
+    session = open_session(tmp_path / "model.onnx", 1)
+    asking = asking_macs(cost, exit_blocks(cost.depth))
+    first = model.run(images, policy=_first(model)).trace.macs
+    asked = set()
+    for size in sorted(model.macs_of_sizes().values())[:2]:
+        for more in (0, asking - 2, asking):
+            cap = (size + more + 0.5) / cost.backbone
+            for place, image in enumerate(images.split(1)):
+                wanted = model.run(image, budget=0.5, cap=cap)
+                assert int(wanted.trace.macs) <= size + more
+                found = run_session(session, image.numpy(), 0.5, cap)
+                assert int(found["macs"][0]) == int(wanted.trace.macs)
+                asked.add((size == model.least_macs(), more == asking, int(wanted.trace.macs) == int(first[place])))
+    assert (False, True, True) in asked
+    assert (False, False, True) not in asked, "nobody is asked in a size where that cannot be paid"
 
 
 def test_a_weight_lies_in_the_innermost_branch_that_holds_its_readers(tmp_path: Path) -> None:

@@ -45,16 +45,18 @@ _FIT_STEPS = 30
 
 
 def drawn_models(
-    model: MIAFormer, images: Tensor, seed: int = 0, grains: Sequence[Grains] = ("all",)
+    model: MIAFormer, images: Tensor, timed: Tensor, seed: int = 0, grains: Sequence[Grains] = ("all",)
 ) -> dict[str, MIAFormer]:
     """One model for each of `grains`, with decisions of its own drawn, all sharing the backbone of `model` but that for
     `resolution`.
+
+    images: that controllers are drawn on. timed: that will be run; on them looks meet their budgets, few as they are.
     """
     models: dict[str, MIAFormer] = {}
     for grain in dict.fromkeys(grains):
         if grain == "resolution":
             models[grain] = adapt(model.to_timm(), grains=("resolution",)).eval()
-            draw_looks(models[grain], images)
+            draw_looks(models[grain], timed)
             continue
         twin = copy.deepcopy(model, {id(model.backbone): model.backbone})
         draw_controllers(twin, images, seed, grain)

@@ -91,8 +91,8 @@ def bench_data(
     """`bench` on pictures of a data set, as `miaformer bench --json` writes it.
 
     data: what `read_pictures` takes. grains: decisions are drawn at random, once for each, instead of the model's own.
-    calibration_images: on which they are drawn, and a model without calibration is calibrated. Ctrl-C ends it with what
-    there is, and `interrupted` says so; on_cell is given the same after each dtype and batch size.
+    calibration_images: on which controllers are drawn, and a model without calibration is calibrated. Ctrl-C ends it
+    with what there is, and `interrupted` says so; on_cell is given the same after each dtype and batch size.
 
     Raises ValueError as `read_pictures`, `drawn_models` and `bench` do.
     """
@@ -102,7 +102,7 @@ def bench_data(
     if len(pictures) >= 2 * calibration_images:  # else there are too few for both
         pictures = pictures[:-calibration_images]
     pictures = pictures[:wanted]
-    models = {"all": model} if grains is None else drawn_models(model, held_out, seed, grains)
+    models = {"all": model} if grains is None else drawn_models(model, held_out, pictures, seed, grains)
     _calibrate_all(models, held_out, str(data), on_progress)
     device = next(model.parameters()).device
     about = {
