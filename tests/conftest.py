@@ -21,8 +21,11 @@ settings.load_profile("seeded")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Exported files and chosen engines: neither found in the user's cache nor left there."""
+    """Exported files and chosen engines: neither found in the user's cache nor left there. And the same products on
+    every machine.
+    """
     with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MIAFORMER_PRODUCTS", "onednn")
         patched.setenv("MIAFORMER_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 

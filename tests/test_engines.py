@@ -15,9 +15,10 @@ from vits import enliven, pictures, vit
 
 from miaformer import MIAFormer, Predictor, load
 from miaformer.data import Batch
+from miaformer.engine.races import faster
 from miaformer.evaluation import calibrate
 from miaformer.export.engines import ENGINES, EngineUnavailableError, auto, onnx_runtime, open_engine
-from miaformer.export.engines.auto import Auto, Choice, faster
+from miaformer.export.engines.auto import Auto, Choice
 from miaformer.export.engines.onnx_runtime import OnnxRuntime
 from miaformer.export.engines.pytorch import Compiled, Eager
 from miaformer.model.adapt import adapt
@@ -239,7 +240,7 @@ def injected(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list
     """Let every timing find these; gives the list of how many candidates each of them had."""
     timed: list[int] = []
 
-    def found(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    def found(calls: dict[str, Callable[[], object]], limit: float) -> dict[str, float]:
         timed.append(len(calls))
         return {name: seconds[name] for name in calls}
 

@@ -24,11 +24,6 @@ def processor_name() -> str:
     return described().get("model name") or platform.processor() or platform.machine()
 
 
-def is_intel() -> bool:
-    vendor = described().get("vendor_id") or platform.processor()  # Windows ends with the vendor
-    return vendor.endswith("GenuineIntel")
-
-
 def processor_cores() -> int:
     """How many this process may use."""
     if hasattr(os, "sched_getaffinity"):

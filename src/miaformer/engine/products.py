@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
 from miaformer.engine.changes import versions
-from miaformer.engine.processor import is_intel
+from miaformer.engine.kernels import POINTWISE, onednn_pays
 
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
@@ -70,7 +70,7 @@ class OneDnn(Plain):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _pays(x, weight):
             return F.linear(x, weight, bias)
-        out: Tensor = _POINTWISE.default(x, _dense(weight), bias, "none", [], "")
+        out: Tensor = POINTWISE.default(x, _dense(weight), bias, "none", [], "")
         return out
 
     def activated(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any) -> Tensor:
@@ -78,13 +78,13 @@ class OneDnn(Plain):
         if gelu is None or not _pays(x, weight):
             activated: Tensor = act(self.linear(x, weight, bias))
             return activated
-        out: Tensor = _POINTWISE.default(x, _dense(weight), bias, "gelu", [], gelu)
+        out: Tensor = POINTWISE.default(x, _dense(weight), bias, "gelu", [], gelu)
         return out
 
     def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         if not _pays(x, weight):
             return _added(x, weight, bias, residual)
-        fused: Tensor = _POINTWISE.binary(x, residual, _dense(weight), bias, "add")
+        fused: Tensor = POINTWISE.binary(x, residual, _dense(weight), bias, "add")
         return fused
 
 
@@ -102,7 +102,7 @@ class Packed(OneDnn):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._pays(x, weight):
             return F.linear(x, weight, bias)
-        out: Tensor = _POINTWISE.default(x, self._packed(weight), bias, "none", [], "")
+        out: Tensor = POINTWISE.default(x, self._packed(weight), bias, "none", [], "")
         return out
 
     def side_by_side(self, x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
@@ -112,7 +112,7 @@ class Packed(OneDnn):
             return [F.linear(x, weight, bias) for weight, bias in layers]
         originals = weights if biases[0] is None else (*weights, *biases)
         copy = self._copy_of(*originals, make=lambda: _joined(weights, biases))
-        out: Tensor = _POINTWISE.default(x, copy.weight, copy.bias, "none", [], "")
+        out: Tensor = POINTWISE.default(x, copy.weight, copy.bias, "none", [], "")
         return out.view(len(x), len(layers), -1).unbind(1)
 
     def activated(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any) -> Tensor:
@@ -120,20 +120,20 @@ class Packed(OneDnn):
         if gelu is None or not self._pays(x, weight):
             activated: Tensor = act(self.linear(x, weight, bias))
             return activated
-        out: Tensor = _POINTWISE.default(x, self._packed(weight), bias, "gelu", [], gelu)
+        out: Tensor = POINTWISE.default(x, self._packed(weight), bias, "gelu", [], gelu)
         return out
 
     def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         if not self._pays(x, weight):
             return _added(x, weight, bias, residual)
-        fused: Tensor = _POINTWISE.binary(x, residual, self._packed(weight), bias, "add")
+        fused: Tensor = POINTWISE.binary(x, residual, self._packed(weight), bias, "add")
         return fused
 
     @staticmethod
     def _pays(x: Tensor, *weights: Tensor) -> bool:
         """Whether oneDNN is the faster one for one product with all of these together."""
-        macs = len(x) * sum(weight.numel() for weight in weights)
-        return x.dtype != torch.float32 or macs >= _LEAST_MACS_PACKED
+        size = sum(weight.numel() for weight in weights)
+        return x.dtype != torch.float32 or onednn_pays(len(x), size, True, torch.get_num_threads())
 
     def _packed(self, weight: Tensor) -> Tensor:
         return self._copy_of(weight, make=lambda: (weight.detach(), None)).weight
@@ -186,16 +186,10 @@ def gelu_kind(act: Any) -> str | None:
     return {GELU: "none", GELUTanh: "tanh"}.get(type(act))
 
 
-_POINTWISE: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None where PyTorch was built without oneDNN
-
-# MACs of a float32 product from which oneDNN's linear is faster than PyTorch's own, with plain weights and with packed
-# ones, as measured (docs/log.md). A call of it takes 30 us, one of PyTorch's own 6, and a plain weight is rearranged.
-# PyTorch's own is MKL, which is at its best on Intel's processors alone.
-_LEAST_MACS, _LEAST_MACS_PACKED = (60_000_000, 20_000_000) if is_intel() else (6_000_000, 0)
-
-
 def _pays(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype != torch.float32 or (weight.is_contiguous() and len(x) * weight.numel() >= _LEAST_MACS)
+    return x.dtype != torch.float32 or (
+        weight.is_contiguous() and onednn_pays(len(x), weight.numel(), False, torch.get_num_threads())
+    )
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -206,7 +200,7 @@ def _dense(weight: Tensor) -> Tensor:
 
 
 def _supported_by_onednn() -> frozenset[torch.dtype]:
-    if _POINTWISE is None:
+    if POINTWISE is None:
         return frozenset()
     try:
         bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -226,7 +220,7 @@ def _count_flops() -> None:
 
     fused: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     if _ONEDNN_DTYPES:
-        fused[_POINTWISE] = linear
+        fused[POINTWISE] = linear
     for operation, formula in fused.items():
         if operation not in flop_registry:
             register_flop_formula(operation)(formula)

@@ -6,28 +6,23 @@ the requested budget, the budget saves MACs and no time, and whoever asked shoul
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from miaformer.data.files import whole_file
-from miaformer.engine.processor import processor_name
+from miaformer.engine.races import cache_folder, faster, remembered
 from miaformer.export.engines.engine import Engine, EngineUnavailableError
-from miaformer.export.engines.onnx_runtime import OnnxRuntime, cache_folder, model_key
+from miaformer.export.engines.onnx_runtime import OnnxRuntime, model_key
 from miaformer.export.engines.pytorch import Eager
 from miaformer.model.model import MIAFormer
 from miaformer.model.output import Output
 
 SECONDS = 0.4  # that timing a candidate may take
-LEAST_CALLS = 5
 TIMED = "engines.json"
 _DENSE = ", dense"
 _log = logging.getLogger(__name__)
@@ -115,44 +110,24 @@ class Auto(Engine):
         kind = "batches" if len(images) > 1 else "single images"
         budget = None if budgets is None else statistics.fmean(budgets)
         spent = "" if budget is None else f" at {budget:.2f}" + (f" under {statistics.fmean(caps):.2f}" if caps else "")
-        key = f"{model_key(self.model)}, {kind}{spent}, {_machine()}"
-        path = (self.folder or cache_folder()) / TIMED
-        found = _timed_before(path).get(key)
-        if found is None or set(found) != set(calls):
+
+        def race() -> dict[str, float]:
             for name, call in list(calls.items()):
                 try:
                     call()
                 except EngineUnavailableError as error:  # not every model can be exported
                     _log.warning("the engine %s is left out: %s", name, error)
                     del calls[name]
-            found = {name: 1000 * taken / len(images) for name, taken in faster(calls).items()}
-            with suppress(OSError), whole_file(path) as unfinished:
-                unfinished.write_text(json.dumps({**_timed_before(path), key: found}, indent=2) + "\n")
+            return {name: 1000 * taken / len(images) for name, taken in faster(calls, SECONDS).items()}
+
+        file = (self.folder or cache_folder()) / TIMED
+        found = remembered(file, f"{model_key(self.model)}, {kind}{spent}", set(calls), race)
         sparse = {name: ms for name, ms in found.items() if not name.endswith(_DENSE)}
         dense = {name.removesuffix(_DENSE): ms for name, ms in found.items() if name.endswith(_DENSE)}
         choice = Choice(kind, sparse, dense, budget)
         if self.on_choice is not None:
             self.on_choice(choice)
         return choice
-
-
-def faster(
-    candidates: Mapping[str, Callable[[], object]],
-    seconds: float = SECONDS,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """Median seconds of a call of each, called in turn, the fastest first. The first call of each does not count."""
-    for call in candidates.values():
-        call()
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
-    begun = clock()
-    while len(next(iter(taken.values()))) < LEAST_CALLS or clock() - begun < seconds * len(candidates):
-        for name, call in candidates.items():
-            start = clock()
-            call()
-            taken[name].append(clock() - start)
-    medians = {name: statistics.median(times) for name, times in taken.items()}
-    return dict(sorted(medians.items(), key=lambda one: one[1]))
 
 
 def _fastest(ms: Mapping[str, float]) -> str:
@@ -164,16 +139,3 @@ def _listed(ms: Mapping[str, float]) -> str:
     best, *others = sorted(ms, key=lambda name: ms[name])
     slower = ", ".join(f"{name} {ms[name]:.2g}" for name in others)
     return f"{best}, {ms[best]:.2g} ms an image" + (f" ({slower})" if slower else "")
-
-
-def _timed_before(path: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds of each engine, as timed before on this machine, by model, kind of batch and processor."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _machine() -> str:
-    return f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

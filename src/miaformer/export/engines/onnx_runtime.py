@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import miaformer
+from miaformer.engine.races import cache_folder
 from miaformer.export.engines.engine import Engine, EngineUnavailableError, first_line
 from miaformer.export.session import NO_CAP, AdaptiveFile, open_session
 from miaformer.model.fingerprint import fingerprint
@@ -180,13 +181,6 @@ def exporting() -> Iterator[None]:
         raise
     except Exception as error:
         raise EngineUnavailableError(f"export to ONNX failed: {first_line(error)}") from error
-
-
-def cache_folder() -> Path:
-    """Where exported files and chosen engines are kept: MIAFORMER_CACHE, or `miaformer` in the user's cache."""
-    given = os.environ.get("MIAFORMER_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(home) / "miaformer"
 
 
 def model_key(model: MIAFormer) -> str:
