@@ -63,8 +63,7 @@ rows (columns of a .csv or .parquet file, keys of a .jsonl line):
 Class names come from --classes FILE, or else from the model; without either, `class` is empty.
 
 --resume refuses to continue with other arguments, another model, or other input files than the run began with. A kill
-loses the current batch; with .parquet, it loses the work of half a second and of 1 % of the time so far. The resumed
-run repeats that work.
+loses the current batch, which the resumed run repeats.
 """
 
 

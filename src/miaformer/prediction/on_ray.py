@@ -77,8 +77,7 @@ def predict_on_ray(
 ) -> None:
     """`run.predict` by so many workers, each with a classifier of its own. cpus, gpus: that Ray sets aside for each.
 
-    address: of a cluster; None starts one on this machine. Rows come in the order of the inputs. Stopped by Ctrl-C it
-    makes safe what it has and raises KeyboardInterrupt.
+    address: of a cluster; None starts one on this machine. Rows come in the order of the inputs.
 
     Raises RuntimeError where a worker fails by itself: dying is not failing.
     """
@@ -98,22 +97,12 @@ def predict_on_ray(
                 num_cpus=cpus,
                 num_gpus=gpus,
             )
-            _keep(found, run, on_rows)
+            try:
+                for batch in found.iter_rows():
+                    on_rows(run.add(json.loads(batch["rows"]), Position(batch["sources"], batch["entries"])))
+            except ray.exceptions.RayError as error:
+                raise RuntimeError(f"a worker failed: {error.__cause__ or error}") from error
     run.finish()
-
-
-def _keep(found: Any, run: UnfinishedRun, on_rows: Callable[[int], None]) -> None:
-    from ray.exceptions import RayError
-
-    try:
-        for batch in found.iter_rows():
-            on_rows(run.add(json.loads(batch["rows"]), Position(batch["sources"], batch["entries"])))
-    except KeyboardInterrupt:
-        run.save()
-        raise
-    except RayError as error:
-        run.save()
-        raise RuntimeError(f"a worker failed: {error.__cause__ or error}") from error
 
 
 class _Worker:

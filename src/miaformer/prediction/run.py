@@ -27,17 +27,12 @@ def predict(
 ) -> None:
     """Classify what a run does not have yet, and finish it.
 
-    Batches are the same whether it was resumed or not, and so are rows. on_rows: is told how many there are. Stopped by
-    Ctrl-C it makes safe what it has and raises KeyboardInterrupt.
+    Batches are the same whether it was resumed or not, and so are rows. on_rows: is told how many there are.
     """
     on_rows(run.tally.rows)
-    try:
-        for position, entries, prepared in _ahead(inputs, run.position, classify, batch_size):
-            on_rows(run.add(classify.rows(entries, prepared), position))
-        run.finish()
-    except KeyboardInterrupt:
-        run.save()
-        raise
+    for position, entries, prepared in _ahead(inputs, run.position, classify, batch_size):
+        on_rows(run.add(classify.rows(entries, prepared), position))
+    run.finish()
 
 
 def _ahead(inputs: Inputs, start: Position, classify: BatchClassifier, batch_size: int) -> Iterator[_Prepared]:
