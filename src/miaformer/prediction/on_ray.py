@@ -7,20 +7,39 @@ they must lie on a disk that all have. What a worker did not finish when it died
 from __future__ import annotations
 
 import json
+import logging
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from miaformer.prediction.classify import BatchClassifier
 from miaformer.prediction.entries import Entry, Position, Source
-from miaformer.prediction.ray_cluster import cluster
 from miaformer.prediction.sources import Inputs
 from miaformer.prediction.unfinished import UnfinishedRun
 
 STRETCH = 8  # batches: what is done again where a worker dies, and what Ray's own work for each is shared by
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """A block with Ray: the cluster at an address, one started here, or the one that this process already uses."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 @dataclass(frozen=True)

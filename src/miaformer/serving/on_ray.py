@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from miaformer.prediction.ray_cluster import cluster
+from miaformer.prediction.on_ray import cluster
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
