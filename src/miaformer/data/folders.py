@@ -5,40 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from miaformer.data.images import ImageError, find_images, open_image
+from miaformer.data.images import ImageError, find_images
 from miaformer.data.label_files import label_files
-from miaformer.data.source import ImageData
+from miaformer.data.source import PictureFiles
 from miaformer.data.splits import UNSPLIT, canonical_part
-
-
-class FolderImages(ImageData):
-    """The pictures below the class folders of `root`, in sorted order; label k is `classes[k]`."""
-
-    def __init__(self, root: Path, classes: list[str]) -> None:
-        self.name = str(root)
-        self.classes = classes
-        self.paths: list[Path] = []
-        labels: list[int] = []
-        of_class: dict[str, str] = {}  # where pictures lie, links resolved
-        for folder in _subfolders(root):
-            paths = _pictures(folder)
-            if not paths:
-                continue
-            if folder.name not in classes:
-                raise ValueError(f"{folder}: class {folder.name!r} is not among the {len(classes)} classes to train on")
-            for place in {path.parent for path in paths}:
-                other = of_class.setdefault(os.path.realpath(place), folder.name)
-                if other != folder.name:
-                    raise ValueError(f"{place}: a link to pictures of class {other!r}, in class {folder.name!r}")
-            self.paths += paths
-            labels += [classes.index(folder.name)] * len(paths)
-        self.labels = np.asarray(labels, dtype=np.int64)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return open_image(self.paths[index]), int(self.labels[index])
 
 
 class ClassFolders:
@@ -69,7 +41,7 @@ class ClassFolders:
     def parts(self) -> set[str]:
         return set(self._folders)
 
-    def read(self, part: str) -> FolderImages:
+    def read(self, part: str) -> PictureFiles:
         named = self._folders.get("train", self._folders[part])
         classes = [folder.name for folder in _subfolders(named) if _pictures(folder)]
         if not classes:
@@ -78,7 +50,27 @@ class ClassFolders:
                 f"{named}: no class folders with pictures in them; expected {named / 'CLASS' / 'picture.png'}"
                 + (f". If {lists[0].name} lists the pictures, give that file: {lists[0]}" if lists else "")
             )
-        return FolderImages(self._folders[part], classes)
+        return _labelled(self._folders[part], classes)
+
+
+def _labelled(root: Path, classes: list[str]) -> PictureFiles:
+    """The pictures below the class folders of `root`, in sorted order; label k is `classes[k]`."""
+    found: list[Path] = []
+    labels: list[int] = []
+    of_class: dict[str, str] = {}  # where pictures lie, links resolved
+    for folder in _subfolders(root):
+        paths = _pictures(folder)
+        if not paths:
+            continue
+        if folder.name not in classes:
+            raise ValueError(f"{folder}: class {folder.name!r} is not among the {len(classes)} classes to train on")
+        for place in {path.parent for path in paths}:
+            other = of_class.setdefault(os.path.realpath(place), folder.name)
+            if other != folder.name:
+                raise ValueError(f"{place}: a link to pictures of class {other!r}, in class {folder.name!r}")
+        found += paths
+        labels += [classes.index(folder.name)] * len(paths)
+    return PictureFiles(str(root), found, labels, classes)
 
 
 def _unpacked(root: Path) -> Path:

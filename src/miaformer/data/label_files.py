@@ -11,12 +11,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from miaformer.data.columns import Columns
-from miaformer.data.images import open_image
-from miaformer.data.source import ImageData
+from miaformer.data.source import PictureFiles
 from miaformer.data.splits import UNSPLIT, canonical_part
 
 SUFFIXES = (".csv", ".tsv")
@@ -40,25 +36,6 @@ class Entry:
     line: int
 
 
-class LabelledFiles(ImageData):
-    """Some entries of a label file; label k is `classes[k]`."""
-
-    def __init__(self, name: str, file: Path, entries: list[Entry], classes: list[str]) -> None:
-        self.name, self.classes = name, classes
-        self.paths = [entry.path for entry in entries]
-        number = {label: place for place, label in enumerate(classes)}
-        for entry in entries:
-            if entry.label not in number:
-                raise ValueError(
-                    f"{file}, line {entry.line}: class {entry.label!r} is not among the {len(classes)} classes to "
-                    "train on"
-                )
-        self.labels = np.asarray([number[entry.label] for entry in entries], dtype=np.int64)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return open_image(self.paths[index]), int(self.labels[index])
-
-
 class LabelFile:
     """A CSV or TSV file with a path, a label and optionally a split in each row.
 
@@ -69,28 +46,32 @@ class LabelFile:
 
     def __init__(self, file: Path, columns: Columns | None = None) -> None:
         self.name = str(file)
-        self._file = file
         self._entries = _read(file, columns or Columns())
 
     @property
     def parts(self) -> set[str]:
         return {entry.part for entry in self._entries}
 
-    def read(self, part: str) -> LabelledFiles:
+    def read(self, part: str) -> PictureFiles:
         named = "train" if "train" in self.parts else part
         labels = {entry.label for entry in self._entries if entry.part == named}
-        classes = sorted(labels, key=_number) if all(label.isdecimal() for label in labels) else sorted(labels)
+        are_numbers = all(label.isdecimal() for label in labels)
+        classes = sorted(labels, key=lambda label: (int(label) if are_numbers else 0, label))
+        number = {label: place for place, label in enumerate(classes)}
+        entries = [entry for entry in self._entries if entry.part == part]
+        for entry in entries:
+            if entry.label not in number:
+                raise ValueError(
+                    f"{self.name}, line {entry.line}: class {entry.label!r} is not among the {len(classes)} classes "
+                    "to train on"
+                )
         name = self.name if part == UNSPLIT else f"{self.name} ({part})"
-        return LabelledFiles(name, self._file, [e for e in self._entries if e.part == part], classes)
+        return PictureFiles(name, [e.path for e in entries], [number[e.label] for e in entries], classes)
 
 
 def label_files(folder: Path) -> list[Path]:
     """The files in a folder that could list its pictures."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-
-
-def _number(label: str) -> tuple[int, str]:
-    return int(label), label
 
 
 def _read(file: Path, named: Columns) -> list[Entry]:
@@ -160,34 +141,31 @@ def _rows(file: Path) -> list[tuple[int, list[str]]]:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error}): save it as UTF-8") from None
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(_DELIMITERS, key=lambda d: _fit(text, d, file.parent))
-    rows = []
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(_DELIMITERS, key=lambda d: _fit(file, text, d))
+    return list(_parsed(file, text, delimiter))
+
+
+def _parsed(file: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     line = 1
     try:
-        for row, next_line in _parsed(text, delimiter):
-            if any(row):
-                rows.append((line, row))
-            line = next_line
+        for row in reader:
+            fields = [field.strip() for field in row]
+            if any(fields):
+                yield line, fields
+            line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{file}, line {line}: {error}") from None
-    return rows
 
 
-def _parsed(text: str, delimiter: str) -> Iterator[tuple[list[str], int]]:
-    """Rows of fields without surrounding spaces, and the line that follows each."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
-    for row in reader:
-        yield [field.strip() for field in row], reader.line_num + 1
-
-
-def _fit(text: str, delimiter: str, folder: Path) -> tuple[bool, bool, bool]:
+def _fit(file: Path, text: str, delimiter: str) -> tuple[bool, bool, bool]:
     """How well a delimiter suits the first rows: best where it makes a header of known names or the path of a picture,
     then several columns, then rows of equal length. (`csv.Sniffer` guesses by frequency, and finds letters in short
     paths.)
     """
     rows: list[list[str]] = []
-    with suppress(csv.Error):  # told of when the rows are read
-        rows += (row for row, _ in islice(_parsed(text, delimiter), _SNIFFED_ROWS) if any(row))
+    with suppress(ValueError):  # told of when the rows are read
+        rows += (row for _, row in islice(_parsed(file, text, delimiter), _SNIFFED_ROWS))
     first = rows[0] if rows else [""]
     is_header = _place(first, _PATH) is not None and _place(first, _LABEL) is not None
-    return is_header or os.path.isfile(folder / first[0]), len(first) > 1, len({len(row) for row in rows}) <= 1
+    return is_header or os.path.isfile(file.parent / first[0]), len(first) > 1, len({len(row) for row in rows}) <= 1

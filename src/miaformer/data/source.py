@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
+
+from miaformer.data.images import open_image
 
 Split = Literal["train", "calibration", "test"]
 
@@ -38,6 +41,17 @@ class ImageData(Dataset[tuple[Image.Image, int]], ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+class PictureFiles(ImageData):
+    """Pictures in files of their own, `paths`."""
+
+    def __init__(self, name: str, paths: Sequence[Path], labels: Sequence[int], classes: list[str]) -> None:
+        self.name, self.paths, self.classes = name, list(paths), classes
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return open_image(self.paths[index]), int(self.labels[index])
 
 
 def check_classes(data: ImageData) -> None:
