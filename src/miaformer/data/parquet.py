@@ -13,9 +13,9 @@ from miaformer.data.columns import Columns
 from miaformer.data.images import ImageError, open_image
 from miaformer.data.parquet_columns import (
     NoColumnError,
-    holds_paths,
     image_column,
     label_column,
+    listed_files,
     open_parquet,
     stored_picture,
 )
@@ -145,8 +145,8 @@ def holds_pictures(file: Path, root: Path) -> bool:
     lists files.
     """
     try:
-        opened = open_parquet(file)
-        return not holds_paths(opened, image_column(opened, str(file), (file.parent, root)))
+        opened, roots = open_parquet(file), (file.parent, root)
+        return not listed_files(opened, image_column(opened, str(file), roots), roots)
     except NoColumnError:
         return False
     except ValueError:

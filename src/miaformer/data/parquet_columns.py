@@ -17,15 +17,13 @@ from miaformer.data.images import picture_suffixes, readable_formats
 
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("label", "labels", "fine_label")
+_BYTES = {"binary", "large_binary", "binary_view", "fixed_size_binary"}  # types, as pyarrow writes them
+_TEXT = {"string", "large_string", "string_view"}
 _LOOKED_AT = 64  # rows of a file, the first ones
 
 
 class NoColumnError(ValueError):
-    """A parquet file that holds no pictures, or no labels: `reason` says it without the file's name."""
-
-    def __init__(self, file: str, reason: str) -> None:
-        super().__init__(f"{file}: {reason}")
-        self.reason = reason
+    """A parquet file that holds no pictures, or no labels."""
 
 
 def open_parquet(file: Path, **options: Any) -> Any:
@@ -43,26 +41,25 @@ def image_column(opened: Any, file: str, roots: Sequence[Path], named: str | Non
     whose first values are pictures. Raises NoColumnError where there is none, ValueError where there are several.
     """
     schema = _schema(opened, file)
-    able = [field.name for field in schema if _may_hold_pictures(field.type)]
+    able = [field.name for field in schema if _kinds(field.type) & (_BYTES | _TEXT)]
     if named is not None:
         if named not in able:
             what = f"holds {schema.field(named).type}" if named in schema.names else "is not there"
             raise NoColumnError(
-                file,
-                f"column {named!r} {what}; pictures are bytes, {{bytes, path}} or paths, here in "
-                + (", ".join(able) or "no column"),
+                f"{file}: column {named!r} {what}; pictures are bytes, {{bytes, path}} or paths, here in "
+                + (", ".join(able) or "no column")
             )
         return named
     declared = _declared(schema, "Image")
     holding = [name for name in able if _holds_pictures(opened, name, roots)]
     if not holding:  # no rows, or the first ones are damaged or null
-        usual = [name for name in able if name.casefold() in _IMAGE_NAMES and not _is_text(schema, name)]
+        text = [field.name for field in schema if str(field.type) in _TEXT]
+        usual = [name for name in able if name.casefold() in _IMAGE_NAMES and name not in text]
         holding = [name for name in able if name in declared or name in usual]
     if not holding:
         raise NoColumnError(
-            file,
-            f"no column of pictures among {', '.join(schema.names)}; expected encoded pictures as bytes or "
-            "{bytes, path}, or paths of pictures that are there; --image-column names it",
+            f"{file}: no column of pictures among {', '.join(schema.names)}; expected encoded pictures as bytes or "
+            "{bytes, path}, or paths of pictures that are there; --image-column names it"
         )
     return _only(holding, declared, _IMAGE_NAMES, file, "pictures", "--image-column")
 
@@ -79,13 +76,12 @@ def label_column(opened: Any, file: str, named: str | None = None) -> tuple[str,
         able = declared or [name for name in schema.names if name.casefold() in _LABEL_NAMES]
         if not able:
             raise NoColumnError(
-                file,
-                f"no label column among {', '.join(schema.names)}; call it one of {', '.join(_LABEL_NAMES)}, "
-                "or name it (--label-column)",
+                f"{file}: no label column among {', '.join(schema.names)}; call it one of "
+                f"{', '.join(_LABEL_NAMES)}, or name it (--label-column)"
             )
         named = _only(able, declared, _LABEL_NAMES, file, "labels", "--label-column")
     elif named not in schema.names:
-        raise NoColumnError(file, f"no column {named!r} among {', '.join(schema.names)}")
+        raise NoColumnError(f"{file}: no column {named!r} among {', '.join(schema.names)}")
     feature = _features(schema).get(named)
     names = (feature.get("names") or []) if isinstance(feature, dict) else []
     return named, [str(name) for name in names]
@@ -106,13 +102,14 @@ def stored_picture(value: Any, roots: Sequence[Path]) -> bytes | Path | None:
     return next((place for place in places if os.path.isfile(place)), places[0])  # False, too, for what is no path
 
 
-def holds_paths(opened: Any, column: str) -> bool:
-    """Whether the pictures of a column lie in files of their own."""
-    found = [stored_picture(value, [Path()]) for value in first_values(opened, column)]
-    return bool(found) and all(isinstance(one, Path) for one in found)
+def listed_files(opened: Any, column: str, roots: Sequence[Path]) -> list[Path]:
+    """The files in which the pictures of the first rows lie; none where some are in the rows."""
+    found = [stored_picture(value, roots) for value in _first_values(opened, column)]
+    files = [one for one in found if isinstance(one, Path)]
+    return files if len(files) == len(found) else []
 
 
-def first_values(opened: Any, column: str) -> list[Any]:
+def _first_values(opened: Any, column: str) -> list[Any]:
     """Those of the first rows that are not null."""
     batches = islice(opened.iter_batches(_LOOKED_AT, columns=[column]), 1)
     return [value for batch in batches for value in batch.column(0).to_pylist() if value is not None]
@@ -136,37 +133,19 @@ def _only(able: list[str], declared: list[str], usual: Sequence[str], file: str,
     return preferred[0]
 
 
-def _may_hold_pictures(kind: Any) -> bool:
+def _kinds(kind: Any) -> set[str]:
+    """The types of what a column of an Arrow type holds, of {bytes, path} those of its fields."""
     types = require("pyarrow").types
     if types.is_struct(kind):
-        return any(_may_hold_pictures(field.type) for field in kind if field.name in ("bytes", "path"))
+        return {one for field in kind if field.name in ("bytes", "path") for one in _kinds(field.type)}
     if types.is_dictionary(kind):
-        return _may_hold_pictures(kind.value_type)
-    return _is_encoded(kind) or _is_string(kind)
-
-
-def _is_encoded(kind: Any) -> bool:
-    types = require("pyarrow").types
-    return bool(
-        types.is_binary(kind)
-        or types.is_large_binary(kind)
-        or types.is_binary_view(kind)
-        or types.is_fixed_size_binary(kind)
-    )
-
-
-def _is_string(kind: Any) -> bool:
-    types = require("pyarrow").types
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
-
-
-def _is_text(schema: Any, name: str) -> bool:
-    return _is_string(schema.field(name).type)
+        return _kinds(kind.value_type)
+    return {str(kind).partition("[")[0]}
 
 
 def _holds_pictures(opened: Any, column: str, roots: Sequence[Path]) -> bool:
     try:
-        values = first_values(opened, column)
+        values = _first_values(opened, column)
     except (OSError, ValueError):  # damaged: told of when its rows are read
         return False
     return any(_is_picture(stored_picture(value, roots)) for value in values)

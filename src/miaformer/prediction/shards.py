@@ -189,23 +189,20 @@ class ParquetShard:
         with self._opened() as file:
             try:
                 self._column = image_column(file, self.name, self._roots, column)
-            except NoColumnError as error:
-                raise NoPicturesError(error.reason) from None
             except ValueError as error:
-                raise SourceError(str(error).removeprefix(f"{path}: ")) from error
+                kind = NoPicturesError if isinstance(error, NoColumnError) else SourceError
+                raise kind(str(error).removeprefix(f"{path}: ")) from error
             self.count: int | None = file.metadata.num_rows
 
     def listed(self) -> set[str]:
         """Absolute paths of the pictures that its first rows name; empty where they hold pictures themselves."""
-        from miaformer.data.parquet_columns import first_values, stored_picture
+        from miaformer.data.parquet_columns import listed_files
 
         try:
             with self._opened() as file:
-                found = [stored_picture(value, self._roots) for value in first_values(file, self._column)]
+                return {os.path.abspath(path) for path in listed_files(file, self._column, self._roots)}
         except (OSError, ValueError):  # damaged: told of when its rows are read
             return set()
-        paths = {os.path.abspath(one) for one in found if isinstance(one, Path)}
-        return paths if all(isinstance(one, Path) for one in found) else set()
 
     def entries(self, start: int = 0) -> Iterator[Entry]:
         from miaformer.data.parquet_columns import stored_picture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from miaformer.prediction.entries import BEGINNING, Entry, Position, Source, SourceError, Unreadable
@@ -117,13 +118,9 @@ def find_inputs(paths: Sequence[str | Path], image_column: str | None = None) ->
         raise SourceError(f"no parquet file here has a column {image_column!r} of pictures")
     named = {str(Path(path)) for path in paths}
     pictures = {os.path.abspath(source.path) for source in sources.values() if isinstance(source, PictureFile)}
-    return Inputs([one for one in sources.values() if one.name in named or not _lists_some_of(one, pictures)])
-
-
-def _lists_some_of(source: Source, pictures: set[str]) -> bool:
-    """Whether it is a table about pictures that are sources themselves."""
-    listed = source.listed() if isinstance(source, ParquetShard) else set()
-    return bool(listed) and listed <= pictures
+    tables = [one for one in sources.values() if isinstance(one, ParquetShard) and one.name not in named]
+    about_others = {one.name for one in tables if (listed := one.listed()) and listed <= pictures}
+    return Inputs([one for one in sources.values() if one.name not in about_others])
 
 
 def find_pictures(paths: Sequence[str | Path]) -> tuple[list[Path], dict[str, str]]:
@@ -145,55 +142,39 @@ def find_pictures(paths: Sequence[str | Path]) -> tuple[list[Path], dict[str, st
 
 
 def _sources(path: str, image_column: str | None) -> list[Source]:
-    named = Path(path)
-    if named.is_dir():
-        return _below(named, image_column)
-    if named.is_file():
-        return [_of_file(named, named.parent, image_column)]
-    if glob.has_magic(path):
-        return _matching(path, image_column)
-    raise SourceError("neither a file nor a folder" if named.exists() else "no such file or folder")
-
-
-def _below(folder: Path, image_column: str | None) -> list[Source]:
     from miaformer.data.images import files_below, picture_suffixes
 
-    files = [path for path in files_below(folder, _known_suffix()) if not _is_unfinished(path.relative_to(folder))]
-    sources = _holding_pictures(files, folder, image_column)
-    if not sources:
-        some = ", ".join(sorted(picture_suffixes())[:8])
-        shards = ", ".join((*ARCHIVE_SUFFIXES, PARQUET_SUFFIX))
-        raise SourceError(f"no pictures in this folder (known suffixes: {some}, ...; {shards})")
-    return sources
+    pictures, shards = picture_suffixes(), (*ARCHIVE_SUFFIXES, PARQUET_SUFFIX)
 
+    def known(name: str) -> bool:
+        return os.path.splitext(name)[1].lower() in pictures or name.lower().endswith(shards)
 
-def _matching(pattern: str, image_column: str | None) -> list[Source]:
+    named = Path(path)
+    if named.is_file():
+        return [_of_file(named, named.parent, image_column)]
+    if named.is_dir():
+        places = [named]
+        none = (
+            f"no pictures in this folder (known suffixes: {', '.join(sorted(pictures)[:8])}, ...; {', '.join(shards)})"
+        )
+    elif glob.has_magic(path):
+        places = [Path(match) for match in sorted(glob.glob(path, recursive=True))]
+        none = "none is a picture by its suffix" if places else "no such file or folder"
+        none = f"{none} (as a pattern it matches {len(places):,} names)"
+    else:
+        raise SourceError("neither a file nor a folder" if named.exists() else "no such file or folder")
     found: list[Source] = []
-    known = _known_suffix()
-    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-    for match in matches:
-        if _is_unfinished(match):
+    for place in places:
+        if place != named and _is_unfinished(place):
             continue
-        if match.is_dir():
-            try:
-                found += _below(match, image_column)
-            except SourceError:  # a folder without pictures: the pattern matches others
-                continue
-        elif known(match.name):
-            found += _holding_pictures([match], match.parent, image_column)
+        files = files_below(place, known) if place.is_dir() else [place] if known(place.name) else []
+        root = place if place.is_dir() else place.parent
+        for file in files:
+            if not _is_unfinished(file.relative_to(root)):
+                with suppress(NoPicturesError):
+                    found.append(_of_file(file, root, image_column))
     if not found:
-        none = "none is a picture by its suffix" if matches else "no such file or folder"
-        raise SourceError(f"{none} (as a pattern it matches {len(matches):,} names)")
-    return found
-
-
-def _holding_pictures(files: Sequence[Path], root: Path, image_column: str | None) -> list[Source]:
-    found: list[Source] = []
-    for path in files:
-        try:
-            found.append(_of_file(path, root, image_column))
-        except NoPicturesError:
-            continue
+        raise SourceError(none)
     return found
 
 
@@ -210,14 +191,6 @@ def _of_file(path: Path, root: Path, image_column: str | None) -> Source:
         raise
     except SourceError as error:
         return MissingSource(str(path), str(error))
-
-
-def _known_suffix() -> Callable[[str], bool]:
-    from miaformer.data.images import picture_suffixes
-
-    pictures = picture_suffixes()
-    shards = (*ARCHIVE_SUFFIXES, PARQUET_SUFFIX)
-    return lambda name: os.path.splitext(name)[1].lower() in pictures or name.lower().endswith(shards)
 
 
 def _is_unfinished(path: Path) -> bool:
