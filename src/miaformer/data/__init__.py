@@ -10,27 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from miaformer.data.digits import Digits
-    from miaformer.data.loader import Batch, Batches, LabelledBatch
-    from miaformer.data.on_device import DeviceBatches
-    from miaformer.data.source import ImageData, Split, spread
-    from miaformer.data.specs import open_data
-    from miaformer.data.transforms import Augmentation, Transform, build_transform
-
-__all__ = [
-    "Augmentation",
-    "Batch",
-    "Batches",
-    "DeviceBatches",
-    "Digits",
-    "ImageData",
-    "LabelledBatch",
-    "Split",
-    "Transform",
-    "build_transform",
-    "open_data",
-    "spread",
-]
+    from miaformer.data.digits import Digits as Digits
+    from miaformer.data.loader import Batch as Batch
+    from miaformer.data.loader import Batches as Batches
+    from miaformer.data.loader import LabelledBatch as LabelledBatch
+    from miaformer.data.on_device import DeviceBatches as DeviceBatches
+    from miaformer.data.source import ImageData as ImageData
+    from miaformer.data.source import Split as Split
+    from miaformer.data.source import spread as spread
+    from miaformer.data.specs import open_data as open_data
+    from miaformer.data.transforms import Augmentation as Augmentation
+    from miaformer.data.transforms import Transform as Transform
+    from miaformer.data.transforms import build_transform as build_transform
 
 # Imported when first used: `files` and `images`, which every command needs, wait for no torch.
 _HOME = {

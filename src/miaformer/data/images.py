@@ -24,7 +24,6 @@ MAX_PIXELS = 89_478_485
 # Formats that hold no pixels of their own, or that Pillow hands to another program (EPS runs Ghostscript).
 _NOT_PICTURES = {"EPS", "WMF", "FPX", "MPEG", "GRIB", "HDF5", "BUFR"}
 _USUAL = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
-_HAS_ALPHA = {"LA", "PA", "RGBA", "La", "RGBa"}
 _strict_decoding = threading.Lock()
 
 
@@ -205,7 +204,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_grey_to_8_bits(np.asarray(image))).convert("RGB")
-    if image.mode in _HAS_ALPHA or "transparency" in image.info:
+    if image.has_transparency_data:
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", coloured.size, "white")
         return Image.alpha_composite(white, coloured).convert("RGB")

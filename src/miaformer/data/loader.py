@@ -130,10 +130,9 @@ class Batches:
         return self._steps(epoch, start_step)
 
     def _steps(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        order = self.order(epoch)
         self._plan.batches = [
-            [(epoch, i) for i in self._slice(order[step * self.batch_size : (step + 1) * self.batch_size]).tolist()]
-            for step in range(start_step, self.steps_per_epoch)
+            [(epoch, i) for i in batch[share_of(len(batch), self.rank, self.world_size)].tolist()]
+            for batch in self.order(epoch).split(self.batch_size)[start_step : self.steps_per_epoch]
         ]
         for loaded in self._loader:
             if isinstance(loaded, Exception):
@@ -142,9 +141,6 @@ class Batches:
             if self._normalize is not None:
                 images = self._normalize(images)
             yield Batch(images, labels, index)
-
-    def _slice(self, batch: Tensor) -> Tensor:
-        return batch[share_of(len(batch), self.rank, self.world_size)]
 
 
 def check_shares(batch_size: int, seed: int, rank: int, world_size: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from miaformer.data.source import ImageData, Split, Subset, check_split, spread
+from miaformer.data.source import ImageData, Split, Subset, spread
 
 HELD_OUT_FRACTION = 0.1
 MAX_CALIBRATION = 2000  # images: a budget table needs no more
@@ -81,7 +81,6 @@ def choose_split(source: Source, split: Split) -> ImageData:
     Raises:
         ValueError: the source has no part to make the split from, or too few images to divide.
     """
-    check_split(split)
     have = source.parts
     if UNSPLIT in have:
         return _divide(source.read(UNSPLIT), split, with_test=True)

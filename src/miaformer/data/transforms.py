@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from timm.data import create_transform
+from timm.data.auto_augment import posterize
+from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 
 _MAX_ASPECT = 8  # longer pictures lose their ends, which the centre crop would cut off after an enormous resize
@@ -72,8 +75,6 @@ class Transform:
     """
 
     def __init__(self, steps: list[Callable[[Any], Any]], size: tuple[int, int, int], deterministic: bool) -> None:
-        from timm.data.transforms import MaybeToTensor
-
         split = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
         self.size, self.deterministic = size, deterministic
         self.steps = steps
@@ -137,8 +138,6 @@ def build_transform(
     Raises:
         ValueError: a key is missing, or the backbone does not take three channels.
     """
-    from timm.data import create_transform
-
     missing = [key for key in _NEEDED if key not in data_config]
     if missing:
         raise ValueError(f"data_config lacks {', '.join(missing)}: pass what timm.data.resolve_data_config gives")
@@ -148,7 +147,7 @@ def build_transform(
     config = {key: data_config[key] for key in _NEEDED}
     augment = augment or Augmentation()
     if training and not augment.is_identity:
-        steps = _training_steps(create_transform, config, augment)
+        steps = _training_steps(config, augment)
     else:
         crop_pct = 1.0 if training else data_config.get("crop_pct")
         crop_mode = data_config.get("crop_mode") or "center"
@@ -158,10 +157,10 @@ def build_transform(
     return Transform(steps, (3, height, width), deterministic=not training or augment.is_identity)
 
 
-def _training_steps(create: Callable[..., Any], config: dict[str, Any], augment: Augmentation) -> list[Any]:
+def _training_steps(config: dict[str, Any], augment: Augmentation) -> list[Any]:
     options = asdict(augment) | {"color_jitter": augment.color_jitter or None}
     try:
-        steps: list[Any] = list(create(**config, is_training=True, **options).transforms)
+        steps: list[Any] = list(create_transform(**config, is_training=True, **options).transforms)
     except Exception as error:  # timm asserts, or fails wherever the string breaks it
         if augment.auto_augment is None:
             raise
@@ -176,11 +175,9 @@ def _training_steps(create: Callable[..., Any], config: dict[str, Any], augment:
 
 def _mend_posterize(step: Any) -> None:
     """At its highest magnitude timm 1.0.31 posterizes to 0 bits, which Pillow 13 refuses."""
-    from timm.data import auto_augment
-
     operations = [*getattr(step, "ops", ()), *(op for policy in getattr(step, "policy", ()) for op in policy)]
     for operation in operations:
-        if operation.aug_fn is auto_augment.posterize:
+        if operation.aug_fn is posterize:
             operation.aug_fn = _posterize
 
 
