@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from miaformer.data.images import ImageError
@@ -54,17 +54,10 @@ class BatchClassifier:
             return Unreadable(reason(error, entry.name))
 
     def rows(self, entries: Sequence[Entry], prepared: Sequence[Tensor | Unreadable]) -> list[Row]:
-        found = self._found([picture for picture in prepared if not isinstance(picture, Unreadable)])
-        return [
-            {
-                "path": writable(entry.name),
-                **({"error": writable(picture.reason)} if isinstance(picture, Unreadable) else next(found)),
-            }
-            for entry, picture in zip(entries, prepared, strict=True)
-        ]
-
-    def _found(self, pictures: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
-        if not pictures:
-            return iter(())
-        output = self.predictor.run(pictures, **self._spend)
-        return (prediction.to_json() for prediction in self.predictor.read(output, self.top_k))
+        pictures = [picture for picture in prepared if not isinstance(picture, Unreadable)]
+        found = iter(self.predictor.read(self.predictor.run(pictures, **self._spend), self.top_k) if pictures else ())
+        rows: list[Row] = []
+        for entry, picture in zip(entries, prepared, strict=True):
+            row = {"error": writable(picture.reason)} if isinstance(picture, Unreadable) else next(found).to_json()
+            rows.append({"path": writable(entry.name), **row})
+        return rows

@@ -38,16 +38,7 @@ class Explanation:
         return budget if self.cap is None else f"{budget}, cap {self.cap:g}"
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "prediction": self.prediction.to_json(),
-            "budget": self.budget,
-            "cap": self.cap,
-            "grid": list(self.grid),
-            "depth": self.depth,
-            "heads": self.heads,
-            "tokens": self.tokens,
-            "looks": self.looks,
-        }
+        return {**vars(self), "prediction": self.prediction.to_json()}
 
 
 def explain(

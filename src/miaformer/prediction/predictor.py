@@ -48,14 +48,7 @@ class Prediction:
     tokens_kept: float
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **self.top_k[0].to_json(),
-            "top_k": [guess.to_json() for guess in self.top_k],
-            "macs_fraction": self.macs_fraction,
-            "depth_kept": self.depth_kept,
-            "heads_kept": self.heads_kept,
-            "tokens_kept": self.tokens_kept,
-        }
+        return {**self.top_k[0].to_json(), **vars(self), "top_k": [guess.to_json() for guess in self.top_k]}
 
 
 class Predictor:
@@ -158,8 +151,9 @@ class Predictor:
         """The likeliest classes of logits (B, classes), best first."""
         likeliest = logits.float().softmax(dim=1).topk(min(top_k, self.model.num_classes), dim=1)
         labels, probabilities = likeliest.indices.tolist(), likeliest.values.tolist()
+        names: Sequence[str | None] = self.names or [None] * self.model.num_classes
         return [
-            tuple(self._guess(*guess) for guess in zip(*best, strict=True))
+            tuple(Guess(label, names[label], probability) for label, probability in zip(*best, strict=True))
             for best in zip(labels, probabilities, strict=True)
         ]
 
@@ -171,6 +165,3 @@ class Predictor:
         weights = next(self.model.parameters())
         with torch.inference_mode():
             self.model.run(weights.new_zeros(1, self.model.backbone.in_chans, *self.model.image_size()), **spend)
-
-    def _guess(self, label: int, probability: float) -> Guess:
-        return Guess(label, self.names[label] if self.names else None, probability)
