@@ -18,14 +18,13 @@ from miaformer.evaluation.controls import (
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.evaluate import compare, evaluate, spearman
 from miaformer.evaluation.on_data import bench_data, evaluate_data, ordered_batches
-from miaformer.evaluation.timing import PairTimes, time_against_dense, time_pairs
+from miaformer.evaluation.timing import time_against_dense
 
 __all__ = [
     "POLICIES",
     "Contender",
     "KeepRates",
     "LeftOut",
-    "PairTimes",
     "Simulation",
     "bench_data",
     "calibrate",
@@ -42,5 +41,4 @@ __all__ = [
     "static_decisions",
     "static_policy",
     "time_against_dense",
-    "time_pairs",
 ]

@@ -1,15 +1,15 @@
-"""Time against dense: in turn, pair by pair, so that a machine that slows down slows both."""
+"""Time against dense: in turn, sweep by sweep, so that a machine that slows down slows both."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from statistics import fmean, median, quantiles
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from miaformer.model.model import MIAFormer
@@ -32,7 +32,7 @@ class Race(Generic[Input]):
         if not calls or not inputs:
             raise ValueError(f"a race needs calls and inputs, got {len(calls)} and {len(inputs)}")
         self.calls, self.inputs, self.rehearse = calls, inputs, rehearse
-        self._ms: list[list[list[float]]] = []  # [sweep][input][call]
+        self._ms: NDArray[np.float64] = np.empty((0, len(inputs), len(calls)))  # (sweeps, inputs, calls)
 
     @property
     def sweeps(self) -> int:
@@ -41,71 +41,39 @@ class Race(Generic[Input]):
     @property
     def last_ms(self) -> list[float]:
         """What each call took in the last sweep, on the last input."""
-        return self._ms[-1][-1]
+        last: list[float] = self._ms[-1, -1].tolist()
+        return last
 
     def sweep(self) -> None:
         """Time every call on every input once. Interrupted, it leaves what was timed before as it was."""
-        self._ms.append([self._round(value) for value in self.inputs])
+        times = [[self._timed(call, value) for call in self.calls] for value in self.inputs]
+        self._ms = np.concatenate([self._ms, [times]])
 
-    def _round(self, value: Input) -> list[float]:
-        times = []
-        for call in self.calls:
-            run = partial(call, value)
-            if self.rehearse:
-                run()
-            times.append(_milliseconds(run))
-        return times
+    def _timed(self, call: Callable[[Input], Any], value: Input) -> float:
+        run = partial(call, value)
+        if self.rehearse:
+            run()
+        return _milliseconds(run)
 
     def ms(self, call: int) -> float:
-        return fmean(median(sweep[i][call] for sweep in self._ms) for i in range(len(self.inputs)))
+        return float(np.median(self._ms[..., call], axis=0).mean())
 
     def fraction(self, call: int, of: int) -> float:
         """The time of one call as a fraction of another's, each pair for itself."""
-        return fmean(median(ratios) for ratios in self._ratios(call, of))
+        return float(np.median(self._ms[..., call] / self._ms[..., of], axis=0).mean())
 
     def spread(self, call: int, of: int) -> float:
         """The interquartile range of the same fractions over all pairs, of all sweeps and inputs."""
-        return _interquartile_range([ratio for of_input in self._ratios(call, of) for ratio in of_input])
+        return _interquartile_range(self._ms[..., call] / self._ms[..., of])
 
     def variation(self, call: int) -> float:
         """The interquartile range of a call's times over their median, of all sweeps and inputs."""
-        times = [of_input[call] for sweep in self._ms for of_input in sweep]
-        return _interquartile_range(times) / median(times)
-
-    def _ratios(self, call: int, of: int) -> list[list[float]]:
-        """[input][sweep]"""
-        return [[sweep[i][call] / sweep[i][of] for sweep in self._ms] for i in range(len(self.inputs))]
+        return _interquartile_range(self._ms[..., call]) / float(np.median(self._ms[..., call]))
 
 
-def _interquartile_range(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return high - low
-
-
-@dataclass(frozen=True)
-class PairTimes:
-    """Medians over the pairs, in ms; `time_fraction` is the median of each pair's own sparse / dense."""
-
-    dense_ms: float
-    sparse_ms: float
-    time_fraction: float
-
-
-def time_pairs(
-    dense_call: Callable[[], Any], sparse_call: Callable[[], Any], repeats: int = 5, warm_up: int = 2
-) -> PairTimes:
-    """Time two calls in turn, `repeats` pairs after `warm_up` untimed ones. Waits for CUDA's work to end."""
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats!r} must be at least 1")
-    for _ in range(warm_up):
-        dense_call()
-        sparse_call()
-    race = Race([lambda _: dense_call(), lambda _: sparse_call()], [None])
-    for _ in range(repeats):
-        race.sweep()
-    return PairTimes(race.ms(0), race.ms(1), race.fraction(1, 0))
+def _interquartile_range(values: NDArray[np.float64]) -> float:
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float(high - low)
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
@@ -121,41 +89,36 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+@torch.inference_mode()
 def time_against_dense(
     model: MIAFormer, batches: Sequence[Tensor], policy: AnyPolicy, cap: float | None = None, repeats: int = 5
 ) -> dict[str, float]:
     """How a policy's compute and time compare with the static backbone's, eager, on the same batches.
 
-    batches: (B, 3, H, W) each, of equal size. Images differ in compute, so every batch is timed for itself
-    and the times of all are added up: `ms` and `dense_ms` a batch, `time_fraction` their quotient,
-    `macs_fraction` the mean over images, `efficiency` = MACs fraction / time fraction (1.0: saved MACs became
-    saved time).
+    batches: (B, 3, H, W) each, of equal size. `ms` and `dense_ms` are a batch's, medians over the repeats of each and
+    means over batches; `time_fraction` is their quotient, `macs_fraction` the mean over images, `efficiency` = MACs
+    fraction / time fraction (1.0: saved MACs became saved time).
     """
     if not batches:
         raise ValueError("time_against_dense() was given no batches")
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats!r} must be at least 1")
     training = model.training
     model.eval()
-    dense_ms = sparse_ms = macs_fraction = 0.0
-    with torch.inference_mode():
-        for images in batches:
-
-            def dense(images: Tensor = images) -> Tensor:
-                return cast(Tensor, model.backbone(images))
-
-            def sparse(images: Tensor = images) -> Tensor:
-                return model.run(images, policy=policy, cap=cap).trace.macs_fraction
-
-            times = time_pairs(dense, sparse, repeats, warm_up=1)
-            macs_fraction += sparse().double().mean().item()
-            dense_ms += times.dense_ms
-            sparse_ms += times.sparse_ms
+    race = Race([model.backbone, partial(model.run, policy=policy, cap=cap)], batches)
+    fractions = []
+    for images in batches:  # which warms up
+        model.backbone(images)
+        fractions.append(model.run(images, policy=policy, cap=cap).trace.macs_fraction.double().mean().item())
+    for _ in range(repeats):
+        race.sweep()
     model.train(training)
-    count, time_fraction = len(batches), sparse_ms / dense_ms
+    macs_fraction, time_fraction = sum(fractions) / len(batches), race.ms(1) / race.ms(0)
     return {
         "batch": len(batches[0]),
-        "ms": sparse_ms / count,
-        "dense_ms": dense_ms / count,
+        "ms": race.ms(1),
+        "dense_ms": race.ms(0),
         "time_fraction": time_fraction,
-        "macs_fraction": macs_fraction / count,
-        "efficiency": macs_fraction / count / time_fraction,
+        "macs_fraction": macs_fraction,
+        "efficiency": macs_fraction / time_fraction,
     }
