@@ -1,10 +1,10 @@
 """Decisions drawn at random, so that an untrained model decides differently from image to image.
 
 For measuring speed: what a decision costs and saves does not depend on how good it is, but it does depend on how much
-images, heads and tokens differ. Controllers' weights are scaled and centred block by block on real pictures: over
-images each depth and head logit, and over tokens each token logit, gets a standard deviation of `SPREAD`, and keep
-rates move with the price. A model that chooses resolutions looks at every image in its smallest size, and in its own at
-as many as the budget allows, the least confident first.
+images, heads and tokens differ. Controllers' weights are scaled and centred block by block on real pictures: before
+they are bounded, depth and head logits get a standard deviation of `SPREAD` over images, token logits over tokens, and
+keep rates move with the price. A model that chooses resolutions looks at every image in its smallest size, and in its
+own at as many as the budget allows, the least confident first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miaformer.engine.controller import KEEP_LOGIT, LOGIT_BOUND, Controller, Controllers, Formula, bounded, means, seen
+from miaformer.engine.controller import KEEP_LOGIT, LOGIT_BOUND, Controller, Controllers, Formula, means, seen
 from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import HostGates
 from miaformer.engine.sparse import Sparse
@@ -41,7 +41,6 @@ DRAWN_AT_LOG_PRICE = 1.5  # blocks see inputs as at about half of the compute
 _SLOPE = 0.5413  # softplus of it is 1: a logit falls by 1 where the log-price rises by 1
 _NO_SLOPE = -40.0  # softplus of it is 4e-18
 _SURE = 4 * LOGIT_BOUND  # the bound of this is the bound itself
-_FIT_STEPS = 30
 
 
 def drawn_models(
@@ -182,11 +181,9 @@ def _draw_tokens(
         return
     weight, bias = normal(query.weight[:-1]) * query.in_features**-0.5, normal(query.bias[:-1])
     product = (key(rows) * (context @ weight.T + bias)[image]).sum(dim=1, keepdim=True)  # (tokens, 1)
-    own_spread = (SPREAD**2 - SHARED_SPREAD**2) ** 0.5
-    scale, _ = _fit(product / _spread(product, state.index), None, own_spread)
-    scale = scale / _spread(product, state.index)
+    scale = (SPREAD**2 - SHARED_SPREAD**2) ** 0.5 / _spread(product, state.index)
     query.weight[:-1], query.bias[:-1] = weight * scale, bias * scale
-    rest = bounded(product * scale).mean(dim=0)
+    rest = (product * scale).mean(dim=0)
     shared, offset = _fitted(normal(query.weight[-1:]), context, TOKENS_CENTRE - KEEP_LOGIT - rest, SHARED_SPREAD)
     query.weight[-1:], query.bias[-1:] = shared, offset
 
@@ -206,26 +203,10 @@ def _apart_from_mean(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def _fitted(weight: Tensor, context: Tensor, centres: Tensor, spread: float) -> tuple[Tensor, Tensor]:
-    """Weight (out, hidden) scaled, and the bias (out,), so that bounded logits of context (B, hidden) are as asked."""
+    """Weight (out, hidden) scaled, and the bias (out,), so that logits of context (B, hidden) are as asked."""
     shown = context @ weight.T
-    mean, std = shown.mean(dim=0), shown.std(dim=0, correction=0).clamp(min=1e-12)
-    scale, offset = _fit((shown - mean) / std, centres, spread)
-    scale = scale / std
-    return weight * scale[:, None], offset - scale * mean
-
-
-def _fit(standard: Tensor, centres: Tensor | None, spread: float) -> tuple[Tensor, Tensor]:
-    """Scale and offset (out,) that give bounded logits of standardised values (M, out) their mean and spread.
-
-    centres: None leaves the offset 0.
-    """
-    scale, offset = standard.new_full(standard.shape[1:], spread), standard.new_zeros(standard.shape[1:])
-    for _ in range(_FIT_STEPS):
-        logits = bounded(standard * scale + offset)
-        scale = scale * spread / logits.std(dim=0, correction=0).clamp(min=1e-12)
-        if centres is not None:
-            offset = offset + centres - logits.mean(dim=0)
-    return scale, offset
+    scale = spread / shown.std(dim=0, correction=0).clamp(min=1e-12)
+    return weight * scale[:, None], centres - scale * shown.mean(dim=0)
 
 
 def _spread(values: Tensor, index: int) -> Tensor:
