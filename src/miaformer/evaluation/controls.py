@@ -22,10 +22,7 @@ from miaformer.model.model import MIAFormer
 from miaformer.model.policy import BestTokens, ClsAttention, Fixed, Random, Static
 
 _SIMULATED_IMAGES = 4096  # the mean of their random MACs is within about 0.002 of its expectation
-_LOWEST, _HIGHEST = (
-    -16.0,
-    16.0,
-)  # shifts of keep rates, in logits: nothing but what must be kept, and everything
+_FARTHEST = 16.0  # shift of keep rates, in logits: up to everything, down to nothing but what must be kept
 _STEPS = 24  # of bisection: shifts to 2e-6
 _RATE_BOUND = 1e-3  # a rate of 0 or 1 is taken for this far from it, so that every cost can be reached
 
@@ -85,18 +82,15 @@ class KeepRates:
         return KeepRates(executed.mean(dim=0).cpu(), among_executed(trace.heads), among_executed(trace.tokens))
 
     @staticmethod
-    def even(cost: Cost, rate: float = 0.5) -> KeepRates:
-        """The same rate everywhere: where no learned policy says otherwise."""
+    def even(cost: Cost) -> KeepRates:
+        """A half everywhere: where no learned policy says otherwise."""
         shapes = ((cost.depth,), (cost.depth, cost.num_heads), (cost.depth, cost.num_patches))
-        depth, heads, tokens = (torch.full(shape, rate, dtype=torch.float64) for shape in shapes)
-        return KeepRates(depth, heads, tokens)
+        return KeepRates(*(torch.full(shape, 0.5, dtype=torch.float64) for shape in shapes))
 
     def shifted(self, logit: float) -> KeepRates:
         """All rates moved up or down together: `logit` is added to the log-odds of each."""
-        depth, heads, tokens = (
-            torch.sigmoid(torch.logit(rates, _RATE_BOUND) + logit) for rates in (self.depth, self.heads, self.tokens)
-        )
-        return KeepRates(depth, heads, tokens)
+        rates = (self.depth, self.heads, self.tokens)
+        return KeepRates(*(torch.sigmoid(torch.logit(one, _RATE_BOUND) + logit) for one in rates))
 
 
 def random_policy(
@@ -124,11 +118,9 @@ def random_policy(
         return Random(depth.tolist(), heads.tolist(), tokens.tolist(), seed)
 
     def fraction(logit: float) -> float:
-        return (
-            simulation.fractions(policy(logit), _SIMULATED_IMAGES).clamp(max=1.0 if cap is None else cap).mean().item()
-        )
+        return simulation.fractions(policy(logit), _SIMULATED_IMAGES).clamp(max=cap or 1.0).mean().item()
 
-    return policy(_nearest(fraction, _LOWEST, _HIGHEST, budget, steps=14))
+    return policy(_nearest(fraction, -_FARTHEST, _FARTHEST, budget, steps=14))
 
 
 def static_policy(simulation: Simulation, budget: float, trace: Decisions) -> Static:
@@ -156,7 +148,7 @@ def static_policy(simulation: Simulation, budget: float, trace: Decisions) -> St
     def fraction(logit: float, share: float) -> float:
         return simulation.fractions(Fixed(decisions(logit, share)), 1).item()
 
-    _, enough = _bracket(lambda logit: fraction(logit, 1.0), _LOWEST, _HIGHEST, budget, _STEPS)
+    _, enough = _bracket(lambda logit: fraction(logit, 1.0), -_FARTHEST, _FARTHEST, budget, _STEPS)
     share = _nearest(lambda share: fraction(enough, share), 0.0, 1.0, budget, _STEPS)
     return Static(decisions(enough, share))
 
