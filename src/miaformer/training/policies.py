@@ -7,6 +7,7 @@ same training whatever the number of processes, and from wherever it is resumed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, cast, get_args
 
 import torch
@@ -46,11 +47,7 @@ class Draws:
         part: slice,
     ) -> Draws:
         """generator: of the step; batch: images of the global batch; part: those of this process."""
-
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-
-        low, high = budgets
+        uniform, (low, high) = partial(_uniform, generator), budgets
         # Stratified, so that every step sees the whole range of budgets.
         strata = (torch.randperm(batch, generator=generator) + uniform(batch)) / batch
         full = torch.randperm(batch, generator=generator) < round(full_share * batch)
@@ -67,14 +64,17 @@ class Draws:
 
     def again(self, generator: torch.Generator, batch: int, part: slice) -> Draws:
         """The same images asked for the same budgets, with gates drawn anew."""
-
-        def uniform(like: Tensor) -> Tensor:
-            return torch.rand((batch, *like.shape[1:]), generator=generator).clamp(1e-6, 1 - 1e-6)[part]
-
-        return replace(self, depth=uniform(self.depth), heads=uniform(self.heads), tokens=uniform(self.tokens))
+        names = ("depth", "heads", "tokens")
+        anew = {name: _uniform(generator, batch, *getattr(self, name).shape[1:])[part] for name in names}
+        return replace(self, **anew)
 
     def to(self, device: torch.device) -> Draws:
         return Draws(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def _uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    """In (0, 1), ends excluded."""
+    return torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6)
 
 
 ELASTIC_NOISE = 0.5  # of token gates where thresholds spread them
@@ -117,10 +117,6 @@ class Leaving:
 
     def __init__(self) -> None:
         self.survival: list[Tensor] = []
-
-    @staticmethod
-    def where_nested(config: AdaptConfig) -> Leaving | None:
-        return Leaving() if config.rules.leaves else None
 
     def execute(self, depth: Tensor, temperature: float, full: Tensor) -> Tensor:
         """Whether (B,) images execute the next block, given its depth logits (B,)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,13 +70,10 @@ def recorded_inputs(layers: list[nn.Linear]) -> Iterator[list[Tensor]]:
     """What enters each of the layers in its last call, (B, features) float32."""
     inputs = [torch.empty(0)] * len(layers)
 
-    def remember(place: int) -> Any:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[place] = args[0].detach().float()
+    def remember(place: int, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[place] = args[0].detach().float()
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(remember(place)) for place, layer in enumerate(layers)]
+    handles = [layer.register_forward_pre_hook(partial(remember, place)) for place, layer in enumerate(layers)]
     try:
         yield inputs
     finally:

@@ -89,13 +89,13 @@ def train(
     check_trainable(model)
     started = time.monotonic()
     # Where there is no accelerator several processes find each other only if told that they are on processors.
-    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    faster = None if device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
     given = as_begun(recipe, out, len(train_data)) if resume else recipe
-    recipe = with_precision(given, _device_type(on_cpu))
+    recipe = with_precision(given, "cpu" if faster is None else faster.type)
     AcceleratorState._reset_state()  # of an earlier run in this process, perhaps of another precision
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
-        cpu=on_cpu,
+        cpu=faster is None,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -146,11 +146,6 @@ def _calibrate(model: MIAFormer, held_out: ImageData, name: str, batch_size: int
     display.start_stage("calibrate", passes, 0, len(held_out))
     calibrate(model, batches.epoch(0), name, on_progress=lambda _, passes: display.step(passes, {}))
     display.end_stage()
-
-
-def _device_type(on_cpu: bool) -> str:
-    accelerator = None if on_cpu else torch.accelerator.current_accelerator()
-    return "cpu" if accelerator is None else accelerator.type
 
 
 def _plan(trainer: Trainer, train_data: ImageData, held_out: ImageData, settings: str) -> list[str]:

@@ -153,13 +153,13 @@ class Reinforce(Deciding):
     samples_twice = True
 
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
-        model, config = self.model, self.model.adapt_config
-        progressive = config.rules.progressive
+        model, rules = self.model, self.model.adapt_config.rules
+        progressive = rules.progressive
         x = model.embed(images)
         execution = self.execution(cost, images)
         samples = []
         for draws in (step.draws, step.other_draws):
-            leaving = Leaving.where_nested(config)
+            leaving = Leaving() if rules.leaves else None
             policy = Sampled(model.controllers, step.log_prices, draws, step.temperature, cost, progressive, leaving)
             samples.append((policy, self.executed(x, targets, policy, execution, cost)))
         (one, done), (other, done_2) = samples
@@ -184,7 +184,8 @@ OBJECTIVES: dict[str, type[Objective]] = {  # by kind of stage; a probe has none
 
 def relaxed(model: MIAFormer, log_prices: Tensor, draws: Draws, temperature: float) -> Relaxed:
     """The controllers' relaxed decisions at log-prices (B,)."""
-    return Relaxed(model.controllers, log_prices, draws, temperature, Leaving.where_nested(model.adapt_config))
+    leaving = Leaving() if model.adapt_config.rules.leaves else None
+    return Relaxed(model.controllers, log_prices, draws, temperature, leaving)
 
 
 def _misjudged(policy: Relaxed | Sampled, difficulty: Tensor, step: Step, done: Executed) -> Tensor:

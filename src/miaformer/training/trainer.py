@@ -223,7 +223,8 @@ class Trainer:
         with self._fast_attention():
             outcome: Outcome = wrapped(images, labels, given)
         self.accelerator.backward(outcome.loss)
-        loss_scale = self._loss_scale()  # a step that overflows changes it
+        scaler = self.accelerator.scaler
+        loss_scale = 1.0 if scaler is None else float(scaler.get_scale())  # a step that overflows changes it
         if self.recipe.clip_grad is not None:
             self.accelerator.unscale_gradients(optimizer)
             for part in (self.model.backbone, *self.objectives[stage.kind].deciders(self.model)):  # none drowns another
@@ -327,10 +328,6 @@ class Trainer:
         """
         slow = self.accelerator.device.type == "cpu" and self.accelerator.mixed_precision == "bf16"
         return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
-
-    def _loss_scale(self) -> float:
-        scaler = self.accelerator.scaler
-        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def _batches_from(self, step: int, last: int) -> Iterator[Batch]:
         per_epoch = self.batches.steps_per_epoch
