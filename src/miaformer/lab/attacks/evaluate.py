@@ -101,8 +101,9 @@ class RobustnessEvaluation:
                         continue
                     among = standing > 0 if self.cascade and on_errors else self._everyone()
                     found = self._verdict(target, name, ball, among, on_progress)
-                    if self.cascade and on_errors:
-                        found = _elsewhere(found, clean, among)
+                    if self.cascade and on_errors:  # who was not attacked any more is fooled, at the cost as it is
+                        macs = np.where(among, found.macs_fraction, clean.macs_fraction)
+                        found = Verdict(np.where(among, found.right, 0.0), macs)
                     rows.append(_row(name, ball, target, clean, found))
                     if on_errors:
                         standing = np.minimum(standing, found.right)
@@ -202,19 +203,15 @@ class RobustnessEvaluation:
         """Raises ValueError where `out` holds another one."""
         if self.out is None:
             return
-        asked = json.loads(
-            json.dumps(
-                {
-                    **(self.fingerprint or {}),
-                    "labels": zlib.crc32(self.labels.cpu().numpy().tobytes()),
-                    "seed": self.seed,
-                    "cascade": self.cascade,
-                    "batch_size": self.batch_size,
-                    "version": VERSION,
-                    **vars(self.climb),
-                }
-            )
-        )
+        asked = {
+            **(self.fingerprint or {}),
+            "labels": zlib.crc32(self.labels.cpu().numpy().tobytes()),
+            "seed": self.seed,
+            "cascade": self.cascade,
+            "batch_size": self.batch_size,
+            "version": VERSION,
+            **vars(self.climb),
+        }
         path = self.out / "asked.json"
         if path.exists():
             before = json.loads(path.read_text())
@@ -235,11 +232,6 @@ def _kept(path: Path | None, among: Array) -> tuple[int, Verdict]:
     return 0, Verdict(np.zeros(len(among)), np.zeros(len(among)))
 
 
-def _elsewhere(found: Verdict, clean: Verdict, among: Array) -> Verdict:
-    """Who was not attacked any more is fooled, at the cost of the image as it is."""
-    return Verdict(np.where(among, found.right, 0.0), np.where(among, found.macs_fraction, clean.macs_fraction))
-
-
 def _row(
     attack: str, ball: Ball | None, target: Target, clean: Verdict, found: Verdict, over: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -257,14 +249,6 @@ def _row(
         "num_images": len(found.right),
         **({"over": list(over)} if over else {}),
     }
-
-
-def weights_hash(model: nn.Module) -> int:
-    """Of all weights and buffers: another model under the same name is another one."""
-    found = 0
-    for name, tensor in model.state_dict().items():
-        found = zlib.crc32(tensor.detach().float().cpu().numpy().tobytes(), zlib.crc32(name.encode(), found))
-    return found
 
 
 @contextmanager

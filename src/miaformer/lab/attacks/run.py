@@ -15,11 +15,12 @@ from miaformer.engine.walk import Policy
 from miaformer.evaluation.contenders import contenders
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.on_data import ordered_batches
-from miaformer.lab.attacks.evaluate import OnProgress, RobustnessEvaluation, frozen, seeded, weights_hash
+from miaformer.lab.attacks.evaluate import OnProgress, RobustnessEvaluation, frozen, seeded
 from miaformer.lab.attacks.gradient import Ball, Climb
 from miaformer.lab.attacks.masking import signs_of_masking
 from miaformer.lab.attacks.methods import ATTACKS, DRAWS
 from miaformer.lab.attacks.target import Pixels, Target, adaptive_target, static_target, steadied
+from miaformer.model.fingerprint import fingerprint
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import Sampling
 
@@ -81,7 +82,7 @@ def attack(
         spender = _aim(model, "adaptive", {}, budget, cap) if knows_prices else None
         parameter = next(model.parameters())
         dtype = str(parameter.dtype).removeprefix("torch.")
-        about = {"weights": weights_hash(model), "dtype": dtype, "data": data.name, "budget": budget, "cap": cap}
+        about = {"weights": fingerprint(model), "dtype": dtype, "data": data.name, "budget": budget, "cap": cap}
         images, labels = _pixels(model, data, batch_size)
         evaluation = RobustnessEvaluation(
             images, labels, static, model.num_classes, climb, seed, spender, cascade, batch_size, out, about

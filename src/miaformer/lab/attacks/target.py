@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -56,30 +57,27 @@ def steadied(target: Target, draws: int) -> Target:
     (expectation over transformation, Athalye et al. 2018).
     """
 
-    def mean(classify: Classifier) -> Classifier:
-        def answer(images: Tensor) -> Answer:
-            logits, macs = zip(*(classify(images) for _ in range(draws)), strict=True)
-            return Answer(torch.stack(logits).mean(dim=0), torch.stack(macs).mean(dim=0))
+    def mean(classify: Classifier, images: Tensor) -> Answer:
+        logits, macs = zip(*(classify(images) for _ in range(draws)), strict=True)
+        return Answer(torch.stack(logits).mean(dim=0), torch.stack(macs).mean(dim=0))
 
-        return answer
-
-    views = {name: mean(view) for name, view in target.views.items()}
-    return replace(target, deployed=mean(target.deployed), views=views)
+    return _answering(target, mean)
 
 
 def watched(target: Target, on_answers: Callable[[int], None]) -> Target:
     """The same, which tells of how many images it was asked whenever it is: attacks take long, and say nothing."""
 
-    def telling(classify: Classifier) -> Classifier:
-        def answer(images: Tensor) -> Answer:
-            found = classify(images)
-            on_answers(len(images))
-            return found
+    def telling(classify: Classifier, images: Tensor) -> Answer:
+        found = classify(images)
+        on_answers(len(images))
+        return found
 
-        return answer
+    return _answering(target, telling)
 
-    views = {name: telling(view) for name, view in target.views.items()}
-    return replace(target, deployed=telling(target.deployed), views=views)
+
+def _answering(target: Target, answer: Callable[[Classifier, Tensor], Answer]) -> Target:
+    views = {name: partial(answer, view) for name, view in target.views.items()}
+    return replace(target, deployed=partial(answer, target.deployed), views=views)
 
 
 @dataclass(frozen=True)
