@@ -26,16 +26,14 @@ class ServiceTime:
         They are never forgotten, whatever runs later: as long as all get the same budget, nothing else tells what
         another one would save.
         """
-        self._measured, self._recent = _Sums(), _Sums()
-        for batch in measured:
-            self._measured.add(*batch, scale=batch[2])
+        self._measured = sum((_sums(*batch, scale=batch[2]) for batch in measured), np.zeros((3, 4)))
+        self._recent = np.zeros((3, 4))
         self._learn()
 
     def add(self, pictures: int, budgets: float, seconds: float) -> None:
         """A batch that ran."""
         expected = self.of(pictures, budgets / pictures)
-        self._recent.fade(FORGET)
-        self._recent.add(pictures, budgets, seconds, expected or seconds)
+        self._recent = FORGET * self._recent + _sums(pictures, budgets, seconds, expected or seconds)
         self._learn()
 
     def of(self, pictures: float, budget: float, batches: float = 1) -> float:
@@ -58,7 +56,7 @@ class ServiceTime:
         return math.inf if left >= 0 else -math.inf
 
     def _learn(self) -> None:
-        self._parts: tuple[float, float, float] = tuple((self._measured + self._recent).least_squares().tolist())
+        self._parts: tuple[float, float, float] = tuple(_least_squares(self._measured + self._recent).tolist())
 
 
 @dataclass(frozen=True)
@@ -104,32 +102,22 @@ class Governor:
         return max(1, int(min(self._max_batch, self.time.most(LONGEST_BATCH * self._objective, budget))))
 
 
-class _Sums:
-    """What least squares need to know of batches. Errors count relative to what was expected, long or short."""
+def _sums(pictures: int, budgets: float, seconds: float, scale: float) -> np.ndarray:
+    """(3, 4): what least squares need to know of a batch: products of its row, and beside them those with its target.
+    They add up over batches. scale: seconds that were expected, as errors count relative to that.
+    """
+    row = np.array([1.0, pictures, budgets]) / scale
+    return np.outer(row, [*row, seconds / scale])
 
-    def __init__(self, products: np.ndarray | None = None, targets: np.ndarray | None = None) -> None:
-        self._products = np.zeros((3, 3)) if products is None else products
-        self._targets = np.zeros(3) if targets is None else targets
 
-    def add(self, pictures: int, budgets: float, seconds: float, scale: float) -> None:
-        row = np.array([1.0, pictures, budgets]) / scale
-        self._products = self._products + np.outer(row, row)
-        self._targets = self._targets + row * (seconds / scale)
-
-    def fade(self, share: float) -> None:
-        self._products, self._targets = share * self._products, share * self._targets
-
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(self._products + other._products, self._targets + other._targets)
-
-    def least_squares(self) -> np.ndarray:
-        """(3,): a batch's part, a picture's, a budget's; 0 where it would be negative, the most negative first."""
-        parts = np.zeros(3)
-        kept = [part for part in range(3) if self._targets[part] > 0]
-        while kept:
-            found = np.linalg.lstsq(self._products[np.ix_(kept, kept)], self._targets[kept], rcond=None)[0]
-            if (found >= 0).all():
-                parts[kept] = found
-                break
-            kept.pop(int(found.argmin()))
-        return parts
+def _least_squares(sums: np.ndarray) -> np.ndarray:
+    """(3,): a batch's part, a picture's, a budget's; 0 where it would be negative, the most negative first."""
+    parts = np.zeros(3)
+    kept = [part for part in range(3) if sums[part, 3] > 0]
+    while kept:
+        found = np.linalg.lstsq(sums[np.ix_(kept, kept)], sums[kept, 3], rcond=None)[0]
+        if (found >= 0).all():
+            parts[kept] = found
+            break
+        kept.pop(int(found.argmin()))
+    return parts
