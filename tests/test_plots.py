@@ -132,7 +132,7 @@ def test_the_images_with_least_and_most_compute_are_shown(
         fractions = torch.cat([model.run(b.images.double(), budget=0.5).trace.macs_fraction for b in batches])
     ordered = sorted(fractions.tolist())
     shown = sorted(text for text, _ in texts(figure) if text.endswith("of the MACs"))
-    assert shown == sorted(f"{fraction:.2f} of the MACs" for fraction in ordered[:4] + ordered[-4:])
+    assert shown == sorted(f"{fraction:.3f} of the MACs" for fraction in ordered[:4] + ordered[-4:])
     assert "least compute" in [text for text, _ in texts(figure)]
 
 

@@ -31,6 +31,7 @@ examples:
 """
 
 MOST_IMAGES = 1000  # that are searched for the cheapest and the most expensive
+MOST_SHOWN = 6  # of each
 
 
 def add_parser(subparsers: Any) -> None:
@@ -67,11 +68,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _extremes(directory: Path, data: str, device: torch.device) -> Iterator[Markup]:
     from miaformer.data import open_data, spread
-    from miaformer.reports.extremes import extremes_section, middle_budget
+    from miaformer.reports.extremes import middle_budget
+    from miaformer.reports.page import tag
+    from miaformer.reports.plots import adaptivity_figure
+    from miaformer.reports.style import in_page
 
     model = open_model(str(directory), device)
     images = spread(open_data(data, "test"), MOST_IMAGES)
     batches = open_batches(model, images, 64)
     about = f"{len(images):,} test images of {Path(data).name}"
     classes = model.label_names or images.classes
-    yield from extremes_section(model, batches.epoch(0), about, middle_budget(model), classes)
+    yield tag("h2", "The cheapest and the most expensive images")
+    yield tag("p", f"Of {about}. Patches fade by how often they are skipped.", class_="quiet")
+    yield in_page(adaptivity_figure(model, batches.epoch(0), middle_budget(model), classes, MOST_SHOWN))

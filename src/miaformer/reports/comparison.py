@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from miaformer.reports.chart import Chart, Level, Series, coloured, figure
+from miaformer.reports.comparison_plot import comparison_figure
 from miaformer.reports.comparison_rows import COLUMNS, OURS, Row, between, written
-from miaformer.reports.page import Markup, facts, join, percent, table, tag
+from miaformer.reports.page import Markup, facts, join, table, tag
+from miaformer.reports.style import in_page
 from miaformer.reports.training import duration
 
 DENSE = "dense"
 SHARED = (OURS, DENSE)
-WIDE, NARROW = (1040, 520), (350, 380)  # pixels of a chart
 
 
 def is_comparison(report: Mapping[str, Any]) -> bool:
@@ -44,11 +44,7 @@ def comparison_body(report: Mapping[str, Any]) -> Iterable[Markup]:
     for title, rows in _groups(report["rows"]):
         yield tag("h2", title)
         yield tag("p", "Vertical lines are 95 % intervals over test images.", class_="quiet")
-        yield figure(_over(rows, "macs_fraction", "mean MACs per image, of the backbone's"), WIDE, NARROW)
-        timed = [row for row in rows if row["time_fraction"] is not None]
-        if len({row["name"] for row in timed}) > len(SHARED):
-            label = "time of a batch, of the backbone's"
-            yield figure(_over(timed, "time_fraction", label), WIDE, NARROW)
+        yield in_page(comparison_figure(rows))
         yield _table(rows, report["differences"])
     yield from _equal_accuracy(report["at_equal_accuracy"])
     yield from _one_point_below(report.get("one_point_below", {}))
@@ -63,19 +59,6 @@ def _groups(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row]]]:
         own = [row for row in rows if row["name"] in SHARED or bool(row.get("ablation")) == ablation]
         if any(row["name"] not in SHARED for row in own) or not ablation:
             yield title, own
-
-
-def _over(rows: Sequence[Row], measure: str, label: str) -> Chart:
-    series, level = [], None
-    for name in dict.fromkeys(row["name"] for row in rows):
-        own = sorted((row for row in rows if row["name"] == name), key=lambda row: row[measure])
-        if name == DENSE:
-            level = Level(f"dense: {percent(own[0]['accuracy'])}", own[0]["accuracy"])
-            continue
-        low, high = zip(*(row["accuracy_interval"] for row in own), strict=True)
-        x, y = [row[measure] for row in own], [row["accuracy"] for row in own]
-        series.append(Series(name, x, y, low=low, high=high, dots=True, strong=name == OURS))
-    return Chart("Accuracy", label, coloured(series), lambda share: percent(share, 0), level=level, ends=True)
 
 
 def _table(rows: Sequence[Row], differences: Sequence[Row]) -> Markup:

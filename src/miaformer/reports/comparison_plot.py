@@ -7,13 +7,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from miaformer.reports.style import INK, new_figure, plain, reference_line, save
+from miaformer.reports.comparison_rows import OURS
+from miaformer.reports.style import INK, POLICIES, new_figure, plain, reference_line, save
 
 _LOOKS = {  # colour, marker
-    "learned": ("#1f6fb2", "o"),
-    "static": ("#d98a1f", "s"),
-    "random": ("#8a9099", "^"),
-    "cls-attention": ("#7a5aa6", "D"),
+    **POLICIES,
     "top-tokens": ("#2a9d8f", "v"),
     "merging": ("#c0392b", "P"),
     "merging-free": ("#d98880", "P"),
@@ -44,7 +42,7 @@ def _batches(timed: Sequence[Mapping[str, Any]]) -> str:
 
 def _lowest(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Where the axis of accuracy begins, in per cent: what falls far below ours would leave no room for the rest."""
-    ours = [100 * row["accuracy"] for row in rows if row["name"] == "learned"]
+    ours = [100 * row["accuracy"] for row in rows if row["name"] == OURS]
     if not ours:
         return None
     all_rows = [100 * row["accuracy"] for row in rows]
@@ -59,6 +57,11 @@ def _reference(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
+    """`comparison_figure` as a file."""
+    save(comparison_figure(rows, f"Accuracy per compute: {title}"), path)
+
+
+def comparison_figure(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Any:
     """Accuracy over MACs, and over measured time, of the rows of a comparison: one line a method, with intervals.
 
     Raises ValueError where there are no rows.
@@ -84,17 +87,18 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: str | Path, title: 
                 continue
             colour, marker = _LOOKS.get(name) or looks[name]
             errors = [[100 * abs(r["accuracy"] - r["accuracy_interval"][end]) for r in own] for end in (0, 1)]
-            line = {"linewidth": 2.2 if name == "learned" else 1.2, "markersize": 6, "zorder": 3, "capsize": 2}
+            line = {"linewidth": 2.2 if name == OURS else 1.2, "markersize": 6, "zorder": 3, "capsize": 2}
             axes.errorbar(xs, ys, errors, color=colour, marker=marker, label=name, elinewidth=0.8, **line)
         if (reference := _reference(rows)) is not None:
             reference_line(axes, reference)
         axes.set_xlabel(f"{label}, as a fraction of the backbone's")
         if place == 1:
             axes.set_ylabel("accuracy, %")
-            axes.set_title(f"Accuracy per compute: {title}", loc="left", color=INK)
+            axes.set_title(title or "", loc="left", color=INK)
     if shared is not None and (low := _lowest(rows)) is not None:
         shared.set_ylim(bottom=low, top=100 * max(row["accuracy_interval"][1] for row in rows) + 0.5)
     every_method = figure.axes[0].get_legend_handles_labels()  # of time only those that were timed
-    figure.axes[-1].legend(*every_method, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    look = {"frameon": False, "fontsize": 8, "labelcolor": INK}
+    figure.axes[-1].legend(*every_method, loc="center left", bbox_to_anchor=(1.0, 0.5), **look)
     figure.tight_layout()
-    save(figure, path)
+    return figure

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from miaformer.reports.chart import Chart, Level, Series, coloured, figure
 from miaformer.reports.page import Markup, facts, percent, table, tag
+from miaformer.reports.plots import tradeoff_figure
 from miaformer.reports.point_cells import DENSE_CELLS, spent_cells
+from miaformer.reports.style import in_page
 
 OURS = "learned"
 
@@ -16,7 +17,7 @@ def evaluation_section(report: Mapping[str, Any]) -> Iterable[Markup]:
     """Accuracy over MACs, and every number."""
     yield tag("h2", f"Accuracy per compute on {report.get('data', 'test images')}")
     if report["points"]:
-        yield figure(_tradeoff(report), (1040, 400), (350, 330))
+        yield in_page(tradeoff_figure(report))
     yield _points(report)
     yield facts(_facts(report))
     if report.get("corruptions"):
@@ -26,17 +27,6 @@ def evaluation_section(report: Mapping[str, Any]) -> Iterable[Markup]:
 
 def is_evaluation(report: Mapping[str, Any]) -> bool:
     return "points" in report and "dense" in report
-
-
-def _tradeoff(report: Mapping[str, Any]) -> Chart:
-    series = []
-    for name in dict.fromkeys(point["policy"] for point in report["points"]):
-        own = sorted((p["macs_fraction"], p["accuracy"]) for p in report["points"] if p["policy"] == name)
-        x, y = zip(*own, strict=True)
-        series.append(Series(name, x, y, dots=True, strong=name == OURS))
-    dense = Level(f"dense: {percent(report['dense']['accuracy'])}", report["dense"]["accuracy"])
-    label = "mean MACs per image, of the dense model's"
-    return Chart("Accuracy", label, coloured(series), percent, level=dense, ends=True)
 
 
 def _points(report: Mapping[str, Any]) -> Markup:

@@ -22,7 +22,6 @@ from miaformer.reports.style import (
     WRONG,
     bare,
     new_figure,
-    pushed_apart,
     rectangle,
     reference_line,
     save,
@@ -34,6 +33,11 @@ Array = NDArray[Any]
 
 
 def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
+    """`tradeoff_figure` as a file."""
+    save(tradeoff_figure(report), path)
+
+
+def tradeoff_figure(report: Mapping[str, Any]) -> Any:
     """Accuracy over MACs of a report of `evaluate`: one line a policy, and the dense model.
 
     Raises ValueError where the report has no points.
@@ -44,54 +48,21 @@ def plot_tradeoff(report: Mapping[str, Any], path: str | Path) -> None:
     figure, axes = new_figure(7.2, 4.6)
     dense = 100 * report["dense"]["accuracy"]
     reference_line(axes, dense)
-    starts = []
-    for name, (colour, marker, _) in POLICIES.items():
+    for name, (colour, marker) in POLICIES.items():
         own = sorted((p["macs_fraction"], 100 * p["accuracy"]) for p in points if p["policy"] == name)
         if own:
-            xs, ys = zip(*own, strict=True)
-            axes.plot(xs, ys, color=colour, marker=marker, linewidth=1.8, markersize=6, zorder=3)
-            starts.append((xs[0], ys[0], name, colour))
-    for point in points:
-        if point["policy"] == "full":
-            at = point["macs_fraction"], 100 * point["accuracy"]
-            axes.plot(*at, marker="D", color=INK, markersize=6, zorder=4)
-            _beside(axes, at, "everything\nexecuted", (0, -9), "center", "top", INK)
-    axes.plot(1.0, dense, marker="*", color=INK, markersize=14, zorder=4)
+            label = "everything executed" if name == "full" else name
+            axes.plot(*zip(*own, strict=True), color=colour, marker=marker, linewidth=1.8, label=label, zorder=3)
     reference = f"dense: {dense:.1f} % at {with_unit(report['dense']['macs'])} MACs"
-    _beside(axes, (1.0, dense), reference, (8, 12), "right", "bottom", INK)
-    least, most = min(p["macs_fraction"] for p in points), max(p["macs_fraction"] for p in points)
-    axes.set_xlim(least - 0.26 * (1.0 - least), max(1.03, most))
-    accuracies = [dense, *(100 * p["accuracy"] for p in points)]
-    low, high = min(accuracies), max(accuracies)
-    margin = max(high - low, 2.0) * 0.1
-    axes.set_ylim(low - margin, high + 1.8 * margin)
-    axes.set_yticks([tick for tick in axes.get_yticks() if low - margin <= tick <= 100])
-    _label_starts(axes, starts)
+    axes.plot(1.0, dense, marker="*", color=INK, markersize=14, linestyle="none", label=reference, zorder=4)
+    axes.margins(0.05, 0.08)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     axes.set_xlabel("mean MACs per image, as a fraction of the dense model's")
     axes.set_ylabel("accuracy, %")
     images = f", {report['num_images']:,} images" if "num_images" in report else ""
     where = f" on {report['data']}" if "data" in report else ""
-    axes.set_title(f"Accuracy per compute{where}{images}", loc="left", color=INK, pad=22)
-    named = "  ·  ".join(f"{name}: {POLICIES[name][2]}" for _, _, name, _ in starts)
-    axes.text(0, 1.03, named, transform=axes.transAxes, fontsize=7.5, color=FAINT)
-    save(figure, path)
-
-
-def _label_starts(axes: Any, starts: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names to the left of the lines' first points, pushed apart where they would overlap."""
-    low, high = axes.get_ylim()
-    ordered = sorted(starts, key=lambda start: start[1])
-    heights = pushed_apart([y for _, y, _, _ in ordered], (high - low) * 0.055)
-    left = min((x for x, *_ in ordered), default=0.0)
-    for (_, _, name, colour), height in zip(ordered, heights, strict=True):
-        _beside(axes, (left, height), name, (-9, 0), "right", "center", colour)
-
-
-def _beside(
-    axes: Any, at: tuple[float, float], text: str, offset: tuple[int, int], horizontal: str, vertical: str, colour: str
-) -> None:
-    """Text at `offset` points from a point."""
-    axes.annotate(text, at, offset, textcoords="offset points", ha=horizontal, va=vertical, color=colour, fontsize=9)
+    axes.set_title(f"Accuracy per compute{where}{images}", loc="left", color=INK)
+    return figure
 
 
 def plot_adaptivity(
@@ -102,6 +73,17 @@ def plot_adaptivity(
     classes: Sequence[str] | None = None,
     count: int = 5,
 ) -> None:
+    """`adaptivity_figure` as a file."""
+    save(adaptivity_figure(model, batches, budget, classes, count), path)
+
+
+def adaptivity_figure(
+    model: MIAFormer,
+    batches: Iterable[LabelledBatch],
+    budget: float | None = None,
+    classes: Sequence[str] | None = None,
+    count: int = 5,
+) -> Any:
     """The images that get the least and the most compute at a budget, and what is executed for each of them.
 
     Beside each image a copy whose tokens fade the earlier they are skipped, and its blocks and heads.
@@ -127,7 +109,7 @@ def plot_adaptivity(
                 for cell, text in zip(cells, (title, "tokens kept", "blocks × heads", ""), strict=True):
                     weight = "bold" if text == title else "normal"
                     cell.set_title(text, fontsize=9, loc="left", color=INK, weight=weight)
-    save(figure, path)
+    return figure
 
 
 def _draw_row(cells: Sequence[Any], one: Extreme, model: MIAFormer, classes: Sequence[str] | None) -> None:
@@ -145,7 +127,7 @@ def _draw_row(cells: Sequence[Any], one: Extreme, model: MIAFormer, classes: Seq
     lines = (
         (short(name(one.predicted)), 11, INK),
         *([(verdict, 9, RIGHT if right else WRONG)] if one.label >= 0 else []),
-        (f"{one.macs_fraction:.2f} of the MACs", 9, INK),
+        (f"{one.macs_fraction:.3f} of the MACs", 9, INK),
         (f"{int(one.depth.sum())} of {len(one.depth)} blocks", 9, FAINT),
     )
     for index, (text, size, colour) in enumerate(lines):

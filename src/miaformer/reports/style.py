@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+import io
 from pathlib import Path
 from typing import Any
+
+from miaformer.reports.page import Markup, tag
 
 INK, FAINT, PAPER = "#22262b", "#8a9099", "#ffffff"
 KEPT, SKIPPED = "#1f6fb2", "#eceef1"
 RIGHT, WRONG = "#2e7d4f", "#c0392b"
-POLICIES = {  # colour, marker, what it is
-    "learned": ("#1f6fb2", "o", "per image"),
-    "static": ("#d98a1f", "s", "same for all"),
-    "random": ("#8a9099", "^", "by chance, as often"),
-    "cls-attention": ("#7a5aa6", "D", "most attended tokens"),
+ON_PAGES = {INK: "--ink", FAINT: "--quiet", KEPT: "--accent", SKIPPED: "--empty", WRONG: "--warning"}
+POLICIES = {  # colour, marker
+    "learned": (KEPT, "o"),
+    "static": ("#d98a1f", "s"),
+    "random": (FAINT, "^"),
+    "cls-attention": ("#7a5aa6", "D"),
+    "full": (INK, "D"),
 }
 
 
@@ -50,6 +53,8 @@ def plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, length=0)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
     axes.grid(color=SKIPPED, linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -66,21 +71,26 @@ def bare(axes: Any) -> None:
     axes.spines[:].set_visible(False)
 
 
-def pushed_apart(heights: Sequence[float], least: float) -> list[float]:
-    """Ascending heights with at least so much between neighbours, nearly: each overlapping pair gives way by halves."""
-    found = list(heights)
-    for _ in range(200):
-        for lower, upper in pairwise(range(len(found))):
-            overlap = least - (found[upper] - found[lower])
-            if overlap > 0:
-                found[lower] -= overlap / 2
-                found[upper] += overlap / 2
-    return found
-
-
 def save(figure: Any, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
+
+
+def in_page(figure: Any, tight: bool = True) -> Markup:
+    """The figure as a part of a page, its colours those of the page, light or dark: `ON_PAGES`. tight: cut to what is
+    drawn.
+    """
+    import matplotlib
+
+    drawn = io.StringIO()
+    size: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.02} if tight else {}
+    nameless = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "miaformer"}):  # text, and the same each time
+        figure.savefig(drawn, format="svg", transparent=True, metadata=nameless, **size)
+    svg = drawn.getvalue()
+    for colour, name in ON_PAGES.items():
+        svg = svg.replace(colour, f"var({name})")
+    return tag("figure", Markup(svg[svg.index("<svg") :]))
 
 
 def rectangle(corner: tuple[float, float], width: float, height: float, colour: str) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from miaformer.reports.chart import ACCENT, COLOURS, Chart, Series, figure
 from miaformer.reports.history import History, Row, StageHistory
 from miaformer.reports.page import Markup, facts, join, percent, table, tag
+from miaformer.reports.style import FAINT, INK, KEPT, in_page, new_figure
 
 MOST_POINTS = 75  # of a curve: more are averaged
 
@@ -33,7 +33,7 @@ def training_body(run: History) -> Iterable[Markup]:
     if run.done:
         yield tag("h2", "Curves")
         yield tag("p", "Means over neighbouring steps; stages are marked where they begin.", class_="quiet")
-        yield tag("div", *map(figure, _charts(run)), class_="charts")
+        yield tag("div", *_curves(run), class_="charts")
     yield tag("h2", "Stages")
     yield _stages(run.stages)
 
@@ -95,33 +95,37 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 # Curves ---------------------------------------------------------------------------------------------------------------
 
 
-def _charts(run: History) -> Iterable[Chart]:
-    marks = [(float(stage.rows[0]["step"]), stage.kind) for stage in run.stages if stage.rows]
-    rows = [row for stage in run.stages for row in stage.rows]
-    for title, names, shown in (
-        ("Loss", {"loss": "loss"}, "{:g}".format),
-        ("Accuracy", {"accuracy": "as executed", "accuracy_full": "everything executed"}, _whole_percent),
-        ("MACs, of the dense model's", {"macs_fraction": "taken", "budget": "asked"}, "{:g}".format),
-        ("Learning rate", {"lr": "learning rate"}, "{:g}".format),
-    ):
-        series = [
-            _curve(*named, colour, rows) for named, colour in zip(names.items(), (ACCENT, *COLOURS), strict=False)
-        ]
-        known = [one for one in series if one.x]
-        if known:
-            yield Chart(title, "step", known, shown, marks=marks)
-
-
-def _curve(name: str, label: str, colour: str, rows: Sequence[Row]) -> Series:
+def _curves(run: History) -> Iterable[Markup]:
     """Averaged over so many steps that `MOST_POINTS` are left; where a run diverged there is no point."""
-    known = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-    parts = np.array_split(np.array(known, dtype=float), min(len(known), MOST_POINTS) or 1)
-    means = [part.mean(axis=0) for part in parts if len(part)]
-    return Series(label, [float(mean[0]) for mean in means], [float(mean[1]) for mean in means], colour)
-
-
-def _whole_percent(share: float) -> str:
-    return percent(share, 0)
+    rows = [row for stage in run.stages for row in stage.rows]
+    for title, lines in (
+        ("Loss", {"loss": "loss"}),
+        ("Accuracy", {"accuracy": "as executed", "accuracy_full": "everything executed"}),
+        ("MACs, of the dense model's", {"macs_fraction": "taken", "budget": "asked"}),
+        ("Learning rate", {"lr": "learning rate"}),
+    ):
+        figure, axes = new_figure(5.4, 3.0)
+        figure.subplots_adjust(left=0.12, right=0.93, bottom=0.16, top=0.76)
+        for (name, label), colour in zip(lines.items(), (KEPT, "#c9760f"), strict=False):
+            known = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+            if known:
+                parts = np.array_split(np.array(known, dtype=float), min(len(known), MOST_POINTS))
+                means = np.array([part.mean(axis=0) for part in parts])
+                axes.plot(*means.T, color=colour, marker="." if len(means) == 1 else "", label=label, gid=name)
+        if not axes.lines:
+            continue
+        first = axes.dataLim.x0
+        for stage in run.stages:
+            if stage.rows and stage.rows[0]["step"] >= first:
+                start = stage.rows[0]["step"]
+                axes.axvline(start, color=FAINT, linewidth=0.8, linestyle=":")
+                where = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+                axes.annotate(stage.kind, (start, 1), (0, 2), rotation=20, fontsize=8, color=FAINT, **where)
+        axes.set_title(title, loc="left", fontsize=10, weight="bold", color=INK, pad=34)
+        axes.set_xlabel("step")
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        yield in_page(figure, tight=False)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
