@@ -77,8 +77,7 @@ def add_parser(subparsers: Any) -> None:
         "--out", required=True, metavar="DIR", help="directory for runs; existing runs in it are reused"
     )
     parser.add_argument("--methods", nargs="+", metavar="M", help="methods listed above (default: all but ablations)")
-    parser.add_several("--seeds", "N", seed_number, (0, 1, 2), "seeds of `learned`")
-    parser.add_several("--baseline-seeds", "N", seed_number, (0,), "seeds of all other methods")
+    parser.add_several("--seeds", "N", seed_number, (0, 1, 2), "seeds of `learned`; other methods have one")
     parser.add_budgets((0.25, 0.35, 0.5, 0.7))
     parser.add_number("--epochs-scale", 1.0, "make every stage X times as long", "X")
     parser.add_argument(
@@ -130,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         return _train(comparison, args.train, on)
     groups = {"ablations": list(ABLATIONS)}
     named = [name for given in args.methods or ["learned", *BASELINES] for name in groups.get(given, [given])]
-    wanted = runs(named, args.seeds, args.baseline_seeds)
+    wanted = runs(named, args.seeds)
     if args.only_times:
         _time([one for one in wanted if comparison.is_measured(one)], comparison, device)
     elif not args.only_measured:

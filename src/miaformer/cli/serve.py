@@ -48,7 +48,6 @@ SIGTERM and Ctrl-C stop the server. It first answers the requests that it has ad
 # Fields of `Settings`: unit, type, meaning.
 _LIMITS = (
     ("p95_ms", "MS", float, "target for the 95th percentile of the time from a request's arrival to its answer, in ms"),
-    ("max_batch", "N", int, "maximum images per batch"),
     ("max_queue", "N", int, "maximum images waiting"),
     ("max_pictures", "N", int, "maximum images per request"),
     ("max_upload_bytes", "N", int, "maximum bytes per request"),
@@ -112,7 +111,6 @@ def add_parser(subparsers: Any) -> None:
         help="sites whose pages may send requests: https://..., or '*'",
     )
     parser.add_argument("--no-page", action="store_true", help="serve no page at / and no /explain")
-    parser.add_argument("--access-log", action="store_true", help="log one line per request")
     parser.add_engine("auto")
     parser.add_dtype()
     parser.add_device()
@@ -177,9 +175,9 @@ def _run_here(args: argparse.Namespace) -> int:
         config = uvicorn.Config(
             app,
             http=ImpatientProtocol,
-            log_level="info" if args.access_log else "warning",
-            access_log=args.access_log,
-            proxy_headers=args.access_log,  # nothing else asks who it was
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,  # nothing asks who it was
             limit_concurrency=args.max_connections,
             server_header=False,
         )
