@@ -12,7 +12,7 @@ from vits import pictures, vit
 
 import miaformer
 from miaformer.cli import main
-from miaformer.cli.bench_output import bench_notes
+from miaformer.cli.bench import bench_notes
 from miaformer.evaluation import bench_data
 from miaformer.evaluation.bench import _Cell, bench
 from miaformer.evaluation.calibration import price_table

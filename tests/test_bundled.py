@@ -11,7 +11,7 @@ from PIL import Image
 
 import miaformer
 from miaformer import cli
-from miaformer.cli.demo_pictures import BUDGETS, BUNDLED_MODEL
+from miaformer.cli.demo import BUDGETS, BUNDLED_MODEL
 from miaformer.data.images import open_image
 from miaformer.model.loading import BUNDLED
 

@@ -16,7 +16,7 @@ import torch
 from tiny_training import tiny_model
 
 from miaformer.cli import build_parser, main
-from miaformer.cli.compare_output import comparison_table
+from miaformer.cli.compare import comparison_table
 from miaformer.lab.comparison import ABLATIONS, BASELINES, METHODS, Comparison
 from miaformer.lab.comparison.harness import Run, runs
 from miaformer.lab.comparison.measuring import margin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,7 +215,6 @@ def _train(comparison: Comparison, what: list[str], device: str | None) -> int:
 def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run], missing: list[Run]) -> None:
     import torch
 
-    from miaformer.cli.compare_output import comparison_table, conclusions
     from miaformer.cli.output import print_table, say, write_outputs
     from miaformer.evaluation.environment import describe_environment
     from miaformer.lab.comparison.report import comparison_report
@@ -236,6 +236,47 @@ def _report(args: argparse.Namespace, comparison: Comparison, measured: list[Run
             raise ValueError("--pictures shows what `learned` does, which is not measured yet")
         _draw_classes(comparison, learned, args.pictures)
         say(f"wrote {args.pictures}")
+
+
+def comparison_table(report: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    from miaformer.reports.comparison_rows import COLUMNS, OURS, written
+
+    shown = Table(
+        caption=f"{report['num_images']:,} test images; intervals of 95 % over images; hardest: the tenth with the "
+        "greatest dense loss; ours minus it: the lead of `learned`, in points. MACs and time: of the backbone's."
+    )
+    shown.add_column(COLUMNS[0], no_wrap=True)
+    for name in COLUMNS[1:]:
+        shown.add_column(name, justify="right", no_wrap=True)
+    rows = written(report["rows"], report["differences"])
+    for (row, cells), (following, _) in zip(rows, [*rows[1:], ({"budget": -1.0}, ())], strict=True):
+        style = "bold" if row["name"] == OURS else None
+        shown.add_row(*cells, style=style, end_section=following["budget"] != row["budget"])
+    return shown
+
+
+def conclusions(report: Mapping[str, Any]) -> Iterator[str]:
+    from miaformer.reports.comparison_rows import OURS, between
+
+    for name, fraction in report["at_equal_accuracy"].items():
+        yield f"{name}: half a point below dense at {fraction:.3f} of the MACs"
+    below = report["one_point_below"]
+    for name, one in below.get("methods", {}).items():
+        yield f"{name}: one point below dense at {one['macs_fraction']:.3f} {between(one['interval'])} of the MACs"
+    best = below.get("best_baseline")
+    if best is not None:
+        ratio = f"{best['ratio']:.3f} {between(best['ratio_interval'])}"
+        yield f"There ours takes {ratio} of the MACs of the best baseline, {best['name']}."
+    for at in report["adaptivity"]:
+        yield (
+            f"Does compute follow difficulty? At {at['budget']:g}: rank correlation of MACs with the backbone's loss "
+            f"{at['loss']:+.3f}, with minus its margin {at['margin']:+.3f}."
+        )
+    share = report["adaptation"].get(OURS, {}).get("share_of_backbone")
+    if share is not None:
+        yield f"Adapting took {share:.2f} of the time that training the backbone took."
 
 
 def _draw_classes(comparison: Comparison, learned: Run, path: str) -> None:

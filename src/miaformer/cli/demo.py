@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miaformer.cli.arguments import add_command, open_batches, open_device
-from miaformer.cli.demo_pictures import BUNDLED_MODEL, show_pictures
 from miaformer.cli.processes import (
     STOPPED,
     add_processes,
@@ -21,8 +20,10 @@ from miaformer.data.files import holds_run
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from miaformer.model.model import MIAFormer
+    from miaformer.model.output import Output
 
 DESCRIPTION = """\
 Train a small adaptive ViT on built-in images of digits, calibrate its budgets, and show the results: accuracy at
@@ -43,6 +44,8 @@ examples:
       train nothing: show what a bundled model predicts for your images, and what it spends on each
 """
 
+BUNDLED_MODEL = "cifar10-small"
+MOST_PICTURES = 64
 BUDGETS = (0.35, 0.5, 0.7)
 TIMED_MODEL = "deit_small_patch16_224"
 TIMED_BUDGET = 0.5
@@ -157,7 +160,7 @@ def time_useful(device: torch.device, engines: Sequence[str], seed: int) -> dict
 
 def speed_lines(timing: Mapping[str, Any]) -> list[str]:
     """What half of the compute takes beside the dense model, each on the engine that is fastest here."""
-    from miaformer.cli.bench_output import counted
+    from miaformer.cli.bench import counted
 
     rows = [row for row in timing["rows"] if row["budget"] == TIMED_BUDGET]
     if not rows:
@@ -176,3 +179,67 @@ def speed_lines(timing: Mapping[str, Any]) -> list[str]:
         f"Medians over {row['images']} images and {rounds}; ± is the interquartile range. Weights are random, "
         "decisions too: only times mean anything.",
     ]
+
+
+def show_pictures(sources: Sequence[str], out: Path, device: torch.device, engine: str) -> int:
+    """Print what it says at each budget, and draw in `out` who gets least and most. Returns the exit status.
+
+    sources: pictures, and folders of pictures; the first `MOST_PICTURES` are shown, broken ones are listed.
+    Raises ImageError where there is none that can be read.
+    """
+    import torch
+
+    from miaformer import Predictor, load
+    from miaformer.cli.output import console, say
+    from miaformer.data import Batch, build_transform
+    from miaformer.data.images import ImageError, open_image
+    from miaformer.prediction.sources import find_pictures
+    from miaformer.reports.plots import plot_adaptivity
+
+    paths, failed = find_pictures(sources)
+    model = load(BUNDLED_MODEL).to(device)
+    transform = build_transform(model.data_config())
+    pictures: dict[Path, Tensor] = {}
+    for path in paths[:MOST_PICTURES]:
+        try:
+            pictures[path] = transform(open_image(path))
+        except ImageError as error:
+            failed[str(path)] = str(error).removeprefix(f"{path}: ")
+    if not pictures:
+        raise ImageError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    images = torch.stack(list(pictures.values())).to(device)
+    predictor = Predictor(model, engine=engine)
+    outputs = {budget: predictor.run(images, budget=budget) for budget in BUDGETS}
+    outputs[1.0] = predictor.run(images)
+    names = model.label_names or [str(label) for label in range(model.num_classes)]
+    console().print(_pictures_table([path.name for path in pictures], outputs, names))
+    for name, reason in failed.items():
+        say(f"{name}: {reason}")
+    if len(paths) > MOST_PICTURES:
+        more = f"{len(paths) - MOST_PICTURES:,} more pictures"
+        say(f"{more}: `miaformer predict {BUNDLED_MODEL} PATH ... --out FILE` takes them all")
+    if len(pictures) > 1:
+        out.mkdir(parents=True, exist_ok=True)
+        unknown = torch.full((len(images),), -1)
+        batch = Batch(images, unknown, unknown)
+        picture = out / "pictures.png"
+        plot_adaptivity(model, [batch], picture, BUDGETS[1], classes=names)
+        say(f"{picture}: the images that take the least and the most compute")
+    return 1 if failed else 0
+
+
+def _pictures_table(pictures: Sequence[str], outputs: dict[float, Output], names: Sequence[str]) -> Any:
+    from rich.table import Table
+
+    caption = f"most likely class out of {', '.join(names)}; in brackets: MACs as a fraction of the dense model's"
+    table = Table(caption=caption)
+    table.add_column("picture", overflow="ellipsis", no_wrap=True)
+    for budget in outputs:
+        table.add_column("everything" if budget == 1 else f"budget {budget:g}")
+    for place, picture in enumerate(pictures):
+        cells = [
+            f"{names[int(output.logits[place].argmax())]} ({output.trace.macs_fraction[place]:.2f})"
+            for output in outputs.values()
+        ]
+        table.add_row(picture, *cells)
+    return table
