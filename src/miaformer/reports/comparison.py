@@ -29,8 +29,8 @@ def comparison_head(report: Mapping[str, Any], missing: Sequence[str] = ()) -> M
     }
     if seeds.get(OURS):
         known["Seeds of ours"] = ", ".join(map(str, seeds[OURS]))
-    if recipe.get("model"):
-        known["Model"] = recipe["model"]
+    if report.get("model"):
+        known["Model"] = report["model"]
     warning = None
     if missing:
         warning = tag(

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from miaformer.data import Batches, ImageData, spread
-from miaformer.engine.walk import Policy
 from miaformer.evaluation.contenders import contenders
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.on_data import ordered_batches
 from miaformer.lab.attacks.evaluate import OnProgress, RobustnessEvaluation, frozen, seeded
 from miaformer.lab.attacks.gradient import Ball, Climb
+from miaformer.lab.attacks.looks import looks_target
 from miaformer.lab.attacks.masking import signs_of_masking
 from miaformer.lab.attacks.methods import ATTACKS, DRAWS
 from miaformer.lab.attacks.target import Pixels, Target, adaptive_target, static_target, steadied
 from miaformer.model.fingerprint import fingerprint
 from miaformer.model.model import MIAFormer
-from miaformer.model.policy import Sampling
+from miaformer.model.policy import AnyPolicy, Look, Sampling, TwoLooks
 
 CONTROLS = ("static", "random", "cls-attention")
 TARGETS = ("backbone", "adaptive", "sampled", *CONTROLS)
@@ -72,14 +72,13 @@ def attack(
     if held_out is None and needs_held_out(attacks, names):
         raise ValueError("patches and control policies are made on the calibration split: give held_out")
     with frozen(model):
-        policies: dict[str, Policy] = {}
+        policies: dict[str, AnyPolicy] = {}
         if held_out is not None and budget is not None:
             calibration = ordered_batches(model, held_out, batch_size)
             policies = _control_policies(model, names, budget, cap, calibration, seed)
         aims = [_aim(model, name, policies, budget, cap) for name in names]
         static = next((aim for aim in aims if aim.name == "backbone"), static_target(model))
-        knows_prices = model.calibration is not None and not model.adapt_config.chooses_resolution
-        spender = _aim(model, "adaptive", {}, budget, cap) if knows_prices else None
+        spender = _aim(model, "adaptive", {}, budget, cap) if model.calibration is not None else None
         parameter = next(model.parameters())
         dtype = str(parameter.dtype).removeprefix("torch.")
         about = {"weights": fingerprint(model), "dtype": dtype, "data": data.name, "budget": budget, "cap": cap}
@@ -136,11 +135,11 @@ def _known(names: Sequence[str], known: Sequence[str], what: str) -> list[str]:
 
 def _target_names(model: MIAFormer, targets: Sequence[str] | None) -> list[str]:
     sized = model.adapt_config.chooses_resolution
-    names = _known(targets or TARGETS[: 2 if model.calibration and not sized else 1], TARGETS, "target")
-    if sized and set(names) - {"backbone", "cls-attention"}:
+    names = _known(targets or TARGETS[: 2 if model.calibration else 1], TARGETS, "target")
+    if sized and set(names) & {"sampled", "cls-attention"}:
         raise ValueError(
-            "the model chooses resolutions: attacks differentiate through controllers, and it has none; attack its "
-            "backbone (--targets backbone)"
+            "the model chooses resolutions, so it draws no decisions and drops no tokens: attack backbone, adaptive, "
+            "static or random"
         )
     return names
 
@@ -157,7 +156,7 @@ def _budget_of(model: MIAFormer, names: Sequence[str]) -> float | None:
 
 def _control_policies(
     model: MIAFormer, names: Sequence[str], budget: float, cap: float | None, calibration: Batches, seed: int
-) -> dict[str, Policy]:
+) -> dict[str, AnyPolicy]:
     """Of the controls among the targets, by name. Raises ValueError for one that cannot meet the budget."""
     controls = [name for name in names if name in CONTROLS]
     if not controls:
@@ -165,17 +164,22 @@ def _control_policies(
     found, left_out = contenders(model, [budget], controls, cap, calibration.epoch(0), seed)
     if left_out:
         raise ValueError(f"{left_out[0].name} at {budget:g}: {left_out[0].reason}")
-    return {one.name: cast(Policy, one.policy) for one in found}  # controls look once
+    return {one.name: one.policy for one in found}
 
 
 def _aim(
-    model: MIAFormer, name: str, policies: Mapping[str, Policy], budget: float | None, cap: float | None
+    model: MIAFormer, name: str, policies: Mapping[str, AnyPolicy], budget: float | None, cap: float | None
 ) -> Target:
     if name == "backbone":
         return static_target(model)
     policy = policies.get(name)
-    if policy is None:
+    if policy is None and model.adapt_config.chooses_resolution:
         assert budget is not None  # see `_budget_of`
+        policy = model.at_budget(budget)
+    if isinstance(policy, Look | TwoLooks):
+        return looks_target(model, policy, name, cap)
+    if policy is None:
+        assert budget is not None
         learned = model.learned(model.price_of(budget))
         policy = replace(learned, sampling=Sampling() if name == "sampled" else None)
     return adaptive_target(model, policy, name, cap)

@@ -16,7 +16,8 @@ from miaformer.training.progress import core_seconds
 
 
 def comparison_report(runs: Sequence[Path], backbone: Path) -> dict[str, Any]:
-    """The fields of `Table`; `seeds`, `core_seconds` (means) and `adaptation` by method; where runs were measured.
+    """The fields of `Table`; `seeds`, `core_seconds` (means) and `adaptation` by method; where runs were measured;
+    `model`, None where the backbone was given and not the recipe's.
 
     runs: directories, all measured; backbone: the directory of its training, if it was trained. Rows of methods that
     are ours without a part say `ablation`. Raises ValueError where runs do not belong together.
@@ -36,6 +37,7 @@ def comparison_report(runs: Sequence[Path], backbone: Path) -> dict[str, Any]:
     return {
         **table,
         "data": measured[0]["asked"]["data"],
+        "model": table["recipe"]["model"] if (backbone / "recipe.json").exists() else None,
         "seeds": dict(seeds),
         "core_seconds": mean,
         "adaptation": _adaptation(mean),
