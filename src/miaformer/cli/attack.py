@@ -23,7 +23,7 @@ Attack MODEL on images of DATA, and report how much of its accuracy and of its s
 
 attacks on accuracy:
   fgsm         one step along the sign of the gradient
-  pgd          --steps projected gradient steps from a random start; decisions are treated as fixed
+  pgd          --steps projected gradient steps from --restarts random starts; decisions are treated as fixed
   adaptive     the same steps with gradients through the decisions, on cross-entropy and on the margin
   transfer     adversarial examples made on the static backbone
   autoattack   standard AutoAttack: APGD-CE, APGD-T, FAB-T and Square (Croce and Hein), through the decisions; slow;
@@ -69,6 +69,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_data(required=True)
     parser.add_several("--attacks", "A", str, DEFAULT_ATTACKS, "attacks listed above")
     parser.add_several("--eps", "E", str, ("4/255",), "attack radii, in pixel values from 0 to 1")
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="norm of the radii (default: linf)")
     parser.add_argument("--targets", nargs="+", metavar="T", help="targets listed above (default: backbone adaptive)")
     parser.add_argument(
         "--budget",
@@ -79,6 +80,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_cap()
     parser.add_number("--images", 1000, "number of images, evenly spaced")
     parser.add_number("--steps", 50, "steps of gradient attacks")
+    parser.add_number("--restarts", 1, "random starts of gradient attacks")
     parser.add_argument(
         "--cascade",
         action="store_true",
@@ -106,9 +108,10 @@ def run(args: argparse.Namespace) -> int:
     from miaformer.reports.robustness_plot import plot_robustness
 
     check_attacks(args.attacks, masking=not args.no_masking_check)
-    balls = [Ball(radius("--eps", text), "linf") for text in dict.fromkeys(args.eps)]
-    if max(ball.eps for ball in balls) > 1:
+    balls = [Ball(radius("--eps", text), args.norm) for text in dict.fromkeys(args.eps)]
+    if args.norm == "linf" and max(ball.eps for ball in balls) > 1:
         raise ValueError(f"--eps {' '.join(args.eps)}: pixels go from 0 to 1, and so do radii: 4/255, say")
+    climb = Climb(steps=args.steps, restarts=args.restarts)
     check_positive(args, "images")
     device = open_device(args.device, args.threads)
     torch.manual_seed(args.seed)
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
                 budget=args.budget,
                 cap=args.cap,
                 held_out=held_out,
-                climb=Climb(steps=args.steps),
+                climb=climb,
                 cascade=args.cascade,
                 patch_area=args.patch_area,
                 patch_steps=args.patch_steps,
