@@ -3,11 +3,11 @@
     .venv/bin/python benchmarks/serving_load.py cifar10-small --data CIFAR10 --threads 1
     .venv/bin/python benchmarks/serving_load.py timm:deit_small_patch16_224 --data PICTURES --p95-ms 2000 --clients 48
 
-Starts `miaformer serve` on this machine, static and adaptive in turn. First it finds what the static server sustains
-(so many clients that always ask); then requests come at 0.5, 1, 1.5 and 2 times that rate, at random moments (Poisson),
-whether or not earlier ones were answered. Latency counts from the moment a request was due, so a server that falls
-behind is not let off. `timm:NAME` has random weights and controllers drawn at random: its answers mean nothing, its
-times do. Stops by itself, in about (2 servers x loads + 1) x --seconds.
+Starts `miaformer serve` on this machine, static and adaptive in turn. First it finds what each sustains (so many
+clients that always ask; of the adaptive one, for its least budget). Then requests come at 0.5, 1, 1.5 and 2 times the
+static one's rate, at random moments (Poisson), whether or not earlier ones were answered. Latency counts from the
+moment a request was due, so a server that falls behind is not let off. `timm:NAME` has random weights and controllers
+drawn at random: its answers mean nothing, its times do. Stops by itself, in about 2 servers x (loads + 1) x --seconds.
 """
 
 from __future__ import annotations
@@ -154,10 +154,10 @@ class Seen:
     refused: int = 0
     failed: Counter[str] = field(default_factory=Counter)  # by what happened
 
-    async def ask(self, connections: Connections, picture: Picture, due: float) -> None:
+    async def ask(self, connections: Connections, picture: Picture, due: float, query: str = "") -> None:
         try:
             async with asyncio.timeout(PATIENCE):
-                status, content = await connections.post("/predict?top_k=1", picture.encoded)
+                status, content = await connections.post(f"/predict?top_k=1{query}", picture.encoded)
         except (OSError, EOFError, TimeoutError) as error:
             self.failed[type(error).__name__] += 1
             return
@@ -191,7 +191,9 @@ def _mean(values: Sequence[float]) -> float | None:
     return round(float(np.mean(values)), 4) if values else None
 
 
-async def saturate(connections: Connections, pictures: list[Picture], clients: int, seconds: float) -> float:
+async def saturate(
+    connections: Connections, pictures: list[Picture], clients: int, seconds: float, query: str = ""
+) -> float:
     """Requests a second that are answered where so many clients always ask. The first fifth warms up."""
     seen, end = Seen(), time.perf_counter() + seconds
     begin = end - 0.8 * seconds
@@ -200,7 +202,7 @@ async def saturate(connections: Connections, pictures: list[Picture], clients: i
     async def client(number: int) -> None:
         turn = number
         while time.perf_counter() < end:
-            await seen.ask(connections, pictures[turn % len(pictures)], time.perf_counter())
+            await seen.ask(connections, pictures[turn % len(pictures)], time.perf_counter(), query)
             answered.append(time.perf_counter())
             turn += clients
 
@@ -235,10 +237,12 @@ async def serving(model: str, args: argparse.Namespace, *options: str) -> AsyncI
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
-        line = await asyncio.to_thread(process.stderr.readline)
-        found = re.search(r"at http://([\d.]+):(\d+)", line)
-        if found is None:
-            raise RuntimeError(line.strip() or "the server did not start")
+        found, said = None, []
+        while found is None:
+            said.append(await asyncio.to_thread(process.stderr.readline))
+            if not said[-1]:
+                raise RuntimeError("".join(said).strip() or "the server did not start")
+            found = re.search(r"at http://([\d.]+):(\d+)", said[-1])
         connections = Connections(found[1], int(found[2]))
         await asyncio.sleep(1)
         yield connections
@@ -255,10 +259,12 @@ async def measure(args: argparse.Namespace, model: str, pictures: list[Picture])
         "adaptive": ["--min-budget", str(args.min_budget), *objective],
     }
     labelled = pictures[0].label is not None
-    patient = ["--static", "--p95-ms", "60000", "--answer-seconds", "60"]
-    async with serving(model, args, *patient) as connections:
+    patient = ["--p95-ms", "60000", "--answer-seconds", "60"]
+    async with serving(model, args, "--static", *patient) as connections:
         capacity = await saturate(connections, pictures, args.clients, args.seconds)
-    print(f"the static server sustains {capacity:.1f} requests a second")
+    async with serving(model, args, *patient) as connections:
+        least = await saturate(connections, pictures, args.clients, args.seconds, f"&budget={args.min_budget}")
+    print(f"requests a second: static {capacity:.1f}, at a budget of {args.min_budget} {least:.1f}", flush=True)
     rows = []
     for load in args.loads:
         for name, options in servers.items():
@@ -272,6 +278,7 @@ async def measure(args: argparse.Namespace, model: str, pictures: list[Picture])
         "model": args.model,
         "objective_ms": args.p95_ms,
         "capacity": round(capacity, 2),
+        "capacity_at_least_budget": round(least, 2),
         "seconds": args.seconds,
         "rows": rows,
     }
