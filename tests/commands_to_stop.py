@@ -42,6 +42,7 @@ def _run(argv: list[str], log: Path, rows_in_group: int) -> None:
     from miaformer.engine import native
     from miaformer.prediction import rows
 
+    os.nice(19)  # so that whoever is to stop it is not late
     said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
