@@ -25,7 +25,8 @@ POINTWISE: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None wh
 GIVEN = ("pytorch", "onednn")
 LEAST_MACS = 6_000_000  # of a product with a plain weight: below, a call's 30 us against 6 are not regained
 WIDTHS, ROWS = (192, 384, 768), (16, 64, 196)  # that are raced: the MLPs of ViT-Ti, -S and -B
-_ROUNDS = 5
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 25  # of calls of each kind: until the two fastest of each agree
+_AGREE = 1.1
 _COLD = 48 << 20  # bytes of weights that the layers of one race have: more than caches hold
 _GAIN = 0.97  # oneDNN's time against PyTorch's, from which it is taken
 
@@ -66,7 +67,10 @@ def _measured(threads: int) -> dict[str, float]:
 
 @torch.inference_mode()
 def race() -> dict[str, float]:
-    """Least seconds of several calls, in turn, each with another layer's weights: a model's are never in a cache."""
+    """Least seconds of several calls, in turn, each with another layer's weights: a model's are never in a cache.
+
+    A machine that is busy elsewhere makes calls longer, never shorter: so they are repeated until the least is sure.
+    """
     taken: dict[str, float] = {}
     for width in WIDTHS:
         weights = 2 * 4 * width**2
@@ -74,16 +78,21 @@ def race() -> dict[str, float]:
         packed = [(*_packed(first), *_packed(second)) for first, second in layers]
         for rows in ROWS:
             x, turn = torch.rand(rows, width), 0
-            for _ in range(_ROUNDS):
+            times: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+            while turn < _LEAST_ROUNDS * len(_KINDS) or (turn < _MOST_ROUNDS * len(_KINDS) and not _steady(times)):
                 for kind, mlp in _KINDS.items():
                     first, second = layers[turn % len(layers)]
                     layer = packed[turn % len(layers)] if kind == "packed" else (*first, *second)
                     start = time.perf_counter()
                     mlp(x, *layer)
-                    name = f"{width} x {rows}, {kind}"
-                    taken[name] = min(taken.get(name, math.inf), time.perf_counter() - start)
+                    times[kind].append(time.perf_counter() - start)
                     turn += 1
+            taken |= {f"{width} x {rows}, {kind}": min(own) for kind, own in times.items()}
     return taken
+
+
+def _steady(times: dict[str, list[float]]) -> bool:
+    return all(second < _AGREE * first for first, second in (sorted(own)[:2] for own in times.values()))
 
 
 Layer = tuple[Tensor, Tensor]  # weight and bias
