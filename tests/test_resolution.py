@@ -331,7 +331,7 @@ def test_its_backbone_can_be_attacked(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (("attack", "MODEL", "--data", "DATA", "--targets", "adaptive"), "attacks differentiate through controllers"),
+        (("attack", "MODEL", "--data", "DATA", "--targets", "sampled"), "it draws no decisions"),
         (("export", "MODEL", "OUT", "--price", "1"), "has no prices"),
     ],
 )

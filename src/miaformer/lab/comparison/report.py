@@ -33,11 +33,12 @@ def comparison_report(runs: Sequence[Path], backbone: Path) -> dict[str, Any]:
         seeds[one["method"]].append(one["seed"])
         if one["core_seconds"] is not None:
             seconds[one["method"]].append(one["core_seconds"])
+    trained = backbone / "recipe.json"
     mean = {name: fmean(values) for name, values in seconds.items()}
     return {
         **table,
         "data": measured[0]["asked"]["data"],
-        "model": table["recipe"]["model"] if (backbone / "recipe.json").exists() else None,
+        "model": read_json(trained)["recipe"]["model"] if trained.exists() else None,
         "seeds": dict(seeds),
         "core_seconds": mean,
         "adaptation": _adaptation(mean),
