@@ -472,3 +472,10 @@ def test_the_legend_names_methods_that_were_not_timed(monkeypatch: pytest.Monkey
     plot_comparison(rows, tmp_path / "plot.png", "three methods")
     (legend,) = [axes.get_legend() for axes in drawn[0].axes if axes.get_legend() is not None]
     assert [text.get_text() for text in legend.get_texts()] == ["learned", "merging", "backbone"]
+
+
+def test_a_report_names_the_recipes_model_only_where_that_was_trained() -> None:
+    results = Path(__file__).parent.parent / "benchmarks" / "results"
+    for name, model in (("cifar10-small", "vit_tiny_patch16_224"), ("imagenette-dinov2s", None)):
+        report = comparison_report([results / name / "learned" / "seed0"], results / name / "backbone")
+        assert report["model"] == model

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,34 @@ def test_kernels_are_those_that_were_fastest_when_this_machine_was_measured(monk
     assert measured == [1], "the second process reads what the first one found"
     kernels.onednn_pays(10, small, True, 2)
     assert measured == [1, 2], "the number of threads matters"
+
+
+def test_a_busy_machine_does_not_tell_which_kernel_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls take their time or much longer; what counts is the least, and there are more of them until it is sure."""
+    own = {"pytorch": 2.0, "plain": 3.0, "packed": 1.0}
+    clock, calls = 0.0, Counter[str]()
+    hindered = random.Random(3)
+
+    def kernel(kind: str) -> Callable[..., None]:
+        def call(*layer: Any) -> None:
+            nonlocal clock
+            calls[kind] += 1
+            clock += own[kind] * hindered.choice([1, 1, 5, 9, 20])
+
+        return call
+
+    monkeypatch.setattr(kernels, "_KINDS", {kind: kernel(kind) for kind in own})
+    monkeypatch.setattr(kernels, "_packed", lambda layer: layer)
+    monkeypatch.setattr(kernels, "_COLD", 0)
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: clock)
+    taken = kernels.race()
+    assert {kind: taken[f"384 x 64, {kind}"] for kind in own} == pytest.approx(own)
+    shapes = len(kernels.WIDTHS) * len(kernels.ROWS)
+    assert 5 * shapes < calls["plain"] < 25 * shapes
+    hindered.choice = lambda choices: 1  # type: ignore[method-assign, assignment]
+    calls.clear()
+    kernels.race()
+    assert calls["plain"] == 5 * shapes, "an idle machine is sure at once"
 
 
 @needs_onednn

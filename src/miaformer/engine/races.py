@@ -55,7 +55,7 @@ def remembered(file: Path, race: str, candidates: set[str], run: Callable[[], di
     """
     key = f"{race}, {processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     found = _kept(file).get(key)
-    if found is None or set(found) != candidates:
+    if not isinstance(found, dict) or set(found) != candidates:
         found = run()
         with suppress(OSError), whole_file(file) as unfinished:
             unfinished.write_text(json.dumps({**_kept(file), key: found}, indent=2) + "\n")

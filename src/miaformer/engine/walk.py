@@ -35,7 +35,11 @@ class State:
 
 
 class Policy(Protocol):
-    """Makes the gates of one block after the other, and says what making them costs."""
+    """Makes the gates of one block after the other, and says what making them costs.
+
+    One whose attribute `relaxed` is true makes gates that are numbers, through which training differentiates
+    (`MIAFormer.walk`).
+    """
 
     def decide(self, state: State) -> Gates | HostGates: ...
 

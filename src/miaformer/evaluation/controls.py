@@ -117,8 +117,10 @@ def random_policy(
             depth = (depth / torch.cat([torch.ones_like(depth[:1]), depth[:-1]])).clamp(max=1)
         return Random(depth.tolist(), heads.tolist(), tokens.tolist(), seed)
 
+    most = 1.0 if cap is None else cap
+
     def fraction(logit: float) -> float:
-        return simulation.fractions(policy(logit), _SIMULATED_IMAGES).clamp(max=cap or 1.0).mean().item()
+        return simulation.fractions(policy(logit), _SIMULATED_IMAGES).clamp(max=most).mean().item()
 
     return policy(_nearest(fraction, -_FARTHEST, _FARTHEST, budget, steps=14))
 

@@ -1,10 +1,11 @@
 """Training: a static ViT goes in, an adaptive one that knows its budgets comes out.
 
 In reading order: `recipes` (what is trained, for how long), `run` (a whole run), `trainer` (the loop of a stage),
-`objective` and `stages` (its loss), `policies` (decisions that gradients reach, or that are drawn), `tariff` (lambda:
-what compute costs at each budget). Around the loop: `preparation`, `probe` (the first fit of a new classifier),
-`choices` (what fits data and machine), `optimizer` and `muon`, `adversarial`, `checkpoint`, `run_directory`,
-`progress`, `interrupts`.
+`objective` and `stages` (its loss), `policies` (the budgets that are drawn, and decisions that gradients reach or that
+are drawn), `tariff` (for each budget, lambda, the weight of compute in the loss, and the log-price that controllers
+see; `price_scale` makes of both the `price` of users, which `evaluation.calibration` tabulates by budget). Around the
+loop: `preparation`, `probe` (the first fit of a new classifier), `choices` (what fits data and machine), `optimizer`
+and `muon`, `adversarial`, `checkpoint`, `run_directory`, `progress`, `interrupts`.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class Draws:
         part: slice,
     ) -> Draws:
         """generator: of the step; batch: images of the global batch; part: those of this process."""
-        uniform, (low, high) = partial(_uniform, generator), budgets
+        uniform = partial(_uniform, generator)
+        low, high = budgets
         # Stratified, so that every step sees the whole range of budgets.
         strata = (torch.randperm(batch, generator=generator) + uniform(batch)) / batch
         full = torch.randperm(batch, generator=generator) < round(full_share * batch)

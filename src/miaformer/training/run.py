@@ -89,13 +89,13 @@ def train(
     check_trainable(model)
     started = time.monotonic()
     # Where there is no accelerator several processes find each other only if told that they are on processors.
-    faster = None if device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    found = None if device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
     given = as_begun(recipe, out, len(train_data)) if resume else recipe
-    recipe = with_precision(given, "cpu" if faster is None else faster.type)
+    recipe = with_precision(given, "cpu" if found is None else found.type)
     AcceleratorState._reset_state()  # of an earlier run in this process, perhaps of another precision
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
-        cpu=faster is None,
+        cpu=found is None,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],

@@ -1,9 +1,10 @@
 """The layers of a transformer block by what they do, whatever its family calls them.
 
-All of timm's blocks have norm1, attn, norm2 and mlp; their attention num_heads, head_dim, attn_dim, norm and proj;
-their MLP act, norm and fc2. What differs is asked here: how queries, keys and values are made, what is done to them
-before they are compared, gates of MLPs, and layer scale. Another family, such as `EvaBlock`, is another case of these
-functions (rotary embeddings: of `normed_queries` and `normed_keys`, given each row's position).
+All of timm's blocks have norm1, attn, norm2 and mlp; their attention num_heads, head_dim, norm and proj; their MLP act,
+norm and fc2. (`Attention` has attn_dim too, which `EvaAttention` has not.) What differs is asked here: how queries,
+keys and values are made, what is done to them before they are compared, gates of MLPs, and layer scale. Another family,
+such as `EvaBlock`, is another case of these functions (rotary embeddings: of `normed_queries` and `normed_keys`, given
+each row's position).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from miaformer.lab.attacks.target import THROUGH_TEMPERATURE, Answer, Classifier, Pixels, Target
+from miaformer.lab.attacks.target import THROUGH_TEMPERATURE, Answer, Classifier, Pixels, Target, drawn_anew
 from miaformer.model.early_exit import EarlyExit, left_at, macs_of_leaving
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import Look, RandomSizes, TwoLooks
@@ -32,7 +32,7 @@ def looks_target(
     pixels, whole = Pixels.of(model), model.cost().backbone
 
     def deployed(images: Tensor) -> Answer:
-        output = model.run(pixels.normalised(images), policy=drawn(policy), cap=cap)
+        output = model.run(pixels.normalised(images), policy=drawn_anew(policy), cap=cap)
         return Answer(output.logits, output.trace.macs_fraction)
 
     def view(through: bool) -> Classifier:
@@ -41,7 +41,7 @@ def looks_target(
                 return deployed(images)
             normalised = pixels.normalised(images)
             if isinstance(policy, RandomSizes):
-                return _in_drawn_sizes(model, normalised, drawn(policy))
+                return _in_drawn_sizes(model, normalised, drawn_anew(policy))
             logits, macs, given, likely = weighed(model, normalised, policy, temperature)
             own = logits[torch.arange(len(images)), given].log_softmax(dim=1)
             spent = macs[given] / whole
@@ -57,13 +57,6 @@ def looks_target(
     if isinstance(policy, TwoLooks) or isinstance(policy.policy, EarlyExit):
         views["through"] = view(True)
     return Target(name, deployed, views, isinstance(policy, RandomSizes))
-
-
-def drawn(policy: Look | TwoLooks) -> Look | TwoLooks:
-    """The policy; drawn sizes are drawn by PyTorch's global generator, so that calls differ and can be repeated."""
-    if not isinstance(policy, RandomSizes):
-        return policy
-    return RandomSizes(policy.policy, policy.sizes, policy.share, int(torch.randint(2**31, ())))
 
 
 def weighed(model: MIAFormer, images: Tensor, policy: Look | TwoLooks, temperature: float) -> Weighed:
@@ -103,8 +96,7 @@ def _answers(model: MIAFormer, images: Tensor, look: Look) -> tuple[Tensor, Tens
     return torch.stack(found, dim=1), macs
 
 
-def _in_drawn_sizes(model: MIAFormer, images: Tensor, look: Look | TwoLooks) -> Answer:
-    assert isinstance(look, RandomSizes)
+def _in_drawn_sizes(model: MIAFormer, images: Tensor, look: RandomSizes) -> Answer:
     each = {size: _answers(model, images, Look(look.policy, (size,))) for size in dict.fromkeys(look.sizes)}
     sizes = look.sizes_of(len(images))
     logits = torch.stack([each[size][0][place, -1] for place, size in enumerate(sizes)])

@@ -173,16 +173,18 @@ def _aim(
     if name == "backbone":
         return static_target(model)
     policy = policies.get(name)
-    if policy is None and model.adapt_config.chooses_resolution:
+    if policy is None:
         assert budget is not None  # see `_budget_of`
-        policy = model.at_budget(budget)
+        policy = _own_policy(model, budget, name == "sampled")
     if isinstance(policy, Look | TwoLooks):
         return looks_target(model, policy, name, cap)
-    if policy is None:
-        assert budget is not None
-        learned = model.learned(model.price_of(budget))
-        policy = replace(learned, sampling=Sampling() if name == "sampled" else None)
     return adaptive_target(model, policy, name, cap)
+
+
+def _own_policy(model: MIAFormer, budget: float, sampled: bool) -> AnyPolicy:
+    if model.adapt_config.chooses_resolution:
+        return model.at_budget(budget)
+    return replace(model.learned(model.price_of(budget)), sampling=Sampling() if sampled else None)
 
 
 def _pixels(model: MIAFormer, data: ImageData, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from miaformer.engine.masked import Masked
 from miaformer.engine.walk import Policy
 from miaformer.lab.attacks.through import Through
 from miaformer.model.model import MIAFormer
-from miaformer.model.policy import Fixed, Learned, Random
+from miaformer.model.policy import AnyPolicy, Fixed, Learned, Random, RandomSizes
 
 THROUGH_TEMPERATURE = 0.5  # of the sigmoids that gradients pass: 2 and 6 raise MACs less (docs/log.md)
 
@@ -116,6 +116,16 @@ def static_target(model: MIAFormer) -> Target:
     return Target("backbone", classify, {"fixed": classify})
 
 
+AnyDrawn = TypeVar("AnyDrawn", bound=AnyPolicy)
+
+
+def drawn_anew(policy: AnyDrawn) -> AnyDrawn:
+    """The policy; one at random draws by PyTorch's global generator, so that calls differ and can be repeated."""
+    if isinstance(policy, Random | RandomSizes):
+        return replace(policy, seed=int(torch.randint(2**31, ())))
+    return policy
+
+
 def adaptive_target(
     model: MIAFormer,
     policy: Policy,
@@ -127,12 +137,8 @@ def adaptive_target(
     pixels = Pixels.of(model)
     cost = model.cost()
 
-    def drawn() -> Policy:
-        """The policy; one at random draws by PyTorch's global generator, so that calls differ and can be repeated."""
-        return replace(policy, seed=int(torch.randint(2**31, ()))) if isinstance(policy, Random) else policy
-
     def deployed(images: Tensor) -> Answer:
-        output = model.run(pixels.normalised(images), policy=drawn(), cap=cap)
+        output = model.run(pixels.normalised(images), policy=drawn_anew(policy), cap=cap)
         return Answer(output.logits, output.trace.macs_fraction)
 
     def view(make: Callable[[Fixed], Policy]) -> Classifier:
@@ -141,7 +147,7 @@ def adaptive_target(
                 return deployed(images)
             normalised = pixels.normalised(images)
             with torch.no_grad():
-                trace = model.run(normalised.detach(), policy=drawn(), cap=cap).trace
+                trace = model.run(normalised.detach(), policy=drawn_anew(policy), cap=cap).trace
             x, steps = model.walk(model.embed(normalised), make(Fixed(trace)), Masked(cost), cost)
             logits = model.backbone.forward_head(model.backbone.norm(x))
             return Answer(logits, steps.macs / cost.backbone)
