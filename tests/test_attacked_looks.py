@@ -17,8 +17,9 @@ from miaformer.data import open_data
 from miaformer.lab.attacks import Ball, Climb, attack
 from miaformer.lab.attacks.compute import raise_macs
 from miaformer.lab.attacks.evaluate import frozen
-from miaformer.lab.attacks.looks import looks_target
+from miaformer.lab.attacks.looks import looks_target, weighed
 from miaformer.lab.attacks.target import Pixels
+from miaformer.model.policy import Full, RandomSizes
 
 either = pytest.mark.parametrize("config", [SIZES, EXITS], ids=["sizes", "exits"])
 
@@ -57,6 +58,33 @@ def test_gradients_through_looks_raise_macs_where_noise_does_not(config: dict[st
         found = target.deployed(raise_macs(target, images, ball, Climb(steps=10), False, 0)).macs_fraction.mean()
     assert found - before > 0.02
     assert found - before > 2 * (noise - before)
+
+
+@either
+def test_weights_of_answers_are_shares_and_those_of_sure_thresholds_decisions(config: dict[str, Any]) -> None:
+    model = looking(**config)
+    images = pictures(model.backbone, 24)
+    with torch.no_grad():
+        for temperature in (1e-4, 0.5):
+            _, macs, given, likely = weighed(model, images, model.at_budget(0.5), temperature)
+            torch.testing.assert_close(likely.sum(dim=1), torch.ones(24, dtype=likely.dtype), atol=1e-4, rtol=0)
+            assert likely.shape == (24, len(macs))
+            if temperature < 0.1:
+                assert torch.equal(likely.argmax(dim=1), given)
+
+
+def test_sizes_are_drawn_anew_for_each_call_and_can_be_repeated() -> None:
+    model = looking(**SIZES)
+    sizes = model.image_sizes()
+    with frozen(model):
+        target = looks_target(model, RandomSizes(Full(), (sizes[0], sizes[-1])))
+        assert target.is_random
+        x, spent = spread_pixels(model, 24), []
+        for seed in (0, 1, 0):
+            torch.manual_seed(seed)
+            spent.append(target.deployed(x).macs_fraction)
+    assert torch.equal(spent[0], spent[2])
+    assert not torch.equal(spent[0], spent[1])
 
 
 def test_it_is_attacked_beside_its_controls(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from vits import enliven, pictures, vit
 
 from miaformer import MIAFormer, Predictor, load
 from miaformer.data import Batch
-from miaformer.engine.races import faster
+from miaformer.engine.races import faster, remembered
 from miaformer.evaluation import calibrate
 from miaformer.export.engines import ENGINES, EngineUnavailableError, auto, onnx_runtime, open_engine
 from miaformer.export.engines.auto import Auto, Choice
@@ -212,6 +212,26 @@ class Clock:
             self.now += left.pop(0) if len(left) > 1 else left[0]
 
         return call
+
+
+def test_a_race_is_remembered_until_others_take_part(tmp_path: Path) -> None:
+    file, runs = tmp_path / "cache" / "races.json", []
+
+    def race(*names: str) -> dict[str, float]:
+        def run() -> dict[str, float]:
+            runs.append(names)
+            return dict.fromkeys(names, 1.0)
+
+        return remembered(file, "one", set(names), run)
+
+    for _ in range(2):
+        assert race("a", "b") == {"a": 1.0, "b": 1.0}
+    assert race("a", "b", "c") == {"a": 1.0, "b": 1.0, "c": 1.0}
+    file.write_text('{"one": 3}')
+    race("a", "b")
+    file.write_text("no JSON")
+    race("a", "b")
+    assert runs == [("a", "b"), ("a", "b", "c"), ("a", "b"), ("a", "b")]
 
 
 def test_the_faster_one_by_the_median_comes_first() -> None:

@@ -207,6 +207,7 @@ def test_kernels_are_those_that_were_fastest_when_this_machine_was_measured(monk
         assert kernels.onednn_pays(10, large, False, 1)
         assert not kernels.onednn_pays(1, large, False, 1), "a call of oneDNN takes longer"
         assert not kernels.onednn_pays(300, small, False, 1)
+        assert [kernels.onednn_pays(50, 4 * width**2, False, 1) for width in (384, 450, 640, 768)] == [0, 0, 1, 1]
         forget()
     assert measured == [1], "the second process reads what the first one found"
     kernels.onednn_pays(10, small, True, 2)
