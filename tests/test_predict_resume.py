@@ -86,7 +86,8 @@ def test_a_kill_between_any_two_bytes_is_healed(tmp_path: Path, suffix: str) -> 
         assert not out.exists()
         journal = journal_of(out)
         lines = journal.read_bytes()
-        journal.write_bytes(lines[: generator.randrange(len(lines) + 1)])
+        cut = generator.randrange(len(lines) + 1) if trial else len(lines) - 1  # once a line that lacks its end alone
+        journal.write_bytes(lines[:cut])
         kept = max(journal.read_bytes().count(b"\n") - 1, 0)
         assert write(out, batches, resume=True, stop_after=stop) == kept
         assert write(out, batches, resume=True) == max(kept, stop)
