@@ -16,7 +16,7 @@ from miaformer.cli.bench import bench_notes
 from miaformer.evaluation import bench_data
 from miaformer.evaluation.bench import _Cell, bench
 from miaformer.evaluation.calibration import price_table
-from miaformer.evaluation.drawn import draw_controllers, drawn_models
+from miaformer.evaluation.drawn import draw_controllers, drawn_models, mixed_by_confidence
 from miaformer.evaluation.timing import Race
 
 
@@ -45,6 +45,20 @@ def test_drawn_controllers_decide_their_grains_image_by_image(grains: str) -> No
     }
     for name, does in varies.items():
         assert does == (grains in ("all", name)), name
+
+
+def test_the_first_few_images_spend_the_budget_too() -> None:
+    """A slow machine times eight of them."""
+    given = miaformer.adapt(vit(0, depth=4, img_size=32)).eval()
+    images = pictures(given.backbone, 64, seed=1)
+    model = drawn_models(given, images[:2], images, grains=("resolution",))["resolution"]
+    order = mixed_by_confidence(model, images)
+    assert sorted(order.tolist()) == list(range(64))
+    with torch.inference_mode():
+        trace = model.run(images[order], budget=0.5).trace
+    assert len(trace.looks.unique()) == 2
+    for few in (8, 13, 21, 40):
+        assert float(trace.macs_fraction[:few].mean()) == pytest.approx(0.5, abs=0.1)
 
 
 def test_drawn_looks_are_second_ones_for_as_many_images_as_the_budget_allows() -> None:

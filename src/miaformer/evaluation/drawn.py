@@ -94,15 +94,31 @@ def draw_looks(model: MIAFormer, images: Tensor) -> None:
     Raises ValueError for fewer than two images.
     """
     _check_several("draw_looks", images)
-    whole, sizes = model.cost().backbone, model.image_sizes()
+    whole, confidence = model.cost().backbone, _first_confidence(model, images)
     fractions = tuple(macs / whole for macs in model.macs_of_sizes().values())
-    logits = model.run(images.to(next(model.parameters())), policy=Look(Full(), (sizes[-1],))).logits
-    confidence = logits.float().softmax(dim=1).amax(dim=1)
     budgets = np.arange(fractions[-1] + STEP, fractions[0], STEP)
     shares = torch.from_numpy((budgets - fractions[-1]) / fractions[0]).to(confidence)
     rows = zip(budgets.tolist(), torch.quantile(confidence, shares).tolist(), strict=True)
     looks = tuple(Looks(budget, fractions[-1], fractions[0], edge) for budget, edge in rows)
     model.calibration = Calibration((), fractions, len(images), "", looks)
+
+
+@torch.no_grad()
+def mixed_by_confidence(model: MIAFormer, images: Tensor) -> Tensor:
+    """An order (B,) of images in which the first few, however many, are about as confident as all.
+
+    Each next one lies a golden section further among all, from the least confident to the most and round again.
+    """
+    golden = (5**0.5 - 1) / 2
+    places = (torch.arange(1, len(images) + 1, dtype=torch.float64) * golden).remainder(1).argsort().argsort()
+    return _first_confidence(model, images).argsort(stable=True).cpu()[places]
+
+
+def _first_confidence(model: MIAFormer, images: Tensor) -> Tensor:
+    """Of the answers (B,) in the smallest size."""
+    smallest = Look(Full(), (model.image_sizes()[-1],))
+    logits = model.run(images.to(next(model.parameters())), policy=smallest).logits
+    return logits.float().softmax(dim=1).amax(dim=1)
 
 
 def _check_several(name: str, images: Tensor) -> None:

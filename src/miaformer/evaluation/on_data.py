@@ -14,7 +14,7 @@ from miaformer.data.source import check_classes
 from miaformer.data.unlabelled import read_pictures
 from miaformer.evaluation.bench import TIMED_ENGINES, Report, batches_of_size, bench
 from miaformer.evaluation.calibration import OnProgress, calibrate
-from miaformer.evaluation.drawn import Grains, drawn_models
+from miaformer.evaluation.drawn import Grains, drawn_models, mixed_by_confidence
 from miaformer.evaluation.environment import describe_environment
 from miaformer.evaluation.evaluate import evaluate
 from miaformer.export.engines import Engine
@@ -103,6 +103,8 @@ def bench_data(
         pictures = pictures[:-calibration_images]
     pictures = pictures[:wanted]
     models = {"all": model} if grains is None else drawn_models(model, held_out, pictures, seed, grains)
+    if grains is not None and "resolution" in grains:  # as many are timed as time allows, perhaps eight
+        pictures = pictures[mixed_by_confidence(models["resolution"], pictures)]
     _calibrate_all(models, held_out, str(data), on_progress)
     device = next(model.parameters()).device
     about = {
