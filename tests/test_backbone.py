@@ -65,8 +65,8 @@ def test_to_timm_gives_the_same_weights_back(name: str) -> None:
     logits = backbone(images)
     model = miaformer.adapt(backbone, images, mlp_width="coupled", head_choice="nested")
     if name not in ("prr_pool", "grey_one_head_no_pos"):
-        changed = model.backbone.blocks[0].attn.qkv.weight
-        assert not torch.equal(changed, weights["blocks.0.attn.qkv.weight"]), "nothing was reordered"
+        changed = model.backbone.blocks[0].attn.proj.weight
+        assert not torch.equal(changed, weights["blocks.0.attn.proj.weight"]), "nothing was reordered"
     back = model.to_timm()
     assert type(back) is type(backbone)
     found = back.state_dict()

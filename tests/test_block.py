@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from vits import STRUCTURES, relative, vit
+from vits import STRUCTURES, pictures, relative, vit
 
 from miaformer.engine.attention import attend_masked, attend_packed
 from miaformer.engine.block import Width, masked_block, packed_block
 from miaformer.engine.decisions import Gates
 from miaformer.engine.products import products_for
+from miaformer.vit.embedding import embedded
 
 WIDTHS = ("coupled", "hidden", "full")
 
@@ -201,14 +202,16 @@ def test_a_choice_of_heads_takes_its_share_of_every_layer(kept: list[int], mlp_w
 
 def test_packed_rows_of_the_full_width_are_the_blocks_own() -> None:
     for structure in STRUCTURES.values():
-        block = vit(5, **structure).double().blocks[0]
-        dim, heads = block.attn.qkv.in_features, block.attn.num_heads
-        x = normal(torch.Generator().manual_seed(1), 3, 6, dim)
-        width = Width.of(range(heads), block, "coupled", x.device)
-        found = packed_block(block, x.flatten(0, 1), width, [6] * 3, None, products_for(x))
+        backbone = vit(5, **structure).double()
+        x, (block, *_) = embedded(backbone, pictures(backbone, 3))
+        rows, dim, prefix = x.shape[1], x.shape[2], backbone.num_prefix_tokens
+        width = Width.of(range(block.attn.num_heads), block, "coupled", x.device)
+        places = torch.arange(rows).repeat(3)
+        found = packed_block(block, x.flatten(0, 1), width, [rows] * 3, None, products_for(x), places)
         assert relative(found.view_as(x), block(x)) < 1e-12
-        prefix = packed_block(block, x.flatten(0, 1), width, [6] * 3, 2, products_for(x))
-        assert relative(prefix.view(3, 2, dim), block(x)[:, :2]) < 1e-12
+        if prefix:
+            read = packed_block(block, x.flatten(0, 1), width, [rows] * 3, prefix, products_for(x), places)
+            assert relative(read.view(3, prefix, dim), block(x)[:, :prefix]) < 1e-12
 
 
 def test_dropout_of_attention_is_applied_in_training_only() -> None:

@@ -76,7 +76,7 @@ def test_no_image_takes_more_than_its_cap(
         "learned": {"price": 1.0},
         "free": {"price": 0.0},  # as much as the controllers can ask for
         "random": {"policy": Random(0.9, 0.8, 0.8, seed)},
-        "attention": {"policy": ClsAttention(model.backbone.blocks, keep=0.8, blocks=(1, 2))},
+        "attention": {"policy": ClsAttention(keep=0.8, blocks=(1, 2))},
     }[who]
     least = least_cap(model, arguments)
     cap = least + cap_share * (1 - least)

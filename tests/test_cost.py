@@ -84,7 +84,7 @@ def policies(model: MIAFormer, batch: int) -> dict[str, dict[str, Any]]:
         "fixed": {"policy": Fixed(each)},
     }
     if cost.num_prefix_tokens:
-        made["cls_attention"] = {"policy": ClsAttention(model.backbone.blocks, keep=0.6, blocks=(0, 2, 3))}
+        made["cls_attention"] = {"policy": ClsAttention(keep=0.6, blocks=(0, 2, 3))}
     return made
 
 

@@ -191,7 +191,7 @@ def test_exits_leave_at_once_or_never(model: MIAFormer, images: Tensor, threshol
 
 def test_exits_are_final_and_follow_confidence(model: MIAFormer, images: Tensor) -> None:
     with torch.inference_mode():
-        x = model.backbone.blocks[0](model.embed(images))
+        x = model.backbone.blocks[0](model.embed(images).tokens)
         confidence = model.backbone.forward_head(model.backbone.norm(x)).softmax(dim=1).amax(dim=1)
         threshold = float(confidence.median())
         depth = model.run(images, policy=EvenExits(model.backbone, threshold)).trace.depth
@@ -227,7 +227,7 @@ def test_exits_are_trained_on_the_answers_after_every_block(model: MIAFormer, im
     step = Step(drawn, drawn, torch.zeros(len(images)), torch.zeros(len(images)), (0.0, 1.0), 1.0)
     stage = Stage("exits", epochs=1, lr=0)
     found = ExitsObjective(model, stage, get_recipe("digits"), None)(images, labels, step).task_loss
-    x, losses = model.embed(images), []
+    x, losses = model.embed(images).tokens, []
     for block in model.backbone.blocks:
         x = block(x)
         logits = model.backbone.forward_head(model.backbone.norm(x))

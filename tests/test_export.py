@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from scripts import load_script
 from torch import nn
-from vits import STRUCTURES, lively, pictures, relative, vit
+from vits import POST_NORM, STRUCTURES, lively, pictures, relative, vit
 
 import miaformer
 from miaformer import Decisions, MIAFormer
@@ -47,13 +47,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "images without a class token leave": ("no_class_token_avg", {"depth_choice": "nested"}),
     "tokens not dithered": ("plain", {"dither": False}),
     "convolutional stem": ("conv_stem", {}),
+    "rotary embeddings in halves": ("dinov3", {}),
+    "rotary embeddings in turn": ("eva02", {"token_scope": "per_block"}),
+    "rotary embeddings of each head": ("rope_mixed", {}),
+    "post-norm": ("post_norm", {}),
 }
 
 
 @cache
 def calibrated(case: str) -> MIAFormer:
     structure, config = CASES[case]
-    model = lively(1, STRUCTURES[structure], **config).float()
+    model = lively(1, {**STRUCTURES, "post_norm": POST_NORM}[structure], **config).float()
     images = pictures(model.backbone, 16, seed=5).float()
     with torch.inference_mode():
         model.calibration = price_table(

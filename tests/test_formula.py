@@ -26,7 +26,7 @@ def test_a_formula_says_what_its_controller_does_layer_by_layer(structure: str, 
     model = lively(3, STRUCTURES[structure])
     for controller in model.controllers:
         controller.difficulty.weight.normal_()  # so that difficulty and its gain show
-    x = model.embed(pictures(model.backbone, 5))
+    x = model.embed(pictures(model.backbone, 5)).tokens
     prefix, grid = model.num_prefix_tokens, model.cost().grid
     log_price = torch.tensor(prices).double().log()
     each = log_price.expand(5)

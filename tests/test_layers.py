@@ -10,39 +10,41 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vits import STRUCTURES, relative, vit
+from vits import POST_NORM, STRUCTURES, pictures, relative, vit
 
 import miaformer
-from miaformer.vit.backbone import transformer_blocks
+from miaformer.vit.embedding import embedded
 from miaformer.vit.layers import (
-    attention_scale,
+    attention_input,
+    attention_result,
     hidden_units,
+    mlp_input,
     mlp_inputs,
-    mlp_scale,
+    mlp_result,
     normed_keys,
     normed_queries,
     query_key_value,
     query_key_value_layers,
-    scaled,
 )
 
 
 def put_together(block: Any, x: Tensor) -> Tensor:
     """A block's result on x (B, n, C), from what is asked of its layers alone."""
-    attn, y = block.attn, block.norm1(x)
-    q, k, v = (part.transpose(1, 2) for part in query_key_value(attn, lambda layer: layer(y)))
-    out = F.scaled_dot_product_attention(normed_queries(attn, q), normed_keys(attn, k), v)
-    x = x + scaled(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))), attention_scale(block))
-    y = block.norm2(x)
-    y = block.mlp.fc2(block.mlp.norm(hidden_units(block.mlp, lambda layer: layer(y))))
-    return x + scaled(y, mlp_scale(block))
+    attn, y = block.attn, attention_input(block, x)
+    q, k, v = query_key_value(attn, lambda layer: layer(y))
+    q, k, v = (part.transpose(1, 2) for part in (normed_queries(block, q), normed_keys(block, k), v))
+    out = F.scaled_dot_product_attention(q, k, v)
+    x = x + attention_result(block, attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
+    y = mlp_input(block, x)
+    return x + mlp_result(block, block.mlp.fc2(block.mlp.norm(hidden_units(block.mlp, lambda layer: layer(y)))))
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", [*STRUCTURES, "post_norm"])
 def test_layers_put_together_are_the_block(structure: str) -> None:
-    block = transformer_blocks(vit(1, **STRUCTURES[structure]).double().eval())[0]
+    backbone = vit(1, **{**STRUCTURES, "post_norm": POST_NORM}[structure]).double().eval()
+    x, blocks = embedded(backbone, pictures(backbone, 2))
+    block, x = blocks[0], x.detach()
     attn, mlp = block.attn, block.mlp
-    x = torch.randn(2, 5, mlp.fc2.out_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
         assert relative(put_together(block, x), block(x)) < 1e-12
         called = query_key_value(attn, lambda layer: layer(x))
@@ -59,10 +61,18 @@ def test_layers_put_together_are_the_block(structure: str) -> None:
 
 def test_no_other_module_knows_how_a_family_makes_its_queries() -> None:
     source = Path(miaformer.__file__).parent
-    knowing = {"vit/layers.py", "vit/backbone.py", "vit/from_transformers.py", "export/blocks.py"}
+    knowing = {
+        "vit/layers.py",
+        "vit/backbone.py",
+        "vit/eva.py",
+        "vit/importance.py",
+        "vit/checkpoint_files.py",
+        "vit/from_transformers.py",
+        "export/blocks.py",
+    }
     found = {
         str(path.relative_to(source))
         for path in source.rglob("*.py")
-        if re.search(r"\.(qkv|q_norm|k_norm|fc1_x|fc1_g|ls1|ls2)\b", path.read_text())
+        if re.search(r"\.(qkv|k_norm|fc1_x|fc1_g|ls1|ls2|norm1|norm2|gamma_1|gamma_2)\b", path.read_text())
     }
     assert found <= knowing

@@ -64,7 +64,7 @@ def test_logits_of_tokens_are_those_of_operations(image: int) -> None:
     torch.manual_seed(1)
     model = enliven(miaformer.adapt(vit(1)), 1).float().eval()
     with torch.inference_mode():
-        x = model.embed(pictures(model.backbone, 4).float())
+        x = model.embed(pictures(model.backbone, 4).float()).tokens
         formula = model.controllers.formulas(torch.zeros(1))[-1]
         prefix, active = model.num_prefix_tokens, np.ones((4, x.shape[1] - model.num_prefix_tokens), bool)
         depth, _, _, scores = native.decide(

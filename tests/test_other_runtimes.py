@@ -48,6 +48,9 @@ RUNTIMES = {"onnx runtime": onnx_runtime, "openvino": openvino}
 CASES = [
     "plain",
     "average pooling",
+    "rotary embeddings in halves",
+    pytest.param("rotary embeddings in turn", marks=pytest.mark.slow),
+    pytest.param("rotary embeddings of each head", marks=pytest.mark.slow),
     pytest.param("subsets, full MLP", marks=pytest.mark.slow),
     pytest.param("registers, coupled", marks=pytest.mark.slow),
     pytest.param("gated MLP, RMS norms", marks=pytest.mark.slow),
@@ -90,6 +93,8 @@ def test_an_adaptive_file_decides_and_answers_as_the_model(case: str, runtime: s
     model, run = calibrated(case), RUNTIMES[runtime](standard_file(case))
     least, most = model.calibration.range[0], min(model.calibration.range[1], 1.0)
     seen, different = [], 0
+    everything = pictures(model.backbone, 1).float().numpy()  # first, for OpenVINO (docs/deploy/openvino.md)
+    run(images=everything, budget=np.float32(most), cap=np.float32(4.0))
     for budget in (least, (least + most) / 2, most):
         for cap in (None, 0.5):
             for image in pictures(model.backbone, 6, seed=7).float().split(1):

@@ -114,7 +114,7 @@ def test_fixed_decisions_for_another_model_or_batch_are_named(wrong: dict[str, i
 
 def class_attention(model: MIAFormer, images: Tensor, index: int) -> Tensor:
     """(B, N): what the class token of block `index` attends to, mean over heads, taken from timm's own attention."""
-    x = model.embed(images)
+    x = model.embed(images).tokens
     x = model.backbone.blocks[:index](x)
     block = model.backbone.blocks[index]
     attn = block.attn
@@ -128,7 +128,7 @@ def test_class_attention_keeps_the_tokens_attended_to_most(structure: str) -> No
     """With one head the criterion is EViT's to the letter: the softmax over patches alone changes no order."""
     model = miaformer.adapt(vit(1, **{**STRUCTURES[structure], "num_heads": 1})).double().eval()
     images = pictures(model.backbone, 4)
-    trace = model.run(images, ClsAttention(model.backbone.blocks, keep=0.5, blocks=(1,))).trace
+    trace = model.run(images, ClsAttention(keep=0.5, blocks=(1,))).trace
     scores = class_attention(model, images, 1)
     count = round(scores.shape[1] / 2)
     kept = torch.zeros_like(trace.tokens[:, 1]).scatter_(1, scores.topk(count, dim=1).indices, True)
@@ -140,11 +140,11 @@ def test_class_attention_keeps_the_tokens_attended_to_most(structure: str) -> No
 def test_class_attention_keeps_its_share_at_each_of_its_blocks() -> None:
     model = miaformer.adapt(vit(1, depth=8)).eval()
     images = pictures(model.backbone, 4)
-    trace = model.run(images, ClsAttention(model.backbone.blocks, keep=0.5)).trace
+    trace = model.run(images, ClsAttention(keep=0.5)).trace
     assert trace.tokens.sum(dim=2).tolist() == [[16, 16, 8, 8, 4, 4, 2, 2]] * 4  # a quarter, half, three quarters
     assert trace.depth.all()
     assert trace.heads.all()
-    everything = model.run(images, ClsAttention(model.backbone.blocks, keep=1.0))
+    everything = model.run(images, ClsAttention(keep=1.0))
     assert everything.trace.tokens.all()
     assert relative(everything.logits, model.backbone(images)) < 1e-4
 
@@ -153,11 +153,13 @@ def test_class_attention_sees_kept_tokens_only() -> None:
     """What was skipped takes no part in the softmax that later blocks choose by."""
     model = miaformer.adapt(vit(1, num_heads=4)).double().eval()
     images = pictures(model.backbone, 2)
-    x = model.embed(images)
+    x = model.embed(images).tokens
     active = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) < 0.6
-    policy = ClsAttention(model.backbone.blocks, keep=0.5, blocks=(0,))
+    policy = ClsAttention(keep=0.5, blocks=(0,))
     other = torch.where(torch.cat([torch.ones(2, 1).bool(), active], dim=1)[..., None], x, x + 50)
-    found = [policy.decide(State(0, rows, active, None, 1, 4, 3, (4, 4))) for rows in (x, other)]
+    found = [
+        policy.decide(State(0, rows, active, None, 1, 4, 3, (4, 4), model.backbone.blocks[0])) for rows in (x, other)
+    ]
     assert torch.equal(found[0].tokens, found[1].tokens)
     assert not (found[0].tokens & ~active).any()
     assert found[0].tokens.sum(dim=1).tolist() == [round(0.5 * n) for n in active.sum(dim=1).tolist()]
@@ -166,20 +168,20 @@ def test_class_attention_sees_kept_tokens_only() -> None:
 def test_class_attention_needs_a_class_token() -> None:
     model = miaformer.adapt(vit(0, **STRUCTURES["no_class_token_avg"])).eval()
     with pytest.raises(ValueError, match="needs a class token"):
-        model.run(pictures(model.backbone, 2), ClsAttention(model.backbone.blocks, keep=0.5))
+        model.run(pictures(model.backbone, 2), ClsAttention(keep=0.5))
 
 
 @pytest.mark.parametrize("keep", [-0.1, 1.1, float("nan")])
 def test_class_attention_names_a_share_that_is_none(keep: float) -> None:
     with pytest.raises(ValueError, match=r"ClsAttention\(keep=.*0 to 1"):
-        ClsAttention(vit().blocks, keep=keep)
+        ClsAttention(keep=keep)
 
 
 def test_learned_decisions_are_the_signs_of_the_controllers_logits() -> None:
     model = lively(0)
     images = pictures(model.backbone, 6)
     trace = model.run(images, price=1.0, execution="masked").trace
-    x = model.embed(images)
+    x = model.embed(images).tokens
     controller = model.controllers[0]
     log_price = torch.zeros(6, dtype=torch.float64)
     everything = torch.ones(6, 25, dtype=torch.bool)
@@ -238,7 +240,7 @@ def test_a_gate_is_drawn_as_often_as_its_logit_says() -> None:
     model = lively(3, grains=("depth",))
     images = pictures(model.backbone, 1).expand(4000, -1, -1, -1)
     controller = model.controllers[0]
-    x = model.embed(images[:1])
+    x = model.embed(images[:1]).tokens
     log_price = torch.zeros(1, dtype=torch.float64)
     logit = plain(controller, x, torch.ones(1, x.shape[1] - 1, dtype=torch.bool), 1, log_price).depth
     kept = sampled(model, images, 0).trace.depth[:, 0].double().mean().item()

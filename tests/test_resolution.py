@@ -69,7 +69,19 @@ def test_images_are_resized_without_aliasing() -> None:
     assert resized(stripes, (32, 32)) is stripes
 
 
-@pytest.mark.parametrize("structure", ["plain", "registers", "layer_scale_qk_norm", "not_square_no_biases"])
+@pytest.mark.parametrize(
+    "structure",
+    [
+        "plain",
+        "registers",
+        "layer_scale_qk_norm",
+        "not_square_no_biases",
+        "eva02",
+        "dinov3",
+        "rope_mixed",
+        "perception",
+    ],
+)
 def test_each_size_is_timms_model_of_that_size_and_costs_what_is_counted(structure: str) -> None:
     model = choosing(**STRUCTURES[structure])
     images = pictures(model.backbone, 2)
@@ -83,7 +95,7 @@ def test_each_size_is_timms_model_of_that_size_and_costs_what_is_counted(structu
             counted = count_macs(lambda p=policy: model.run(images, policy=p))  # type: ignore[misc]
         assert counted == int(output.trace.macs.sum()) == 2 * model.cost(size).everything
         rows, columns = output.trace.grid[0].tolist()
-        assert (rows * 4, columns * 4) == size or structure == "not_square_no_biases"
+        assert (rows * 4, columns * 4) == size or structure in ("not_square_no_biases", "perception")
         assert output.trace.tokens.shape[2] == model.cost().num_patches
         assert output.trace.tokens[:, 0].sum(dim=1).tolist() == [rows * columns] * 2
 
@@ -252,6 +264,8 @@ def test_a_recipe_of_it_ends_with_budgets(tmp_path: Path) -> None:
     [
         "plain",
         "registers",
+        "dinov3",
+        pytest.param("eva02", marks=pytest.mark.slow),
         pytest.param("no_class_token_avg", marks=pytest.mark.slow),
         pytest.param("map_pool", marks=pytest.mark.slow),
     ],

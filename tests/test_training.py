@@ -389,7 +389,7 @@ def test_a_backbone_that_drops_tokens_in_training_is_walked_whole() -> None:
     model = tiny_model({"patch_drop_rate": 0.5}).train()
     images = torch.rand(2, 3, 16, 16)
     assert model.backbone(images).isfinite().all()
-    assert model.embed(images).shape[1] == 1 + 16
+    assert model.embed(images).tokens.shape[1] == 1 + 16
 
 
 class _Always(torch.nn.Module):

@@ -106,12 +106,12 @@ def test_log_probability_is_that_of_the_decisions_sampled(images: Tensor) -> Non
         controller.query.weight.data.zero_()
         controller.query.bias.data[-1] = 60
     cost, base = model.cost(), draws(model)
-    x = model.embed(images)
+    start = model.embed(images)
     total = torch.zeros(BATCH)
     for outcome in product([1e-6, 1 - 1e-6], repeat=cost.depth):
         drawn = replace(base, depth=torch.tensor(outcome).expand(BATCH, -1))
         policy = Sampled(model.controllers, torch.full((BATCH,), -3.0), drawn, 1.0, cost, True)
-        model.walk(x, policy, Masked(cost), cost)
+        model.walk(start, policy, Masked(cost), cost)
         total += policy.log_prob.exp().detach()
     torch.testing.assert_close(total, torch.ones(BATCH), rtol=2e-2, atol=2e-2)
 
@@ -123,12 +123,12 @@ def test_expected_cost_is_the_mean_over_samples(images: Tensor) -> None:
         controller.query.weight.data.zero_()
         controller.query.bias.data[:-1] = 0
     cost, log_prices = model.cost(), torch.full((BATCH,), 0.5)
-    x, spent, expected = model.embed(images), torch.zeros(BATCH), torch.zeros(BATCH)
+    start, spent, expected = model.embed(images), torch.zeros(BATCH), torch.zeros(BATCH)
     repeats = 300
     with torch.no_grad():
         for seed in range(repeats):
             policy = Sampled(model.controllers, log_prices, draws(model, seed), 1.0, cost, True)
-            _, steps = model.walk(x, policy, Masked(cost), cost)
+            _, steps = model.walk(start, policy, Masked(cost), cost)
             blocks = sum(cost.of_host(i, g) for i, g in enumerate(steps.gates))
             spent += torch.from_numpy(blocks / cost.backbone / repeats)
             expected += policy.expected_macs / cost.backbone / repeats
@@ -185,7 +185,7 @@ def test_leaving_by_chance_is_the_mean_over_leaving_for_sure(
 
 def _told_apart(model: MIAFormer, images: Tensor, log_prices: Tensor) -> tuple[Tensor, Tensor]:
     """Depth logits and predicted difficulties (B, L) of images that execute everything."""
-    x, found, difficulties = model.embed(images), [], []
+    x, found, difficulties = model.embed(images).tokens, [], []
     for controller, block in zip(model.controllers, model.backbone.blocks, strict=True):
         everything = torch.ones(len(x), model.cost().num_patches, dtype=torch.bool)
         said = controller.logits(
@@ -303,7 +303,7 @@ def test_a_backbones_early_answers_are_those_after_the_block_drawn(pool: dict[st
     step = Step(drawn, drawn, nothing, nothing, (0.0, 1.0), 1.0)
     stage = Stage("backbone", epochs=1, lr=0, early_weight=0.4)
     found = Backbone(model, stage, RECIPE, None)(images, labels, step).task_loss
-    x, answers = model.embed(images), []
+    x, answers = model.embed(images).tokens, []
     for block in backbone.blocks:
         answers.append(cross_entropy(backbone.forward_head(backbone.norm(x)), labels, reduction="none"))
         x = block(x)

@@ -1,4 +1,4 @@
-"""I1 for every ViT that the installed timm knows by name: 154 plain ones, 15 with a gated MLP, and 10 refusals.
+"""I1 for every ViT that the installed timm knows by name, in `vision_transformer`, `deit` and `eva`.
 
 Each is built without pretrained weights, at its full width and depth, for images of 3 x 3 patches, with random
 weights. Models of more than 400 million parameters are cut to two blocks. Run with `make test-zoo`.
@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block
 from torch import Tensor
 from vits import pictures, relative
 
@@ -24,36 +25,46 @@ from miaformer.model.policy import Fixed
 
 pytestmark = pytest.mark.zoo
 
-NAMES = sorted({name for module in ("vision_transformer", "deit") for name in timm.list_models(module=module)})
+NAMES = sorted({name for module in ("vision_transformer", "deit", "eva") for name in timm.list_models(module=module)})
 LARGE = 400_000_000  # parameters
 SIDE = 3  # patches
 
 
-def built(name: str, **settings: Any) -> VisionTransformer:
+def built(name: str, **settings: Any) -> Any:
     """Without memory for weights."""
     with torch.device("meta"):
-        return timm.create_model(name, pretrained=False, weight_init="skip", **settings).eval()
+        return timm.create_model(name, pretrained=False, **settings).eval()
 
 
-def kind(backbone: VisionTransformer) -> str:
+def kind(backbone: Any) -> str:
     """ "plain" or "gated" by what its blocks are made of, else the name of what is unusual."""
     block = backbone.blocks[0]
-    for part, usual in ((block, Block), (getattr(block, "attn", None), Attention)):
-        if type(part) is not usual:
+    usual = (
+        (block, (Block, EvaBlock, EvaBlockPostNorm)),
+        (getattr(block, "attn", None), (Attention, EvaAttention, AttentionRope)),
+    )
+    for part, kinds in usual:
+        if type(part) not in kinds:
             return type(part).__name__
+    if any(getattr(one.attn, "num_kv_heads", one.attn.num_heads) != one.attn.num_heads for one in backbone.blocks):
+        return "grouped-query attention"
     return {Mlp: "plain", SwiGLU: "gated", GluMlp: "gated"}.get(type(block.mlp), type(block.mlp).__name__)
 
 
-def small(name: str) -> VisionTransformer:
+def small(name: str) -> Any:
     """At full width, with random weights, for small images."""
     backbone = built(name)
     settings: dict[str, Any] = {"img_size": tuple(SIDE * p for p in backbone.patch_embed.patch_size)}
     if sum(p.numel() for p in backbone.parameters()) > LARGE:
         settings["depth"] = 2
-    return filled(built(name, **settings).to_empty(device="cpu"))
+    model = built(name, **settings).to_empty(device="cpu")
+    for part in model.modules():
+        if hasattr(part, "init_non_persistent_buffers"):
+            part.init_non_persistent_buffers()
+    return filled(model)
 
 
-def filled(backbone: VisionTransformer) -> VisionTransformer:
+def filled(backbone: Any) -> Any:
     """Random weights by repeating a million numbers, which is far quicker than drawing a billion."""
     bank = torch.empty(1_000_003).uniform_(-1.7, 1.7, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -66,7 +77,6 @@ def filled(backbone: VisionTransformer) -> VisionTransformer:
                 parameter.mul_(0.5)
             else:
                 parameter.mul_(math.prod(parameter.shape[1:]) ** -0.5)
-    assert not list(backbone.buffers())
     return backbone
 
 
@@ -84,7 +94,7 @@ def test_every_supported_vit_is_reproduced(name: str) -> None:
     """By full decisions; any others are executed sparse as they are masked; and to_timm undoes it all."""
     unusual = kind(built(name))
     if unusual not in ("plain", "gated"):
-        with pytest.raises(ValueError, match=f"Block 0 of the backbone has .*{unusual}.* not supported"):
+        with pytest.raises(ValueError, match=f"Block \\d+ of the backbone has .*{unusual}.* not supported"):
             miaformer.adapt(built(name))
         return
     backbone = small(name)
@@ -93,7 +103,10 @@ def test_every_supported_vit_is_reproduced(name: str) -> None:
     with torch.no_grad():
         logits = backbone(images)
         macs = count_macs(lambda: backbone(images[:1]))
-        model = miaformer.adapt(backbone, mlp_width="coupled", head_choice="nested").eval()
+        norms_results = isinstance(backbone.blocks[0], EvaBlockPostNorm)
+        model = miaformer.adapt(
+            backbone, mlp_width="hidden" if norms_results else "coupled", head_choice="nested"
+        ).eval()
         assert model.cost().backbone == macs
         assert relative(model(images), logits) <= 1e-4
         assert relative(model.run(images, execution="masked").logits, logits) <= 1e-4
@@ -113,4 +126,4 @@ def test_every_supported_vit_is_reproduced(name: str) -> None:
 
 def test_as_many_are_supported_as_promised() -> None:
     kinds = [kind(built(name)) for name in NAMES]
-    assert (kinds.count("plain"), kinds.count("gated"), len(kinds)) == (154, 15, 179)
+    assert (kinds.count("plain"), kinds.count("gated"), len(kinds)) == (197, 33, 244)

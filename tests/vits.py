@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.layers import GluMlp, Mlp, RmsNorm, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -63,23 +64,93 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "grey_one_head_no_pos": {"in_chans": 1, "num_heads": 1, "pos_embed": "none", "final_norm": False},
     "conv_stem": {"embed_layer": partial(ConvPatchEmbed, stem_channels=(6, 8))},
     "tokens_out": {"global_pool": "", "num_classes": 4},
+    "eva": {"kind": Eva, "init_values": 0.1},
+    "eva02": {
+        "kind": Eva,
+        "swiglu_mlp": True,
+        "use_rot_pos_emb": True,
+        "ref_feat_shape": (6, 6),
+        "global_pool": "avg",
+    },
+    "eva02_separate": {
+        "kind": Eva,
+        "qkv_fused": False,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+        "scale_attn_inner": True,
+        "use_rot_pos_emb": True,
+        "global_pool": "token",
+    },
+    "dinov3": {
+        "kind": Eva,
+        "qkv_bias": False,
+        "num_reg_tokens": 2,
+        "use_abs_pos_emb": False,
+        "use_rot_pos_emb": True,
+        "rope_type": "dinov3",
+        "rope_temperature": 100.0,
+        "rope_rotate_half": True,
+        "no_embed_class": True,
+        "init_values": 1e-5,
+        "dynamic_img_size": True,
+        "global_pool": "token",
+    },
+    "rope_mixed": {
+        "kind": Eva,
+        "attn_type": "rope",
+        "use_rot_pos_emb": True,
+        "rope_type": "mixed",
+        "rope_temperature": 10.0,
+        "rope_grid_indexing": "xy",
+        "no_embed_class": True,
+        "global_pool": "token",
+    },
+    "perception": {
+        "kind": Eva,
+        "attn_type": "rope",
+        "use_rot_pos_emb": True,
+        "rope_grid_offset": 1.0,
+        "rope_grid_indexing": "xy",
+        "use_pre_transformer_norm": True,
+        "global_pool": "map",
+        "attn_pool_mlp_ratio": 2.0,
+        "img_size": (8, 24),
+        "patch_size": (4, 6),
+    },
+    "sapiens": {
+        "kind": Eva,
+        "attn_type": "rope",
+        "qkv_fused": False,
+        "qk_norm": True,
+        "norm_layer": RmsNorm,
+        "swiglu_mlp": True,
+        "init_values": 1e-5,
+        "attn_only_layer_scale": True,
+        "use_abs_pos_emb": False,
+        "use_rot_pos_emb": True,
+        "rope_type": "dinov3",
+        "rope_rotate_half": True,
+        "num_reg_tokens": 1,
+        "class_token": False,
+    },
 }
+POST_NORM: dict[str, Any] = {"kind": Eva, "use_post_norm": True, "use_rot_pos_emb": True, "global_pool": "token"}
 
 
-def vit(seed: int = 0, **settings: Any) -> VisionTransformer:
+def vit(seed: int = 0, **settings: Any) -> Any:
     """A small backbone in eval mode with random weights. settings: of the timm class, over those of SMALL."""
     settings = {**SMALL, **settings}
     kind = VisionTransformerDistilled if settings.pop("distilled", False) else settings.pop("kind", VisionTransformer)
     return randomise(kind(**settings), seed).eval()
 
 
-def randomise(backbone: VisionTransformer, seed: int) -> VisionTransformer:
+def randomise(backbone: Any, seed: int) -> Any:
     """Draw every parameter: gammas and norms away from 0 and 1, biases and tokens away from 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
             parameter.uniform_(-1.7, 1.7, generator=generator)  # a variance of 1
-            if parameter.ndim == 1 and name.endswith(("weight", "gamma")):
+            if parameter.ndim == 1 and name.endswith(("weight", "gamma", "gamma_1", "gamma_2")):
                 parameter.mul_(0.3).add_(1)
             elif parameter.ndim == 1 or "token" in name or "pos_embed" in name or "latent" in name:
                 parameter.mul_(0.5)
@@ -143,6 +214,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 __all__ = [
     "GLU_FIRST",
     "GLU_LAST",
+    "POST_NORM",
     "SMALL",
     "STRUCTURES",
     "Mlp",

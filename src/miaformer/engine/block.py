@@ -1,6 +1,6 @@
 """What a decision means: one transformer block under gates, executed masked (the reference) or on kept rows only.
 
-Both read the parameters of timm's own `Block`, in timm's layout, so the static model remains runnable beside them.
+Both read the parameters of timm's own blocks, in timm's layout, so the static model remains runnable beside them.
 Widths: of H head groups, group j holds head j, its share of MLP units and (`mlp_width="coupled"`) its share of
 channels. Norms inside attention or MLP take their statistics over what is kept.
 
@@ -27,19 +27,26 @@ from miaformer.engine.products import Plain, Products
 from miaformer.vit.layers import (
     EVERY,
     Index,
+    attention_dim,
+    attention_input,
+    attention_norm,
+    attention_result,
     attention_scale,
     gated,
     hidden_units,
     input_layers,
     linear_layers,
+    mlp_input,
     mlp_inputs,
+    mlp_norm,
+    mlp_result,
     mlp_scale,
     normed_keys,
     normed_queries,
+    own_parts,
     query_key_value,
     query_key_value_inputs,
     query_key_value_layers,
-    scaled,
 )
 
 
@@ -48,6 +55,7 @@ class Width:
     """The part of a block's units that one choice of heads executes."""
 
     num_heads: int  # kept
+    kept: Index  # which
     heads: Index  # of head_dim channels each, in units of channels of the attention
     hidden: Index  # MLP units
     dim: Index  # input and output channels of the MLP
@@ -62,8 +70,8 @@ class Width:
         """kept: indices of the kept heads, ascending; the first k of them become slices."""
         attn, fc2 = block.attn, block.mlp.fc2
         if len(kept) == attn.num_heads:
-            return Width(len(kept), EVERY, EVERY, EVERY)
-        sizes = (attn.num_heads, attn.attn_dim, fc2.in_features, fc2.out_features)
+            return Width(len(kept), EVERY, EVERY, EVERY, EVERY)
+        sizes = (attn.num_heads, attention_dim(attn), fc2.in_features, fc2.out_features)
         return _width(tuple(kept), *sizes, mlp_width, device)
 
 
@@ -80,6 +88,7 @@ def _width(
     with torch.inference_mode(False):  # indices are kept for later, also for calls that want gradients
         return Width(
             len(kept),
+            _units(kept, num_heads, num_heads, device),
             _units(kept, attn_dim, num_heads, device),
             EVERY if mlp_width == "full" else _units(kept, hidden, num_heads, device),
             _units(kept, dim, num_heads, device) if mlp_width == "coupled" else EVERY,
@@ -106,13 +115,14 @@ def is_plain(layer: Any) -> bool:
 
 def is_as_built(block: Any) -> bool:
     """Whether calling a block gives what its parts give: nobody put hooks on it, or another `forward`."""
-    parts = (block, block.attn, block.mlp)
-    return not any("forward" in one.__dict__ or one._forward_hooks or one._forward_pre_hooks for one in parts)
+    return not any(
+        "forward" in one.__dict__ or one._forward_hooks or one._forward_pre_hooks for one in own_parts(block)
+    )
 
 
 def check_own_forward(block: Any) -> None:
     """Raises ValueError for a block whose parts have had their `forward` replaced: theirs is not what is executed."""
-    for part in (block, block.attn, block.mlp):
+    for part in own_parts(block):
         if "forward" in part.__dict__:
             raise ValueError(
                 f"the backbone's {type(part).__name__} has been given a forward() of its own, which would be left out: "
@@ -153,40 +163,43 @@ def packed_block(
     lengths: list[int],
     read_prefix: int | None,
     products: Products,
+    places: Tensor | None = None,
 ) -> Tensor:
     """The rows that one block changes, after it. Nothing that is not kept is computed.
 
     x: (T, C), the kept rows of several images, one image after the other, prefix rows first; lengths: rows of each
     image, T in all; read_prefix: None, or P where only the P prefix rows of each image are read afterwards: then
-    those alone come back; products: what computes the matrix products.
+    those alone come back; products: what computes the matrix products; places: (T,), where in its image each row lies,
+    for a block that asks (`turns_rows`).
     """
-    attn, prefix = block.attn, None
     check_own_forward(block)
     if read_prefix is None:
         q, k, v = _query_key_value(block, products, x, width)
-        q_lengths = lengths
+        q, q_lengths = normed_queries(block, q, places, width.kept), lengths
     else:
         prefix = _prefix_rows(lengths, read_prefix, x.device)
         q, k, v = _prefix_query_key_value(block, products, x, prefix, width)
-        q_lengths = [read_prefix] * len(lengths)
+        q, q_lengths = block.attn.q_norm(q), [read_prefix] * len(lengths)  # these rows have no angles
         x = x[prefix]
-    out = attend_packed(normed_queries(attn, q), normed_keys(attn, k), v, q_lengths, lengths).flatten(1)
+    out = attend_packed(q, normed_keys(block, k, places, width.kept), v, q_lengths, lengths).flatten(1)
     return _after_attention(block, products, out, x, width)
 
 
-def equal_block(block: Any, x: Tensor, width: Width, read_prefix: int | None) -> Tensor:
+def equal_block(block: Any, x: Tensor, width: Width, read_prefix: int | None, places: Tensor | None = None) -> Tensor:
     """`packed_block` for images of equal length, in PyTorch's own operations: it can be exported for any batch size.
 
-    x: (B, n, C), prefix rows first -> (B, n, C), or (B, P, C) where only the P prefix rows are read afterwards.
+    x: (B, n, C), prefix rows first -> (B, n, C), or (B, P, C) where only the P prefix rows are read afterwards. places:
+    (n,), where in an image these rows lie; None: all of them, in their order.
     """
-    attn, products = block.attn, Plain()
+    products = Plain()
     check_own_forward(block)
     if read_prefix is None:
         q, k, v = _query_key_value(block, products, x, width)
+        q = normed_queries(block, q, places, width.kept)
     else:
         q, k, v = _prefix_query_key_value(block, products, x, (slice(None), slice(read_prefix)), width)
-        x = x[:, :read_prefix]
-    q, k, v = (part.transpose(1, 2) for part in (normed_queries(attn, q), normed_keys(attn, k), v))
+        q, x = block.attn.q_norm(q), x[:, :read_prefix]
+    q, k, v = (part.transpose(1, 2) for part in (q, normed_keys(block, k, places, width.kept), v))
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return _after_attention(block, products, out, x, width)
 
@@ -197,15 +210,23 @@ def _after_attention(block: Any, products: Products, out: Tensor, x: Tensor, wid
     out = _norm_part(block.attn.norm, out, width.heads)
     if is_plain(proj):
         weight = proj.weight if width.heads is EVERY else proj.weight[:, width.heads]
-        x = _added(products, out, weight, proj.bias, attention_scale(block), x)
+        x = _added(products, out, weight, proj.bias, attention_scale(block), attention_norm(block), x)
     else:
-        x = x + scaled(_called(proj, out, width), attention_scale(block))
+        x = x + attention_result(block, _called(proj, out, width))
     return _packed_mlp(block, products, x, width)
 
 
 def _added(
-    products: Products, rows: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor
+    products: Products,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    norm: Any,
+    residual: Tensor,
 ) -> Tensor:
+    if norm is not None:
+        return residual + norm(products.linear(rows, weight, bias))
     if scale is None:
         return products.added(rows, weight, bias, residual)
     return torch.addcmul(residual, products.linear(rows, weight, bias), scale)
@@ -213,7 +234,7 @@ def _added(
 
 def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
     """Each (..., kept heads, head_dim). rows: (T, C), or (B, n, C) of images of equal length."""
-    attn, y = block.attn, block.norm1(rows)
+    attn, y = block.attn, attention_input(block, rows)
 
     def whole(layer: Any) -> Tensor:
         if is_plain(layer):
@@ -239,7 +260,7 @@ def _prefix_query_key_value(
     if not _is_cut(block.attn):
         q, k, v = _query_key_value(block, products, rows, width)
         return q[prefix], k, v
-    attn, y = block.attn, block.norm1(rows)
+    attn, y = block.attn, attention_input(block, rows)
     query, *others = query_key_value_layers(attn, width.heads)
     parts = products.linear(y[prefix], *query), *products.side_by_side(y, others)
     q, k, v = (part.unflatten(-1, (width.num_heads, attn.head_dim)) for part in parts)
@@ -248,7 +269,7 @@ def _prefix_query_key_value(
 
 def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tensor:
     mlp, dim, hidden = block.mlp, width.dim, width.hidden
-    y = block.norm2(x)
+    y = mlp_input(block, x)
     if dim is not EVERY:
         y = y[..., dim].contiguous()
 
@@ -267,10 +288,11 @@ def _packed_mlp(block: Any, products: Products, x: Tensor, width: Width) -> Tens
         y = hidden_units(mlp, lambda layer: _called(layer, y, width))
     y = _norm_part(mlp.norm, y, hidden)
     if not is_plain(mlp.fc2):
-        return x + scaled(_called(mlp.fc2, y, width), mlp_scale(block))
+        return x + mlp_result(block, _called(mlp.fc2, y, width))
     weight = mlp.fc2.weight
     if dim is EVERY:
-        return _added(products, y, weight if hidden is EVERY else weight[:, hidden], mlp.fc2.bias, mlp_scale(block), x)
+        weight = weight if hidden is EVERY else weight[:, hidden]
+        return _added(products, y, weight, mlp.fc2.bias, mlp_scale(block), mlp_norm(block), x)
     y = products.linear(y, weight[dim][:, hidden], _part(mlp.fc2.bias, dim))
     scale = mlp_scale(block)
     if scale is not None:
@@ -310,17 +332,18 @@ def masked_block(block: Any, x: Tensor, gates: Gates, num_prefix_tokens: int, ml
     rows = (keys.to(x.dtype) * gates.depth.to(x.dtype)[:, None])[:, :, None]
     num_rows = x.shape[1]
 
-    y = block.norm1(x)
-    q, k, v = (part.transpose(1, 2) for part in query_key_value(attn, lambda layer: layer(y)))
+    y = attention_input(block, x)
+    q, k, v = query_key_value(attn, lambda layer: layer(y))
+    q, k, v = (part.transpose(1, 2) for part in (normed_queries(block, q), normed_keys(block, k), v))
     dropout = attn.attn_drop.p if attn.training else 0.0
-    y = attend_masked(normed_queries(attn, q), normed_keys(attn, k), v, keys, dropout)
-    y = (y * heads[:, :, None, None]).transpose(1, 2).reshape(-1, num_rows, attn.attn_dim)
-    y = _gated_norm(attn.norm, y, _spread(heads, attn.attn_dim))
+    y = attend_masked(q, k, v, keys, dropout)
+    y = (y * heads[:, :, None, None]).transpose(1, 2).reshape(-1, num_rows, attention_dim(attn))
+    y = _gated_norm(attn.norm, y, _spread(heads, attention_dim(attn)))
     y = attn.proj_drop(attn.proj(y))
-    x = x + rows * block.drop_path1(scaled(y, attention_scale(block)))
+    x = x + rows * block.drop_path1(attention_result(block, y))
 
     mlp = block.mlp
-    y = block.norm2(x)
+    y = mlp_input(block, x)
     if mlp_width == "coupled":
         y = y * _spread(heads, x.shape[2])
     y = mlp.drop1(hidden_units(mlp, lambda layer: layer(y)))
@@ -332,7 +355,7 @@ def masked_block(block: Any, x: Tensor, gates: Gates, num_prefix_tokens: int, ml
     y = mlp.drop2(mlp.fc2(y))
     if mlp_width == "coupled":
         y = y * _spread(heads, x.shape[2])
-    return x + rows * block.drop_path2(scaled(y, mlp_scale(block)))
+    return x + rows * block.drop_path2(mlp_result(block, y))
 
 
 def _spread(heads: Tensor, width: int) -> Tensor:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from miaformer.engine.block import Width, is_as_built, packed_block
 from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import Gates, HostGates, from_host
 from miaformer.engine.products import Packed, products_for
+from miaformer.vit.layers import turns_rows
 
 CHUNK_ROWS = 800  # on CPU, of one call: four images of DeiT, whose memory is then needed again and again
 TRAINING_ROWS = 3000  # the same where gradients are wanted, and memory is kept anyway
@@ -35,7 +36,7 @@ class Sparse:
     cost: Cost
     packed: Packed | None = None  # see `MIAFormer.prepack`
 
-    def __call__(self, index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor:
+    def __call__(self, index: int, block: Any, x: Tensor, gates: Gates | HostGates) -> Tensor:
         if not isinstance(gates, HostGates):
             raise TypeError("sparse execution needs boolean gates, got floating-point ones: use masked execution")
         batch, num_rows, dim = x.shape
@@ -75,10 +76,11 @@ class Sparse:
         width = Width.of(group.kept_heads, block, self.cost.mlp_width, x.device)
         comes_again = len(group.rows) % ROWS_THAT_COME_AGAIN == 0 or group.lengths[0] == num_rows
         products = products_for(x, comes_again, self.packed if width.cuts_views else None)
-        return packed_block(block, x, width, group.lengths, read_prefix, products)
+        places = from_host(group.rows % num_rows, x.device) if turns_rows(block) else None
+        return packed_block(block, x, width, group.lengths, read_prefix, products, places)
 
 
-def _learns(block: nn.Module) -> bool:
+def _learns(block: Any) -> bool:
     """Whether gradients are wanted of its weights: for those its input has to stay as it is."""
     return any(parameter.requires_grad for parameter in block.parameters())
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from miaformer.engine.cap import RemainingMacs
 from miaformer.engine.cost import Cost, Counts
@@ -28,6 +28,7 @@ class State:
     num_heads: int
     num_blocks: int
     grid: tuple[int, int]  # rows and columns of the patch tokens
+    block: Any = None  # the one about to be executed
 
     @property
     def num_patches(self) -> int:
@@ -58,7 +59,7 @@ class Execution(Protocol):
     Boolean gates come in effective form, on the host; floating-point ones only to masked execution.
     """
 
-    def __call__(self, index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor: ...
+    def __call__(self, index: int, block: Any, x: Tensor, gates: Gates | HostGates) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Steps:
 
 
 def walk(
-    blocks: nn.Sequential,
+    blocks: Sequence[Any],
     x: Tensor,
     policy: Policy,
     execution: Execution,
@@ -102,7 +103,7 @@ def walk(
             stayed = taken[-1].depth
             affordable = stayed if affordable is None else affordable & stayed
         pays = None if affordable is None else torch.from_numpy(affordable)
-        asked = HostGates.of(policy.decide(_state(index, x, torch.from_numpy(active), pays, cost)))
+        asked = HostGates.of(policy.decide(_state(index, block, x, torch.from_numpy(active), pays, cost)))
         if affordable is not None:
             asked = replace(asked, depth=asked.depth & affordable, is_effective=False)
         ledger.pay_for_scores(index, active, asked.depth)
@@ -115,7 +116,7 @@ def walk(
 
 
 def relaxed_walk(
-    blocks: nn.Sequential, x: Tensor, policy: Policy, execution: Execution, cost: Cost, rules: Rules
+    blocks: Sequence[Any], x: Tensor, policy: Policy, execution: Execution, cost: Cost, rules: Rules
 ) -> tuple[Tensor, Steps]:
     """The same by gates that are numbers, through which training differentiates: their MACs too.
 
@@ -126,7 +127,7 @@ def relaxed_walk(
     macs: Tensor | int = cost.fixed + _context_macs(policy, cost)
     taken: list[Gates] = []
     for index, block in enumerate(blocks):
-        gates = cast(Gates, policy.decide(_state(index, x, active, None, cost)))
+        gates = cast(Gates, policy.decide(_state(index, block, x, active, None, cost)))
         scored = active.sum(dim=1) if rules.progressive else cost.num_patches
         scoring = scored * policy.token_score_macs(cost, index) * gates.depth
         macs = macs + scoring + cost.block(index, gates)
@@ -138,8 +139,8 @@ def relaxed_walk(
     return x, Steps(taken, torch.as_tensor(macs))
 
 
-def _state(index: int, x: Tensor, active: Tensor, affordable: Tensor | None, cost: Cost) -> State:
-    return State(index, x, active, affordable, cost.num_prefix_tokens, cost.num_heads, cost.depth, cost.grid)
+def _state(index: int, block: Any, x: Tensor, active: Tensor, affordable: Tensor | None, cost: Cost) -> State:
+    return State(index, x, active, affordable, cost.num_prefix_tokens, cost.num_heads, cost.depth, cost.grid, block)
 
 
 def _context_macs(policy: Policy, cost: Cost) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import Decisions, Gates, HostGates, Rules
@@ -44,16 +44,15 @@ class Simulation:
     def run(self, policy: Policy, num_images: int) -> Steps:
         """The gates and the MACs (B,) of `num_images` images under `policy`."""
         cost = self.cost
-        blocks = nn.Sequential(*(nn.Identity() for _ in range(cost.depth)))
         x = torch.empty(num_images, cost.num_prefix_tokens + cost.num_patches, 0)
-        return walk(blocks, x, policy, _execute_nothing, cost, self.rules)[1]
+        return walk([None] * cost.depth, x, policy, _execute_nothing, cost, self.rules)[1]
 
     def fractions(self, policy: Policy, num_images: int) -> Tensor:
         """The same MACs (B,) float64 as fractions of the backbone's."""
         return self.run(policy, num_images).macs.double() / self.cost.backbone
 
 
-def _execute_nothing(index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor:
+def _execute_nothing(index: int, block: None, x: Tensor, gates: Gates | HostGates) -> Tensor:
     return x
 
 
@@ -163,7 +162,7 @@ def _highest(scores: Tensor, counts: Tensor) -> Tensor:
 
 def cls_attention_policy(model: MIAFormer, budget: float) -> ClsAttention:
     """EViT's token selection at `budget` of the backbone's MACs; see `tokens_at_budget`."""
-    return tokens_at_budget(model, lambda keep: ClsAttention(model.backbone.blocks, keep), budget)
+    return tokens_at_budget(model, lambda keep: ClsAttention(keep), budget)
 
 
 Keeping = TypeVar("Keeping", bound=BestTokens)

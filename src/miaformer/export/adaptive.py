@@ -8,6 +8,7 @@ those that were dropped are forgotten; else all rows are carried, and what a blo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -25,12 +26,14 @@ from miaformer.engine.controller import (
 )
 from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import HostGates
-from miaformer.export.blocks import BlockWriter
+from miaformer.export.blocks import Angles, BlockWriter
 from miaformer.export.graph import Graph, TensorProto, array
+from miaformer.export.parts import rotary_of
 from miaformer.export.weights import Weight
 from miaformer.model.budget import Calibration
 
 FLOAT, INT = np.float32, np.int64
+Write = Callable[[Graph, list[int]], str]  # a block under these heads: the rows that it changes, after it
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class AdaptiveWriter:
 
     def __init__(self, graph: Graph, model: Any, log_price: str, weight: type[Weight]) -> None:
         self.model, self.cost, self.weight = model, model.cost(), weight
-        config = model.adapt_config
+        config, self.rotary = model.adapt_config, rotary_of(model)
         self.rules = config.rules
         self.decides_heads = "heads" in config.grains
         self.packed = self.rules.progressive and self.cost.trims_last_block
@@ -262,7 +265,11 @@ class AdaptiveWriter:
             return [heads, num_heads, *self._kept(inner, image, places), macs]
 
         kept = Kept(*graph.choose(graph.op("Greater", macs, image.left), cut, as_asked))
-        after = self._block(graph, writer, kept.rows, kept.heads, kept.num_heads)
+        angles = None
+        if self.rotary is not None:
+            where = self._places_in_all(graph, kept.active)
+            angles = Angles.of(graph, self.rotary, writer.block, index).at(where)
+        after = self._block(graph, writer, kept, angles)
         if not self.packed:
             where = graph.constant(np.arange(cost.num_prefix_tokens))
             if not cost.trims(index):
@@ -337,32 +344,35 @@ class AdaptiveWriter:
         tokens = graph.op("Where", graph.op("Equal", heads, num_heads), tokens, graph.ints(fewest))
         return heads, tokens
 
-    def _block(self, graph: Graph, writer: BlockWriter, rows: str, kept_heads: str, num_heads: str) -> str:
+    def _block(self, graph: Graph, writer: BlockWriter, kept: Kept, angles: Angles | None) -> str:
         """The block under the heads that are kept, each choice a branch with its own constants."""
-        total = self.cost.num_heads
-        if self.rules.nested_heads:
-            return self._nested(graph, writer, rows, num_heads, total)
-        return self._subset(graph, writer, rows, kept_heads, 0, [])
 
-    def _nested(self, graph: Graph, writer: BlockWriter, rows: str, num_heads: str, most: int) -> str:
+        def write(graph: Graph, heads: list[int]) -> str:
+            return writer.write(graph, kept.rows, heads, angles)
+
+        if self.rules.nested_heads:
+            return self._nested(graph, write, kept.num_heads, self.cost.num_heads)
+        return self._subset(graph, write, kept.heads, 0, [])
+
+    def _nested(self, graph: Graph, write: Write, num_heads: str, most: int) -> str:
         if most == 1:
-            return writer.write(graph, rows, [0])
+            return write(graph, [0])
         this = graph.op("Equal", num_heads, graph.ints(most))
         return graph.choose(
             this,
-            lambda g: [writer.write(g, rows, list(range(most)))],
-            lambda g: [self._nested(g, writer, rows, num_heads, most - 1)],
+            lambda g: [write(g, list(range(most)))],
+            lambda g: [self._nested(g, write, num_heads, most - 1)],
         )[0]
 
-    def _subset(self, graph: Graph, writer: BlockWriter, rows: str, kept_heads: str, head: int, kept: list[int]) -> str:
+    def _subset(self, graph: Graph, write: Write, kept_heads: str, head: int, kept: list[int]) -> str:
         """A branch for every subset."""
         if head == self.cost.num_heads:
-            return writer.write(graph, rows, kept or [0])
+            return write(graph, kept or [0])
         this = graph.op("Gather", kept_heads, graph.ints(head), axis=0)
         return graph.choose(
             this,
-            lambda g: [self._subset(g, writer, rows, kept_heads, head + 1, [*kept, head])],
-            lambda g: [self._subset(g, writer, rows, kept_heads, head + 1, kept)],
+            lambda g: [self._subset(g, write, kept_heads, head + 1, [*kept, head])],
+            lambda g: [self._subset(g, write, kept_heads, head + 1, kept)],
         )[0]
 
     # Small pieces ----------------------------------------------------------------------------------------------------

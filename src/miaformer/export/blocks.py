@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,44 @@ from miaformer.engine.cost import Cost
 from miaformer.engine.products import gelu_kind
 from miaformer.export.graph import MICROSOFT, Graph, array
 from miaformer.export.weights import Weight
-from miaformer.vit.layers import EVERY, attention_scale, mlp_inputs, mlp_scale, query_key_value_layers
+from miaformer.vit.layers import (
+    EVERY,
+    Rotary,
+    attention_dim,
+    attention_scale,
+    mlp_inputs,
+    mlp_scale,
+    norms_results,
+    query_key_value_layers,
+)
+
+
+@dataclass(frozen=True)
+class Angles:
+    """By how much queries and keys are turned, of images of one size. Values of the graph.
+
+    sin, cos: of all rows, prefix rows first, (P+N, D), or (P+N, H, D) where each head has its own; of one block then.
+    where: (n,) int64, which of them the rows at hand are; None: all, in their order.
+    """
+
+    sin: str
+    cos: str
+    each_head: bool
+    half: bool  # the layout: D / 2 real parts, then as many imaginary ones; else in turn
+    where: str | None = None
+
+    @staticmethod
+    def of(graph: Graph, rotary: Rotary, block: Any, index: int) -> Angles:
+        """As constants, of block `index`."""
+        sin, cos = (array(part) for part in rotary.rows(index).float().chunk(2, dim=-1))
+        if not rotary.mixed:
+            sin, cos = sin[:, 0], cos[:, 0]
+        half = bool(getattr(block.attn, "rotate_half", False))
+        return Angles(graph.constant(sin), graph.constant(cos), rotary.mixed, half)
+
+    def at(self, where: str) -> Angles:
+        """Those of some rows."""
+        return replace(self, where=where)
 
 
 @dataclass(frozen=True)
@@ -34,23 +71,25 @@ class BlockWriter:
         weights = {name: weight(graph, layer) for name, layer in layers.items() if layer is not None}
         return BlockWriter(cost, block, index, weights)
 
-    def write(self, graph: Graph, rows: str, kept: list[int]) -> str:
-        """The rows that the block changes, after it. rows: (n, C), prefix rows first; kept: the heads."""
+    def write(self, graph: Graph, rows: str, kept: list[int], angles: Angles | None = None) -> str:
+        """The rows that the block changes, after it. rows: (n, C), prefix rows first; kept: the heads; angles: of the
+        rows, where the block has rotary position embeddings.
+        """
         block, attn, cost = self.block, self.block.attn, self.cost
         width = Width.of(kept, block, cost.mlp_width, torch.device("cpu"))
-        channels = None if width.heads is EVERY else array(torch.arange(attn.attn_dim)[width.heads])
-        y = self.norm(graph, block.norm1, rows)
+        channels = None if width.heads is EVERY else array(torch.arange(attention_dim(attn))[width.heads])
+        y = rows if norms_results(block) else self.norm(graph, block.norm1, rows)
         read = rows
         if cost.trims(self.index):
             read = graph.op("Slice", rows, graph.ints(0), graph.ints(cost.num_prefix_tokens))
-        out = self._attend(graph, y, len(kept), channels)
+        out = self._attend(graph, y, kept, channels, angles)
         out = self.norm(graph, attn.norm, out, channels)
         out = self._linear(graph, out, "proj", attn.proj.bias, channels, None)
         return self._mlp(graph, read, out, width)
 
-    def _attend(self, graph: Graph, y: str, num_heads: int, channels: Any) -> str:
+    def _attend(self, graph: Graph, y: str, kept: list[int], channels: Any, angles: Angles | None) -> str:
         """Attention's result (n, kept channels), or that of the prefix rows alone where nothing else is read."""
-        attn, first = self.block.attn, graph.ints(0)
+        attn, first, num_heads = self.block.attn, graph.ints(0), len(kept)
         queries = y
         if self.cost.trims(self.index):
             queries = graph.op("Slice", y, first, graph.ints(self.cost.num_prefix_tokens))
@@ -60,6 +99,10 @@ class BlockWriter:
             for name, layer, source in zip(names, layers, (queries, y, y), strict=True)
         )
         q, k = (self._head_norm(graph, norm, part, num_heads) for norm, part in ((attn.q_norm, q), (attn.k_norm, k)))
+        if angles is not None:
+            k = self._turned(graph, k, kept, angles)
+            if not self.cost.trims(self.index):  # prefix rows are not turned
+                q = self._turned(graph, q, kept, angles)
         scale = float(attn.head_dim**-0.5)
         if graph.standard_ops:
             return _standard_attention(graph, q, k, v, (num_heads, attn.head_dim), scale)
@@ -69,9 +112,12 @@ class BlockWriter:
 
     def _mlp(self, graph: Graph, read: str, out: str, width: Width) -> str:
         """The rows after attention's residual, `read` + `out`, through the MLP."""
-        x = self._residual(graph, read, out, attention_scale(self.block), None)
-        y = self.norm(graph, self.block.norm2, x)
-        mlp = self.block.mlp
+        block, after = self.block, norms_results(self.block)
+        if after:
+            out = self.norm(graph, block.norm1, out)
+        x = self._residual(graph, read, out, attention_scale(block), None)
+        y = x if after else self.norm(graph, block.norm2, x)
+        mlp = block.mlp
         hidden, dim = (
             None if part == slice(None) else array(torch.arange(size)[part])
             for part, size in ((width.hidden, mlp.fc2.in_features), (width.dim, mlp.fc2.out_features))
@@ -88,7 +134,9 @@ class BlockWriter:
             y = graph.op("Mul", y, gates)
         y = self.norm(graph, mlp.norm, y, hidden)
         y = self._linear(graph, y, "fc2", mlp.fc2.bias, hidden, dim)
-        return self._residual(graph, x, y, mlp_scale(self.block), dim)
+        if after:
+            y = self.norm(graph, block.norm2, y)
+        return self._residual(graph, x, y, mlp_scale(block), dim)
 
     def _linear(self, graph: Graph, x: str, name: str, bias: Any, inputs: Any, outputs: Any) -> str:
         """A layer on a part of its inputs and outputs; None: all."""
@@ -135,6 +183,37 @@ class BlockWriter:
             return x
         heads = graph.op("Reshape", x, graph.ints(-1, num_heads, self.cost.head_dim))
         return str(graph.op("Reshape", self.norm(graph, norm, heads), graph.ints(-1, num_heads * self.cost.head_dim)))
+
+    def _turned(self, graph: Graph, x: str, kept: list[int], angles: Angles) -> str:
+        """Queries or keys (n, kept heads * D) by their angles."""
+        size, num_heads = self.cost.head_dim, len(kept)
+        if not graph.standard_ops and not angles.each_head:
+            first, step = graph.ints(0), 1 if angles.half else 2  # each angle comes twice
+            pick = (first, graph.ints(size // 2 if angles.half else size), graph.ints(1), graph.ints(step))
+            cos, sin = (graph.op("Slice", part, *pick) for part in (angles.cos, angles.sin))
+            where = first if angles.where is None else graph.op("Unsqueeze", angles.where, first)
+            rows = graph.op("Unsqueeze", x, first)
+            turned = graph.op(
+                "RotaryEmbedding", rows, where, cos, sin, domain=MICROSOFT, interleaved=int(not angles.half)
+            )
+            return str(graph.op("Squeeze", turned, first))
+        place = np.arange(size)
+        other, sign = ((place + size // 2) % size, place < size // 2) if angles.half else (place ^ 1, place % 2 == 0)
+        parts = []
+        for part in (angles.cos, angles.sin):
+            if angles.where is not None:
+                part = graph.op("Gather", part, angles.where, axis=0)
+            if not angles.each_head:
+                part = graph.op("Unsqueeze", part, graph.ints(1))
+            elif num_heads < self.cost.num_heads:
+                part = graph.op("Gather", part, graph.constant(np.array(kept)), axis=1)
+            parts.append(part)
+        cos, sin = parts
+        heads = graph.op("Reshape", x, graph.ints(-1, num_heads, size))
+        signed = graph.op("Mul", sin, graph.constant(np.where(sign, -1.0, 1.0), np.float32))
+        imaginary = graph.op("Mul", graph.op("Gather", heads, graph.constant(other), axis=2), signed)
+        turned = graph.op("Add", graph.op("Mul", heads, cos), imaginary)
+        return str(graph.op("Reshape", turned, graph.ints(-1, num_heads * size)))
 
     def _activated(self, graph: Graph, x: str) -> str:
         act = self.block.mlp.act

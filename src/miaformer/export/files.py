@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from timm.models.eva import Eva
 
 import miaformer
 from miaformer.data.files import whole_file
@@ -18,7 +19,7 @@ from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import Decisions
 from miaformer.export.adaptive import AdaptiveWriter, Image, write_log_price
 from miaformer.export.graph import Graph, TensorProto
-from miaformer.export.parts import Head, embedded, exported
+from miaformer.export.parts import Head, exported, write_embedding
 from miaformer.export.session import NO_CAP
 from miaformer.export.sizes import SizesWriter
 from miaformer.export.static import StaticModel
@@ -66,7 +67,7 @@ def export_onnx(
         return
     log_price = _log_price(graph, model, price)
     writer = AdaptiveWriter(graph, model, log_price, weight)
-    rows = embedded(graph, model)
+    rows = write_embedding(graph, model)
     spent = graph.ints(model.least_macs())
     cap = graph.op("Clip", "cap", graph.constant(0.0, np.float32), graph.constant(NO_CAP, np.float32))
     cap = graph.op("Mul", graph.op("Cast", cap, to=TensorProto.DOUBLE), graph.constant(float(cost.backbone)))
@@ -94,6 +95,11 @@ def _export_sizes(
 ) -> None:
     if price is not None:
         raise ValueError("this model chooses resolutions and has no prices")
+    if isinstance(model.backbone, Eva) and model.backbone.rope_mixed:
+        raise ValueError(
+            "rotary position embeddings that differ from head to head ('mixed') are exported in one size alone: "
+            "export_static takes a size"
+        )
     cost = model.cost()
     done = SizesWriter(model, weight).write(graph)
     outputs = _outputs(graph, model, done.rows, done.macs)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from miaformer.export.graph import MICROSOFT, OPSET, Graph
 from miaformer.model.model import MIAFormer
 from miaformer.model.resolution import Size, resized
+from miaformer.vit.embedding import embedded
+from miaformer.vit.layers import Rotary, turns_rows
 
 
 class Embedding(nn.Module):
@@ -33,9 +35,18 @@ class Embedding(nn.Module):
             self.backbone.set_input_size(img_size=size)
 
     def forward(self, images: Tensor) -> Tensor:
-        backbone = self.backbone
-        rows: Tensor = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(self.resize(images))))
-        return rows
+        return embedded(self.backbone, self.resize(images)).tokens
+
+
+@torch.no_grad()
+def rotary_of(model: MIAFormer, size: Size | None = None) -> Rotary | None:
+    """The angles of rotary position embeddings in images of this size (H, W), by default the model's own; None: it has
+    none.
+    """
+    parameter = next(model.parameters())
+    image = parameter.new_zeros(1, model.backbone.in_chans, *(size or model.image_size()))
+    first = model.embed(image).blocks[0]
+    return first.rotary if turns_rows(first) else None
 
 
 class Resize(nn.Module):
@@ -64,7 +75,7 @@ class Head(nn.Module):
         return self.model.answer(self.model.backbone.norm(rows))
 
 
-def embedded(graph: Graph, model: MIAFormer, size: Size | None = None) -> str:
+def write_embedding(graph: Graph, model: MIAFormer, size: Size | None = None) -> str:
     """Rows (P+N, C) of the graph's input `images`, one image."""
     image = torch.zeros(1, model.backbone.in_chans, *model.image_size())
     prefix = "embed_" if size is None else f"embed_{size[0]}x{size[1]}_"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from miaformer.export.blocks import BlockWriter
+from miaformer.export.blocks import Angles, BlockWriter
 from miaformer.export.graph import Graph
-from miaformer.export.parts import Head, embedded, exported
+from miaformer.export.parts import Head, exported, rotary_of, write_embedding
 from miaformer.export.weights import Weight
 from miaformer.model.early_exit import NEVER, answers_early, asking_macs, exit_blocks, macs_of_leaving
 from miaformer.model.looks import STEP
@@ -42,6 +42,7 @@ class SizesWriter:
     def __init__(self, model: MIAFormer, weight: type[Weight]) -> None:
         self.model, self.weight, self.cost = model, weight, model.cost()
         self.blocks = transformer_blocks(model.backbone)
+        self.angles: Angles | None = None  # of the size that was chosen
         self.exits = exit_blocks(self.cost.depth) if answers_early(model.backbone) else ()
         rows = self.cost.num_prefix_tokens + (0 if self.cost.trims_last_block else self.cost.num_patches)
         varies = None if self.cost.trims_last_block else 1
@@ -57,7 +58,11 @@ class SizesWriter:
         asks = graph.op("And", asks, graph.op("LessOrEqual", pays, most))
         spared = graph.op("Where", asks, graph.constant(asking, np.float32), graph.constant(0.0, np.float32))
         limit = graph.op("Min", largest, graph.op("Sub", most, spared))
-        rows, staying, leaving, count = self._chosen(graph, limit, self.model.image_sizes())
+        rows, staying, leaving, count, *turning = self._chosen(graph, limit, self.model.image_sizes())
+        if turning:
+            sin, cos = turning
+            half = bool(getattr(self.blocks[0].attn, "rotate_half", False))
+            self.angles = Angles(sin, cos, each_head=False, half=half)
         nothing = graph.constant(np.zeros((0, self.model.num_classes)), np.float32)
         rows, place, answers = self._from(graph, 0, rows, asks, nothing)
         macs = graph.op("Gather", graph.op("Where", asks, leaving, staying), place)
@@ -70,7 +75,8 @@ class SizesWriter:
 
     def _chosen(self, graph: Graph, limit: str, sizes: tuple[Size, ...]) -> list[str]:
         """Of the largest of these sizes within the limit, a fraction of the MACs, or of the last: rows; MACs (K,) of
-        each place to leave and of the end, without early answers and with them; and how many patch tokens there are.
+        each place to leave and of the end, without early answers and with them; how many patch tokens there are; and
+        sines and cosines of rotary position embeddings, where there are any.
         """
         size, *smaller = sizes
         cost = self.model.cost(size)
@@ -78,8 +84,12 @@ class SizesWriter:
         def here(inner: Graph) -> list[str]:
             leaving = macs_of_leaving(cost, self.exits)
             staying = [cost.everything] * len(leaving)
-            rows = embedded(inner, self.model, size)
-            return [rows, inner.ints(*staying), inner.ints(*leaving), inner.ints(cost.num_patches)]
+            rows = write_embedding(inner, self.model, size)
+            rotary, turning = rotary_of(self.model, size), []
+            if rotary is not None:
+                angles = Angles.of(inner, rotary, self.blocks[0], 0)
+                turning = [angles.sin, angles.cos]
+            return [rows, inner.ints(*staying), inner.ints(*leaving), inner.ints(cost.num_patches), *turning]
 
         if not smaller:
             return here(graph)
@@ -92,7 +102,7 @@ class SizesWriter:
         every_head = list(range(self.cost.num_heads))
         for index in range(ends[place], ends[place + 1]):
             writer = BlockWriter.of(graph, self.cost, self.blocks[index], index, self.weight)
-            rows = writer.write(graph, rows, every_head)
+            rows = writer.write(graph, rows, every_head, self.angles)
         if place == len(self.exits):
             return [rows, graph.ints(place), answers]
         leaves, answers = graph.choose(

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from miaformer.engine.block import Width, equal_block
 from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import Decisions, HostGates
-from miaformer.export.parts import Embedding, Head
+from miaformer.export.parts import Embedding, Head, rotary_of
 from miaformer.model.model import MIAFormer
 from miaformer.model.resolution import Size
 from miaformer.vit.backbone import transformer_blocks
+from miaformer.vit.layers import positioned
 
 
 class StaticModel(nn.Module):
@@ -32,14 +33,15 @@ class StaticModel(nn.Module):
             decisions = Decisions.full(1, cost.depth, cost.num_heads, cost.num_patches)
         prefix, macs = cost.num_prefix_tokens, cost.fixed
         self.embed, self.head = Embedding(model, size), Head(model)
+        blocks = positioned(transformer_blocks(model.backbone), rotary_of(model, size))
         self.steps = nn.ModuleList()
         order = np.arange(prefix + cost.num_patches)  # of the rows, as they lie
         for index, gates in _executed(model, cost, decisions).items():
             macs += int(cost.of_host(index, gates)[0])
-            block, kept = transformer_blocks(model.backbone)[index], np.flatnonzero(gates.heads[0]).tolist()
+            block, kept = blocks[index], np.flatnonzero(gates.heads[0]).tolist()
             read = np.concatenate([np.ones(prefix, bool), gates.tokens[0]])[order]
             width = Width.of(kept, block, cost.mlp_width, torch.device("cpu"))
-            self.steps.append(_Step(block, width, read, prefix if cost.trims(index) else None))
+            self.steps.append(_Step(block, width, read, order[read], prefix if cost.trims(index) else None))
             order = np.concatenate([order[read], order[~read]])
         self.places: Tensor
         self.register_buffer("places", torch.from_numpy(order.argsort()[: prefix if cost.trims_last_block else None]))
@@ -56,7 +58,10 @@ class StaticModel(nn.Module):
 class _Step(nn.Module):
     """A block, executed on some of the rows. They come first afterwards, and the others, unchanged, after them."""
 
-    def __init__(self, block: Any, width: Width, read: NDArray[np.bool_], read_prefix: int | None) -> None:
+    def __init__(
+        self, block: Any, width: Width, read: NDArray[np.bool_], places: NDArray[np.int64], read_prefix: int | None
+    ) -> None:
+        """read: of the rows as they lie; places: where in an image those lie."""
         super().__init__()
         self.block, self.width, self.read_prefix = block, width, read_prefix
         self.all = bool(read.all())
@@ -64,10 +69,13 @@ class _Step(nn.Module):
         self.others: Tensor
         self.register_buffer("rows", torch.from_numpy(np.flatnonzero(read)))
         self.register_buffer("others", torch.from_numpy(np.flatnonzero(~read)))
+        self.places: Tensor
+        self.register_buffer("places", torch.from_numpy(places))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, P+N, C) -> the same, or (B, P, C) where nothing else is read afterwards."""
-        changed = equal_block(self.block, x if self.all else x[:, self.rows], self.width, self.read_prefix)
+        rows = x if self.all else x[:, self.rows]
+        changed = equal_block(self.block, rows, self.width, self.read_prefix, self.places)
         if self.all or self.read_prefix is not None:
             return changed
         return torch.cat([changed, x[:, self.others]], dim=1)

@@ -15,6 +15,7 @@ from miaformer.model.resolution import take_any_size
 from miaformer.vit import backbone as static
 from miaformer.vit.from_transformers import is_of_transformers, to_timm
 from miaformer.vit.importance import identity_orders, importance_orders
+from miaformer.vit.layers import norms_results
 
 
 @torch.inference_mode(False)  # a model that learns, wherever it was made
@@ -23,7 +24,7 @@ def adapt(
 ) -> MIAFormer:
     """Make a ViT adaptive. Its weights are kept; executing everything gives the backbone's output.
 
-    backbone: any timm VisionTransformer of `Block` + `Attention` + `Mlp` (or a gated MLP). It is taken over, no copy:
+    backbone: any timm VisionTransformer or Eva of plain blocks (`miaformer.vit.backbone`). It is taken over, no copy:
     with nested heads its heads, MLP units and channels are reordered by importance, which changes no output. Or a ViT,
     DeiT or DINOv2 of transformers, which stays as it is: its weights are copied (`miaformer.vit.from_transformers`).
     calibration_images: (B, 3, H, W), to measure that importance on; without them it is read off the weights.
@@ -50,6 +51,11 @@ def adapt(
         static.check_images(calibration_images, vit, "calibration_images")
     if "heads" in settings.grains:
         check_plain(static.transformer_blocks(vit), "executed in part", "Leave 'heads' out of the grains")
+    if settings.mlp_width == "coupled" and any(norms_results(block) for block in static.transformer_blocks(vit)):
+        raise ValueError(
+            "mlp_width='coupled' is not for blocks that norm what attention and MLP give (post-norm): a part of its "
+            "channels has another norm"
+        )
     orders = importance_orders(vit, calibration_images) if settings.cuts_heads else identity_orders(vit)
     if settings.mlp_width != "coupled":  # nothing chooses among channels
         orders["channels"] = identity_orders(vit)["channels"]

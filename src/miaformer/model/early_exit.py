@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from miaformer.engine.cost import Cost
 from miaformer.engine.decisions import Booleans, HostGates
 from miaformer.engine.walk import State
+from miaformer.vit.backbone import Backbone
 
 ASKING = 1.5  # a threshold at which early answers are computed and nobody leaves
 NEVER = 2.0  # a threshold at which a `Look` computes no early answers
@@ -22,7 +22,7 @@ def exit_blocks(depth: int) -> tuple[int, ...]:
     return tuple(range(max(depth // 2, 1), depth, 2))
 
 
-def answers_early(backbone: VisionTransformer) -> bool:
+def answers_early(backbone: Backbone) -> bool:
     """Whether its classifier gives one answer for an image, of more than one class, as confidence needs."""
     return backbone.num_classes > 1 and bool(backbone.global_pool)
 
@@ -41,7 +41,7 @@ class EarlyExit:
     Raises ValueError for a backbone that classifies nothing, and for blocks that it does not have.
     """
 
-    backbone: VisionTransformer = field(repr=False)
+    backbone: Backbone = field(repr=False)
     threshold: float | Tensor
     blocks: tuple[int, ...] = ()
     answers: list[Tensor] = field(default_factory=list, init=False, repr=False)

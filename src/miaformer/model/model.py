@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 import numpy as np
 import torch
 from timm.data import resolve_data_config
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from miaformer.engine.block import check_plain
@@ -37,7 +36,9 @@ from miaformer.model.resolution import Size, image_sizes
 from miaformer.model.running import cap_too_low, run_looks
 from miaformer.model.saved import ModelFiles, SavedModel, write_model_files
 from miaformer.vit import backbone as static
+from miaformer.vit.backbone import Backbone
 from miaformer.vit.checkpoint_files import at_least_float32
+from miaformer.vit.embedding import Embedded, embedded
 from miaformer.vit.importance import identity_orders
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class MIAFormer(
 ):
     """A ViT that adapts resolution, or depth, heads and tokens, to each image. Make one with `miaformer.adapt`."""
 
-    def __init__(self, backbone: VisionTransformer, config: AdaptConfig, orders: dict[str, Tensor]) -> None:
+    def __init__(self, backbone: Backbone, config: AdaptConfig, orders: dict[str, Tensor]) -> None:
         super().__init__()
         self.backbone = backbone
         self.adapt_config = config
@@ -378,26 +379,25 @@ class MIAFormer(
     def _orders_channels(self) -> bool:
         return self.adapt_config.rules.nested_heads and self.adapt_config.mlp_width == "coupled"
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Tokens (B, P+N, C) that enter the first block: all of them; leaving some out is a decision."""
-        backbone = self.backbone
-        return cast(Tensor, backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images))))
+    def embed(self, images: Tensor) -> Embedded:
+        """Tokens (B, P+N, C) that enter the first block, all of them, and the blocks."""
+        return embedded(self.backbone, images)
 
-    def walk(self, x: Tensor, policy: Policy, execution: Execution, cost: Cost) -> tuple[Tensor, Steps]:
-        """Take embedded tokens x (B, P+N, C) through the blocks, leaving x itself as it is: for training.
+    def walk(self, start: Embedded, policy: Policy, execution: Execution, cost: Cost) -> tuple[Tensor, Steps]:
+        """Take embedded images through the blocks, leaving their tokens as they are: for training.
 
         A policy whose attribute `relaxed` is true gives gates that are numbers.
         """
         go = relaxed_walk if getattr(policy, "relaxed", False) else walk
-        return go(self.backbone.blocks, x.clone(), policy, execution, cost, self.adapt_config.rules)
+        return go(start.blocks, start.tokens.clone(), policy, execution, cost, self.adapt_config.rules)
 
     def walk_images(
         self, images: Tensor, cost: Cost, policy: Policy, cap_macs: Counts | None, execution: str
     ) -> tuple[Tensor, Steps]:
         """Take images through embedding and blocks, by boolean gates."""
         executed = Sparse(cost, self._packed) if execution == "sparse" else Masked(cost)
-        x = self.embed(images)
-        return walk(self.backbone.blocks, x, policy, executed, cost, self.adapt_config.rules, cap_macs)
+        x, blocks = self.embed(images)
+        return walk(blocks, x, policy, executed, cost, self.adapt_config.rules, cap_macs)
 
     def prepack(self) -> Self:
         """Keep copies of the blocks' weights in the layout that this processor's fastest products read.
@@ -446,7 +446,7 @@ class MIAFormer(
         model.calibration = files.calibration
         return model.eval()
 
-    def to_timm(self, image_size: Size | None = None) -> VisionTransformer:
+    def to_timm(self, image_size: Size | None = None) -> Backbone:
         """The (fine-tuned) backbone as a timm model of its own, heads, units and channels in their first order.
 
         image_size: (H, W), to which position embeddings are resampled; default: the model's own.

@@ -25,7 +25,7 @@ from miaformer.engine.decisions import Booleans, Decisions, Gates, HostGates
 from miaformer.engine.walk import Policy, State
 from miaformer.model.early_exit import NEVER, EarlyExit
 from miaformer.model.resolution import Size
-from miaformer.vit.layers import LinearView, normed_keys, normed_queries, query_key_value_layers
+from miaformer.vit.layers import LinearView, attention_input, normed_keys, query_key_value_layers
 
 __all__ = [
     "ClsAttention",
@@ -138,17 +138,21 @@ class Static(Fixed):
 class BestTokens(_Free, ABC):
     """Keeps the patch tokens with the highest scores, the same number for every image.
 
-    keep: of the tokens still active the share that stays, at each of `blocks`; a number, or one an image (B,). Who
-    scores says how (`scores`) and at what cost.
+    keep: of the tokens still active the share that stays, at each of `blocks`; a number, or one an image (B,). blocks:
+    None for `three_of` the depth, as in EViT and DynamicViT. Who scores says how (`scores`) and at what cost.
     """
 
     keep: float | Tensor
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         keep = torch.as_tensor(self.keep)
         if not bool(((keep >= 0) & (keep <= 1)).all()):
             raise ValueError(f"{type(self).__name__}(keep={self.keep!r}): the share of tokens to keep lies in 0 to 1")
+
+    def chooses(self, index: int, depth: int) -> bool:
+        """Whether tokens are chosen before block `index`."""
+        return index in (three_of(depth) if self.blocks is None else self.blocks)
 
     @abstractmethod
     def scores(self, state: State, active: Tensor) -> Tensor:
@@ -158,7 +162,7 @@ class BestTokens(_Free, ABC):
     def decide(self, state: State) -> Gates:
         full = Gates.full(len(state.x), state.num_heads, state.num_patches, state.x.device)
         active = (state.active > 0).to(state.x.device)
-        if state.index not in self.blocks:
+        if not self.chooses(state.index, state.num_blocks):
             return Gates(full.depth, full.heads, active)
         if state.affordable is not None:  # who cannot pay for the block is not scored
             active = active & state.affordable.to(active.device)[:, None]
@@ -174,32 +178,24 @@ def three_of(depth: int) -> tuple[int, ...]:
     return depth // 4, depth // 2, 3 * depth // 4
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class ClsAttention(BestTokens):
     """Keeps the patch tokens that the class token attends to most.
 
     EViT's criterion (Liang et al., ICLR 2022), on the attention of the block about to be executed, averaged over
-    heads. blocks: default `three_of` the depth, as in EViT.
+    heads.
     """
-
-    blocks_of_model: nn.Sequential
-
-    def __init__(self, blocks_of_model: nn.Sequential, keep: float | Tensor, blocks: tuple[int, ...] = ()) -> None:
-        object.__setattr__(self, "blocks_of_model", blocks_of_model)
-        object.__setattr__(self, "keep", keep)
-        object.__setattr__(self, "blocks", blocks or three_of(len(blocks_of_model)))
-        self.__post_init__()
 
     def scores(self, state: State, active: Tensor) -> Tensor:
         if not state.num_prefix_tokens:
             raise ValueError("ClsAttention needs a class token; this backbone has none")
-        return _class_attention(self.blocks_of_model[state.index], state.x, active, state.num_prefix_tokens)
+        return _class_attention(state.block, state.x, active, state.num_prefix_tokens)
 
     def context_macs(self, cost: Cost, index: int) -> int:
-        return cost.embed_dim**2 if index in self.blocks else 0
+        return cost.embed_dim**2 if self.chooses(index, cost.depth) else 0
 
     def token_score_macs(self, cost: Cost, index: int) -> int:
-        return cost.embed_dim**2 if index in self.blocks else 0
+        return cost.embed_dim**2 if self.chooses(index, cost.depth) else 0
 
 
 def _class_attention(block: Any, x: Tensor, active: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -210,9 +206,10 @@ def _class_attention(block: Any, x: Tensor, active: Tensor, num_prefix_tokens: i
     rows = x[image, num_prefix_tokens + token]
 
     def by_heads(layer: LinearView, rows: Tensor) -> Tensor:
-        return F.linear(block.norm1(rows), *layer).unflatten(1, (attn.num_heads, attn.head_dim))
+        return F.linear(attention_input(block, rows), *layer).unflatten(1, (attn.num_heads, attn.head_dim))
 
-    q, k = normed_queries(attn, by_heads(query, x[:, 0])), normed_keys(attn, by_heads(key, rows))
+    q = attn.q_norm(by_heads(query, x[:, 0]))  # the class token has no angle
+    k = normed_keys(block, by_heads(key, rows), num_prefix_tokens + token)
     logits = x.new_full((*active.shape, attn.num_heads), float("-inf"))
     logits[image, token] = ((q[image] * k).sum(dim=-1) * attn.scale).to(x.dtype)
     return logits.softmax(dim=1).mean(dim=2).nan_to_num(0.0)

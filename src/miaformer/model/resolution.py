@@ -13,10 +13,12 @@ from typing import cast
 import numpy as np
 import torch.nn.functional as F
 from timm.layers.format import Format
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor
 
 from miaformer.engine.cost import Counts
+from miaformer.vit.backbone import Backbone
+from miaformer.vit.eva import free_rope
 
 Size = tuple[int, int]  # height and width in pixels
 COUNT = 5  # sizes, the backbone's own among them: four steps of the sides
@@ -52,10 +54,12 @@ def resized(images: Tensor, size: Size) -> Tensor:
     return smaller.to(images.dtype)
 
 
-def take_any_size(backbone: VisionTransformer) -> VisionTransformer:
+def take_any_size(backbone: Backbone) -> Backbone:
     """The backbone itself, changed to take images of any whole number of patches: timm's `dynamic_img_size=True`."""
     embed = backbone.patch_embed
     backbone.dynamic_img_size = True  # type: ignore[misc]  # final for TorchScript alone
+    if isinstance(backbone, Eva):
+        backbone.rope = free_rope(backbone.rope)
     embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
     return backbone
 

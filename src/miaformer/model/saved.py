@@ -14,13 +14,13 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from miaformer.data.files import read_json
 from miaformer.model.budget import Calibration
 from miaformer.model.config import AdaptConfig
 from miaformer.vit import backbone as static
+from miaformer.vit.backbone import Backbone
 from miaformer.vit.hub import check_hub
 
 FORMAT = 1
@@ -30,7 +30,7 @@ FORMAT = 1
 class ModelFiles:
     """What a model directory holds. The backbone has the right shape; its weights are in `state`."""
 
-    backbone: VisionTransformer
+    backbone: Backbone
     config: AdaptConfig
     state: dict[str, Tensor]
     calibration: Calibration | None

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from miaformer.model.model import MIAFormer
 from miaformer.training.muon import MuonAdamW
 from miaformer.training.recipes import Recipe, Stage
+from miaformer.vit.backbone import Backbone
 
 
 def stage_optimizer(
@@ -33,7 +33,7 @@ def stage_optimizer(
     return create_optimizer_v2(groups, opt=recipe.optimizer, lr=stage.lr, **fused)
 
 
-def _backbone_groups(backbone: VisionTransformer, stage: Stage, recipe: Recipe) -> list[dict[str, Any]]:
+def _backbone_groups(backbone: Backbone, stage: Stage, recipe: Recipe) -> list[dict[str, Any]]:
     decay, without = recipe.weight_decay, backbone.no_weight_decay()
     if stage.layer_decay == 1:
         return param_groups_weight_decay(backbone, decay, without)

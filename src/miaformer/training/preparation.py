@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.layers import build_sincos2d_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from miaformer.data import Augmentation, Batches, DeviceBatches, ImageData, build_transform
@@ -22,7 +21,7 @@ from miaformer.training.objective import Objective
 from miaformer.training.probe import classifiers
 from miaformer.training.progress import Display
 from miaformer.training.recipes import Recipe, Stage
-from miaformer.vit.backbone import check_supported, transformer_blocks
+from miaformer.vit.backbone import Backbone, check_supported, transformer_blocks
 from miaformer.vit.pretrained import load_backbone
 from miaformer.vit.stem import ConvPatchEmbed
 
@@ -42,7 +41,7 @@ def new_backbone(recipe: Recipe, classes: int | Sequence[str], seed: int) -> nn.
 
 
 @torch.no_grad()
-def _start_from_sincos(backbone: VisionTransformer) -> None:
+def _start_from_sincos(backbone: Backbone) -> None:
     """Learned position embeddings start from sines and cosines of both coordinates.
 
     From scratch on few images this is most of what a small ViT has to find out about space (Beyer et al. 2022); on

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from timm.layers import PatchDropout
+from timm.layers import PatchDropoutWithIndices
 from torch import Tensor, nn
 
 from miaformer.engine.cost import Cost
@@ -18,7 +19,7 @@ from miaformer.model.policy import Fixed
 from miaformer.model.resolution import drawn_size, resized
 from miaformer.training.objective import Objective, Outcome, Step, Targets, UnderPolicy
 from miaformer.training.policies import Draws, Leaving, Relaxed, Sampled, elastic_decisions
-from miaformer.vit.backbone import transformer_blocks
+from miaformer.vit.embedding import Embedded, embedded
 
 
 class EarlyAnswers(Objective):
@@ -27,15 +28,14 @@ class EarlyAnswers(Objective):
     """
 
     def learned(
-        self, images: Tensor, targets: Targets, step: Step, cost: Cost, drop: nn.Module | None = None
+        self, images: Tensor, targets: Targets, step: Step, cost: Cost, drop: PatchDropoutWithIndices | None = None
     ) -> tuple[Tensor, Tensor]:
         """Task losses (B,) and logits (B, classes) of images (B, 3, H, W). drop: leaves out some of the tokens."""
-        backbone, blocks = self.model.backbone, transformer_blocks(self.model.backbone)
+        backbone = self.model.backbone
         if drop is None and not self.stage.early_weight:
             logits = backbone(images)
             return targets.loss(logits), logits
-        x = backbone._pos_embed(backbone.patch_embed(images))
-        x = backbone.norm_pre(x if drop is None else drop(x))
+        x, blocks = embedded(backbone, images, drop)
         half, before = len(blocks) // 2, []  # each block of the second half, the rows that an answer reads
         read = cost.num_prefix_tokens if cost.trims_last_block else None
         for index, block in enumerate(blocks):
@@ -61,7 +61,7 @@ class Backbone(EarlyAnswers):
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
         backbone, (least, most) = self.model.backbone, self.stage.patch_drop
         rate = least + (most - least) * float(step.draws.shared[0])
-        drop = PatchDropout(rate, num_prefix_tokens=backbone.num_prefix_tokens) if most else None
+        drop = PatchDropoutWithIndices(rate, num_prefix_tokens=backbone.num_prefix_tokens) if most else None
         return Outcome.of_all_alike(*self.learned(images, targets, step, cost, drop), targets)
 
 
@@ -108,25 +108,24 @@ class Deciding(Objective):
         return (model.controllers,)
 
     def executed(
-        self, x: Tensor, targets: Targets, policy: Relaxed | Sampled, execution: Execution, cost: Cost
+        self, start: Embedded, targets: Targets, policy: Relaxed | Sampled, execution: Execution, cost: Cost
     ) -> Executed:
-        """x: (B, P+N, C), embedded images."""
         leaving = policy.leaving
         if leaving is None:
-            features, steps = self.model.walk(x, policy, execution, cost)
+            features, steps = self.model.walk(start, policy, execution, cost)
             logits = self.answer(features)
             return Executed(logits, targets.loss(logits), steps.macs)
-        after: list[Tensor] = [x]  # each block
+        after: list[Tensor] = [start.tokens]  # each block
 
-        def remembering(index: int, block: nn.Module, x: Tensor, gates: Gates | HostGates) -> Tensor:
+        def remembering(index: int, block: Any, x: Tensor, gates: Gates | HostGates) -> Tensor:
             after.append(execution(index, block, x, gates))
             return after[-1]
 
-        _, steps = self.model.walk(x, policy, remembering, cost)
+        _, steps = self.model.walk(start, policy, remembering, cost)
         probability = leaving.probabilities()  # (B, L + 1)
         answers, tasks = self.answers(after, targets, cost)
         chosen = probability.argmax(dim=1)
-        logits = answers[chosen, torch.arange(len(x), device=x.device)]
+        logits = answers[chosen, torch.arange(len(chosen), device=chosen.device)]
         return Executed(logits, (probability * tasks).sum(dim=1), leaving.expected_macs(steps, cost), tasks.detach())
 
 
@@ -155,13 +154,13 @@ class Reinforce(Deciding):
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
         model, rules = self.model, self.model.adapt_config.rules
         progressive = rules.progressive
-        x = model.embed(images)
+        start = model.embed(images)
         execution = self.execution(cost, images)
         samples = []
         for draws in (step.draws, step.other_draws):
             leaving = Leaving() if rules.leaves else None
             policy = Sampled(model.controllers, step.log_prices, draws, step.temperature, cost, progressive, leaving)
-            samples.append((policy, self.executed(x, targets, policy, execution, cost)))
+            samples.append((policy, self.executed(start, targets, policy, execution, cost)))
         (one, done), (other, done_2) = samples
         advantage = (done.task - done_2.task).detach()  # of the second sample's gain; the first one's is its negative
         estimator = 0.5 * advantage * (one.log_prob - other.log_prob)

@@ -347,13 +347,13 @@ class Trainer:
         draws = self._draws(stage, images, self._generator(0, _GATES))
         draws = replace(draws, full=torch.zeros_like(draws.full)).to(device)
         self.model.eval()
-        x = self.model.embed(images)
+        start = self.model.embed(images)
 
         def mean_fraction(log_price: float) -> float:
             log_prices = torch.full((len(images),), log_price, device=device)
             policy = relaxed(self.model, log_prices, draws, stage.temperature[0])
             with self.accelerator.autocast():
-                _, steps = self.model.walk(x, policy, Masked(cost), cost)
+                _, steps = self.model.walk(start, policy, Masked(cost), cost)
             macs = steps.macs if policy.leaving is None else policy.leaving.expected_macs(steps, cost)
             mean = (macs / cost.backbone).mean()
             return float(self.accelerator.reduce(mean, reduction="mean"))

@@ -11,9 +11,11 @@ import timm.layers
 import torch
 from timm.layers import Attention, AttentionPoolLatent, GluMlp, LayerScale, Mlp, PatchEmbed, RmsNorm, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from miaformer.vit import eva
 from miaformer.vit.layers import (
     attention_scale,
     input_layers,
@@ -25,9 +27,15 @@ from miaformer.vit.layers import (
 from miaformer.vit.stem import ConvPatchEmbed, ConvStem
 from miaformer.vit.token_avg import VisionTransformerTokenAvg
 
-CLASSES = {kind.__name__: kind for kind in (VisionTransformer, VisionTransformerDistilled, VisionTransformerTokenAvg)}
+Backbone = VisionTransformer | Eva
+CLASSES: dict[str, type[Backbone]] = {
+    kind.__name__: kind for kind in (VisionTransformer, VisionTransformerDistilled, VisionTransformerTokenAvg, Eva)
+}
 MLPS = {layer.__name__: layer for layer in (Mlp, SwiGLU, GluMlp)}
-SUPPORTED = "Block + Attention + Mlp (or SwiGLU, GluMlp), with LayerNorm or RmsNorm, as in timm's VisionTransformer"
+SUPPORTED = (
+    "Block + Attention, or EvaBlock + EvaAttention or AttentionRope, and Mlp (or SwiGLU, GluMlp), with LayerNorm or "
+    "RmsNorm, as in timm's VisionTransformer and Eva"
+)
 
 
 def transformer_blocks(backbone: nn.Module) -> list[Any]:
@@ -35,19 +43,21 @@ def transformer_blocks(backbone: nn.Module) -> list[Any]:
     return list(backbone.blocks)  # type: ignore[arg-type]
 
 
-def check_supported(backbone: nn.Module) -> VisionTransformer:
+def check_supported(backbone: nn.Module) -> Backbone:
     """The backbone, if it is a ViT that can be adapted.
 
     Raises TypeError for what is no timm ViT, ValueError naming the part of it that is not supported.
     """
     if type(backbone) not in CLASSES.values():
         raise TypeError(
-            "adapt() takes a timm VisionTransformer or VisionTransformerDistilled, or a ViT, DeiT or DINOv2 of "
+            "adapt() takes a timm VisionTransformer, VisionTransformerDistilled or Eva, or a ViT, DeiT or DINOv2 of "
             f"transformers, got {type(backbone).__name__}. Create one with timm.create_model, e.g. "
             "'deit_small_patch16_224'"
         )
     if not transformer_blocks(backbone):
         raise ValueError("adapt() needs a backbone with at least one block, this one has none")
+    if problem := eva.unsupported(backbone) if isinstance(backbone, Eva) else None:
+        raise ValueError(f"The backbone has {problem}, which is not supported")
     for index, block in enumerate(transformer_blocks(backbone)):
         problem = _unsupported(block)
         if problem:
@@ -71,7 +81,7 @@ def check_supported(backbone: nn.Module) -> VisionTransformer:
             f"The backbone's patch embedding is {type(backbone.patch_embed).__name__}, supported: PatchEmbed, or our "
             "ConvPatchEmbed"
         )
-    return cast(VisionTransformer, backbone)
+    return cast(Backbone, backbone)
 
 
 def _shared(backbone: nn.Module) -> list[str]:
@@ -82,7 +92,7 @@ def _shared(backbone: nn.Module) -> list[str]:
     return next((found for found in names.values() if len(found) > 1), [])
 
 
-def learning(backbone: VisionTransformer) -> VisionTransformer:
+def learning(backbone: Backbone) -> Backbone:
     """The same, with tensors that were made in inference mode, and can never learn, replaced by copies."""
     for module in backbone.modules():
         for tensors in (module._parameters, module._buffers):
@@ -95,10 +105,12 @@ def learning(backbone: VisionTransformer) -> VisionTransformer:
 
 
 def _unsupported(block: Any) -> str | None:
-    if type(block) is not Block:
+    if type(block) not in (Block, *eva.BLOCKS):
         return f"type {type(block).__name__}"
-    if type(block.attn) is not Attention:
+    if type(block.attn) not in ((Attention,) if type(block) is Block else eva.ATTENTIONS):
         return f"attention {type(block.attn).__name__}"
+    if problem := eva.unsupported_attention(block.attn):
+        return problem
     if block.attn.gate is not None:
         return "gated attention"
     if type(block.mlp).__name__ not in MLPS or isinstance(getattr(block.mlp, "fc1", None), nn.Conv2d):
@@ -112,13 +124,13 @@ def _unsupported(block: Any) -> str | None:
     for norm in (block.attn.norm, block.mlp.norm):
         if not isinstance(norm, nn.Identity | nn.LayerNorm | RmsNorm):
             return f"norm {type(norm).__name__} over a width that shrinks"
-    for scale in (block.ls1, block.ls2):
-        if not isinstance(scale, nn.Identity | LayerScale):
+    for scale in (getattr(block, "ls1", None), getattr(block, "ls2", None)):
+        if not isinstance(scale, nn.Identity | LayerScale | None):
             return f"layer scale {type(scale).__name__}"
     return None
 
 
-def image_size(backbone: VisionTransformer) -> tuple[int, int]:
+def image_size(backbone: Backbone) -> tuple[int, int]:
     """(H, W) of the images that the backbone was made for."""
     size = backbone.patch_embed.img_size
     if size is None:
@@ -126,7 +138,7 @@ def image_size(backbone: VisionTransformer) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def check_images(images: Any, backbone: VisionTransformer, name: str = "images") -> Tensor:
+def check_images(images: Any, backbone: Backbone, name: str = "images") -> Tensor:
     """The images, if the backbone can take them: (B, channels, H, W), floating point, finite.
 
     Raises TypeError or ValueError naming what is wrong, and what would be right.
@@ -163,16 +175,15 @@ def _finite(images: Tensor) -> bool:
     return bool(images.sum().isfinite()) or bool(images.isfinite().all())
 
 
-def describe(backbone: VisionTransformer) -> dict[str, Any]:
+def describe(backbone: Backbone) -> dict[str, Any]:
     """Constructor arguments, as JSON knows them, that `build` makes an equally shaped backbone from.
 
     Read off the module itself, not off how it was made, so that fine-tuned, resized and hand-built ones work.
     """
     block, first = transformer_blocks(backbone)[-1], transformer_blocks(backbone)[0]
-    attn, mlp, embed = first.attn, first.mlp, backbone.patch_embed
-    hidden = input_layers(mlp)[0].out_features
-    identity = nn.Identity
-    description = {
+    attn, embed = first.attn, backbone.patch_embed
+    of_family = eva.described(backbone) if isinstance(backbone, Eva) else _described_vit(backbone)
+    return {
         "class": type(backbone).__name__,
         "img_size": list(embed.img_size) if embed.img_size else None,
         "patch_size": list(embed.patch_size),
@@ -182,30 +193,39 @@ def describe(backbone: VisionTransformer) -> dict[str, Any]:
         "embed_dim": backbone.embed_dim,
         "depth": len(backbone.blocks),
         "num_heads": attn.num_heads,
-        "mlp_ratio": (hidden + 0.5) / backbone.embed_dim,  # timm rounds down
+        "qk_norm": not isinstance(attn.q_norm, nn.Identity),
+        "class_token": backbone.cls_token is not None,
+        "no_embed_class": backbone.no_embed_class,
+        "dynamic_img_size": backbone.dynamic_img_size,
+        "dynamic_img_pad": embed.dynamic_img_pad,
+        "drop_rate": backbone.head_drop.p,
+        "pos_drop_rate": backbone.pos_drop.p,
+        "proj_drop_rate": attn.proj_drop.p,
+        "attn_drop_rate": attn.attn_drop.p,
+        "drop_path_rate": getattr(block.drop_path1, "drop_prob", 0.0) or 0.0,
+        "norm_layer": _described_norm(first.norm1),
+        **of_family,
+    }
+
+
+def _described_vit(backbone: Any) -> dict[str, Any]:
+    """Settings of `VisionTransformer` that `Eva` has not, or calls otherwise."""
+    first, embed, identity = transformer_blocks(backbone)[0], backbone.patch_embed, nn.Identity
+    attn, mlp = first.attn, first.mlp
+    description = {
+        "mlp_ratio": (input_layers(mlp)[0].out_features + 0.5) / backbone.embed_dim,  # timm rounds down
         "qkv_bias": attn.qkv.bias is not None,
-        "qk_norm": not isinstance(attn.q_norm, identity),
         "scale_attn_norm": not isinstance(attn.norm, identity),
         "scale_mlp_norm": not isinstance(mlp.norm, identity),
         "proj_bias": attn.proj.bias is not None,
         "init_values": None if isinstance(first.ls1, identity) else 1e-5,
-        "class_token": backbone.cls_token is not None,
         "pos_embed": "none" if backbone.pos_embed is None else "learn",
-        "no_embed_class": backbone.no_embed_class,
         "reg_tokens": backbone.num_reg_tokens,
         "pre_norm": not isinstance(backbone.norm_pre, identity),
         "final_norm": not (isinstance(backbone.norm, identity) and isinstance(backbone.fc_norm, identity)),
         "fc_norm": not isinstance(backbone.fc_norm, identity),
         "pool_include_prefix": backbone.pool_include_prefix,
-        "dynamic_img_size": backbone.dynamic_img_size,
-        "dynamic_img_pad": embed.dynamic_img_pad,
-        "drop_rate": backbone.head_drop.p,
-        "pos_drop_rate": backbone.pos_drop.p,
         "patch_drop_rate": getattr(backbone.patch_drop, "prob", 0.0),
-        "proj_drop_rate": attn.proj_drop.p,
-        "attn_drop_rate": attn.attn_drop.p,
-        "drop_path_rate": getattr(block.drop_path1, "drop_prob", 0.0) or 0.0,
-        "norm_layer": _described_norm(first.norm1),
         "act_layer": "GELUTanh" if getattr(mlp.act, "approximate", "none") == "tanh" else type(mlp.act).__name__,
         "mlp_layer": type(mlp).__name__,
         "gate_last": getattr(mlp, "gate_last", None),
@@ -226,11 +246,13 @@ def _norm_layer(description: list[Any]) -> Any:
     return partial(_named_layer(name), eps=eps)
 
 
-def build(description: dict[str, Any]) -> VisionTransformer:
+def build(description: dict[str, Any]) -> Backbone:
     """A backbone of the shape described, its weights not initialised to anything in particular."""
     args = dict(description)
-    model_class = CLASSES[args.pop("class")]
+    model_class: Any = CLASSES[args.pop("class")]
     norms = {name: _norm_layer(args.pop(name)) for name in ("norm_layer", "embed_norm_layer") if name in description}
+    if model_class is Eva:
+        return Eva(**args, **norms)
     mlp_layer: Any = MLPS[args.pop("mlp_layer")]
     if "stem_channels" in args:
         args["embed_layer"] = partial(ConvPatchEmbed, stem_channels=args.pop("stem_channels"))
@@ -239,11 +261,13 @@ def build(description: dict[str, Any]) -> VisionTransformer:
         mlp_layer = partial(mlp_layer, gate_last=gate_last)
     act_layer = _named_layer(args.pop("act_layer"))
     # Drawing weights takes longer than all else, most of all on the meta device.
-    model = model_class(**args, **norms, act_layer=act_layer, mlp_layer=mlp_layer, weight_init="skip")
+    model: VisionTransformer = model_class(
+        **args, **norms, act_layer=act_layer, mlp_layer=mlp_layer, weight_init="skip"
+    )
     return model
 
 
-def rebuild(description: Any) -> VisionTransformer:
+def rebuild(description: Any) -> Backbone:
     """The same of a description that was read from a file, and may lack something.
 
     Raises KeyError, TypeError or ValueError naming what is missing, unknown or out of range.
@@ -259,7 +283,7 @@ def rebuild(description: Any) -> VisionTransformer:
     return backbone
 
 
-def build_on_meta(description: dict[str, Any]) -> VisionTransformer:
+def build_on_meta(description: dict[str, Any]) -> Backbone:
     """The same without any memory for weights: for shapes, and for counting."""
     with torch.device("meta"):
         return build(description)
@@ -271,7 +295,7 @@ def check_known(name: str) -> None:
         raise ValueError(f"timm knows no model {name!r}; timm.list_models('vit*') lists its ViTs")
 
 
-def check_describes(description: dict[str, Any], backbone: nn.Module) -> VisionTransformer:
+def check_describes(description: dict[str, Any], backbone: nn.Module) -> Backbone:
     """Raise ValueError unless `build` gives the backbone's parameters, name by name, and layers without any that
     compute the same; else the meta model.
     """
@@ -291,6 +315,8 @@ def check_describes(description: dict[str, Any], backbone: nn.Module) -> VisionT
         twin = twins.get(name)
         if getattr(module, "eps", None) != getattr(twin, "eps", None) or not _acts_alike(module, twin):
             raise ValueError(f"{name} is {module}, which a timm ViT of the backbone's settings has otherwise: {twin}")
+    if not eva.same_rope(getattr(backbone, "rope", None), getattr(copy, "rope", None)):
+        raise ValueError("The backbone's rotary position embeddings are not those of a timm ViT of its settings")
     return copy
 
 
@@ -318,12 +344,16 @@ def _named_layer(name: str) -> Any:
 # them into a given one, so that nested choices ("the first k") keep the most important.
 
 
-def apply_orders(backbone: VisionTransformer, orders: dict[str, Tensor]) -> None:
+def apply_orders(backbone: Backbone, orders: dict[str, Tensor]) -> None:
     """Permute in place. orders: `heads` (L, H), `hidden` (L, units), `channels` (C,), each a permutation."""
     with torch.no_grad():
         for index, block in enumerate(transformer_blocks(backbone)):
             _order_heads(block.attn, orders["heads"][index])
             _order_hidden(block.mlp, orders["hidden"][index])
+        if isinstance(backbone, Eva) and backbone.rope_mixed:  # each head has angles of its own
+            freqs: Any = backbone.rope.freqs
+            for index, order in enumerate(orders["heads"]):
+                _permute(freqs[:, index], order, 1)
         _order_channels(backbone, orders["channels"])
 
 
@@ -392,6 +422,6 @@ def _order_channels(backbone: Any, order: Tensor) -> None:
             _permute(weight.unflatten(1, (-1, len(order))), order, 2)
 
 
-def channels_are_free(backbone: VisionTransformer) -> bool:
+def channels_are_free(backbone: Backbone) -> bool:
     """Whether channels may change places: not where pooling reads them in groups (`global_pool="prr"`)."""
     return backbone.attn_pool is None or isinstance(backbone.attn_pool, AttentionPoolLatent)

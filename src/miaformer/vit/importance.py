@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from miaformer.vit.backbone import channels_are_free, transformer_blocks
+from miaformer.vit.backbone import Backbone, channels_are_free, transformer_blocks
 from miaformer.vit.layers import input_layers, mlp_inputs, query_key_value_layers
 
 
-def importance_orders(backbone: VisionTransformer, images: Tensor | None = None) -> dict[str, Tensor]:
+def importance_orders(backbone: Backbone, images: Tensor | None = None) -> dict[str, Tensor]:
     """Permutations, most important first: `heads` (L, H), `hidden` (L, units), `channels` (C,).
 
     images: (B, 3, H, W) normalised, of a calibration batch; None for the data-free order.
@@ -47,7 +46,7 @@ def importance_orders(backbone: VisionTransformer, images: Tensor | None = None)
     }
 
 
-def identity_orders(backbone: VisionTransformer) -> dict[str, Tensor]:
+def identity_orders(backbone: Backbone) -> dict[str, Tensor]:
     depth, attn = len(backbone.blocks), transformer_blocks(backbone)[0].attn
     hidden = transformer_blocks(backbone)[0].mlp.fc2.in_features
     return {
@@ -69,7 +68,7 @@ def _unit_scales(block: Any) -> tuple[Tensor, Tensor, Tensor]:
     return value.weight.norm(dim=1), hidden_scale, torch.ones(dim) if norm is None else norm.abs()
 
 
-def _measured_scales(backbone: VisionTransformer, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _measured_scales(backbone: Backbone, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The same, as root mean squares over the tokens of `images`."""
     measured: dict[nn.Module, Tensor] = {}
 

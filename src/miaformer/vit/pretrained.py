@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as of_eva
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
-from miaformer.vit.backbone import check_known, check_supported
+from miaformer.vit.backbone import Backbone, check_known, check_supported
 from miaformer.vit.checkpoint_files import FLOATS, at_least_float32, read_checkpoint, some
 from miaformer.vit.hub import check_hub
 
@@ -33,17 +35,17 @@ def load_backbone(
     classes: int | Sequence[str] | None = None,
     pretrained: bool = False,
     **model_args: Any,
-) -> VisionTransformer:
+) -> Backbone:
     """A timm ViT with the weights of a checkpoint file, for `miaformer.adapt`.
 
     name: of the timm model that the file was trained as. weights: a `.safetensors`, `.pth`, `.pt`, `.bin` or `.ckpt`
     file, as training scripts save it: below "state_dict", "model", "model_ema" or any other key, with "module.",
-    "_orig_mod.", "backbone." or any other prefix; also DeiT's and DINOv2's own releases. Without it weights are random,
-    or timm's with `pretrained`. image_size: of the images, one number or (H, W); position embeddings are resampled to
-    it, as timm does. By default the file's own. classes: names of the classes, in the order of labels, or their number.
-    The file's classifier is kept where it has as many, or where `classes` is None; else there is a new one with random
-    weights, and a warning is logged. pretrained: download timm's weights; not tried where `weights` are given.
-    model_args: of `timm.create_model`.
+    "_orig_mod.", "backbone." or any other prefix; also the own releases of DeiT, DINOv2, DINOv3 and EVA-02. Without it
+    weights are random, or timm's with `pretrained`. image_size: of the images, one number or (H, W); position
+    embeddings are resampled to it, as timm does. By default the file's own. classes: names of the classes, in the order
+    of labels, or their number. The file's classifier is kept where it has as many, or where `classes` is None; else
+    there is a new one with random weights, and a warning is logged. pretrained: download timm's weights; not tried
+    where `weights` are given. model_args: of `timm.create_model`.
 
     Raises ValueError naming the file, and what in it is wrong or does not fit the model; TypeError for a timm model
     that is no ViT.
@@ -71,7 +73,7 @@ def load_backbone(
     if names is not None:
         cfg["label_names"] = names
     backbone.pretrained_cfg = backbone.default_cfg = cfg
-    return cast(VisionTransformer, backbone)
+    return cast(Backbone, backbone)
 
 
 def _names_and_number(classes: int | Sequence[str] | None) -> tuple[list[str] | None, int | None]:
@@ -90,7 +92,7 @@ def _checked_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _create(name: str, settings: dict[str, Any], pretrained: bool = False) -> Any:
-    """A VisionTransformer, whose attributes torch types as "tensor or module"."""
+    """A backbone, whose attributes torch types as "tensor or module"."""
     try:
         return check_supported(timm.create_model(name, pretrained=pretrained, **settings))
     except RuntimeError as error:  # a tag that there is not, a model that nobody published weights of
@@ -112,13 +114,16 @@ def _from_file(name: str, path: Path, settings: dict[str, Any]) -> Any:
     kernel = state.get("patch_embed.proj.weight")
     flexi = "flexi" in name  # as in timm, which resamples FlexiViT's embeddings in another way
     try:
-        state = checkpoint_filter_fn(
-            state,
-            backbone,
-            adapt_layer_scale=True,  # DeiT III's own releases have another name for it
-            interpolation="bilinear" if flexi else "bicubic",
-            antialias=not flexi,
-        )
+        if isinstance(backbone, Eva):
+            state = of_eva(state, backbone)
+        else:
+            state = checkpoint_filter_fn(
+                state,
+                backbone,
+                adapt_layer_scale=True,  # DeiT III's own releases have another name for it
+                interpolation="bilinear" if flexi else "bicubic",
+                antialias=not flexi,
+            )
     except RuntimeError as error:
         raise fit.error(f"position or patch embeddings cannot be resampled ({error})") from error
     backbone.reset_classifier(len(state["head.weight"]) if "head.weight" in state else 0)

@@ -86,8 +86,8 @@ def _answers(model: MIAFormer, images: Tensor, look: Look) -> tuple[Tensor, Tens
     """Logits (B, K, classes) before each block that a look may end at, and at the end; and the MACs of each, (K,)."""
     size = look.sizes[0] if look.sizes else _size(images)
     blocks = look.policy.blocks if isinstance(look.policy, EarlyExit) and look.may_leave(1).any() else ()
-    x, found = model.embed(resized(images, size)), []
-    for index, block in enumerate(model.backbone.blocks):
+    (x, each), found = model.embed(resized(images, size)), []
+    for index, block in enumerate(each):
         if index in blocks:
             found.append(model.answer(model.backbone.norm(x)))
         x = block(x)

@@ -95,8 +95,9 @@ class ExitsObjective(Objective):
     """The mean loss of the answers after every block, as BranchyNet and MSDNet train theirs."""
 
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
-        after = [self.model.embed(images)]  # each block
-        for block in transformer_blocks(self.model.backbone):
+        x, blocks = self.model.embed(images)
+        after = [x]  # each block
+        for block in blocks:
             after.append(block(after[-1]))
         answers, tasks = self.answers(after[1:], targets, cost)
         return Outcome.of_all_alike(tasks.mean(dim=1), answers[-1], targets)

@@ -17,21 +17,31 @@ from torch import Tensor
 from miaformer.engine.cost import Cost
 from miaformer.model.model import MIAFormer
 from miaformer.training.objective import Objective, Outcome, Step, Targets
-from miaformer.vit.backbone import transformer_blocks
-from miaformer.vit.layers import attention_scale, mlp_scale, normed_keys, normed_queries, query_key_value_layers, scaled
+from miaformer.vit.layers import (
+    attention_input,
+    attention_result,
+    mlp_input,
+    mlp_result,
+    normed_keys,
+    normed_queries,
+    query_key_value_layers,
+    turns_rows,
+)
 
 
 def merged_logits(model: MIAFormer, images: Tensor, merges: Sequence[int]) -> Tensor:
     """Logits (B, classes) of the backbone with `merges[l]` tokens merged away in block l.
 
     The last block of a class-token model computes the class token's row alone, as ours does. Differentiable.
-    Raises ValueError for a backbone without exactly one prefix token.
+    Raises ValueError for a backbone without exactly one prefix token, and for one with rotary position embeddings.
     """
     backbone, cost = model.backbone, model.cost()
     check_one_prefix_token(cost)
-    x = model.embed(images)
+    x, blocks = model.embed(images)
+    if any(turns_rows(block) for block in blocks):
+        raise ValueError("token merging: a merged token lies in no one place, which rotary position embeddings ask for")
     size = x.new_ones(x.shape[:2])
-    for index, block in enumerate(transformer_blocks(backbone)):
+    for index, block in enumerate(blocks):
         x, size = _block(block, x, size, merges[index], cost.trims(index))
     return backbone.forward_head(backbone.norm(x))
 
@@ -43,7 +53,7 @@ def check_one_prefix_token(cost: Cost) -> None:
 
 def _block(block: Any, x: Tensor, size: Tensor, merge: int, class_token_only: bool) -> tuple[Tensor, Tensor]:
     """x: (B, n, C); size: (B, n), how many tokens each stands for."""
-    attn, y = block.attn, block.norm1(x)
+    attn, y = block.attn, attention_input(block, x)
     if class_token_only:
         x = x[:, :1]
     queries = y[:, :1] if class_token_only else y
@@ -51,13 +61,13 @@ def _block(block: Any, x: Tensor, size: Tensor, merge: int, class_token_only: bo
         F.linear(rows, *layer).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
         for rows, layer in zip((queries, y, y), query_key_value_layers(attn), strict=True)
     )
-    q, k = normed_queries(attn, q), normed_keys(attn, k)
+    q, k = normed_queries(block, q), normed_keys(block, k)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log()[:, None, None, :].to(q.dtype))
     out = attn.proj(attn.norm(out.transpose(1, 2).flatten(2)))
-    x = x + block.drop_path1(scaled(out, attention_scale(block)))
+    x = x + block.drop_path1(attention_result(block, out))
     if merge and not class_token_only:
         x, size = _merged(x, size, k.mean(dim=1), merge)
-    return x + block.drop_path2(scaled(block.mlp(block.norm2(x)), mlp_scale(block))), size
+    return x + block.drop_path2(mlp_result(block, block.mlp(mlp_input(block, x)))), size
 
 
 def _merged(x: Tensor, size: Tensor, metric: Tensor, merge: int) -> tuple[Tensor, Tensor]:

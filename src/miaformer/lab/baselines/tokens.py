@@ -76,7 +76,7 @@ class TopTokens(BestTokens):
         return scores
 
     def token_score_macs(self, cost: Cost, index: int) -> int:
-        return score_macs(self.scorers, index) if index in self.blocks else 0
+        return score_macs(self.scorers, index) if self.chooses(index, cost.depth) else 0
 
 
 def score_macs(scorers: nn.ModuleList, index: int) -> int:
@@ -87,8 +87,7 @@ def score_macs(scorers: nn.ModuleList, index: int) -> int:
 
 def top_tokens_policy(model: MIAFormer, budget: float) -> TopTokens:
     """DynamicViT's token selection at `budget`, by the scorers that `add_scorers` gave the model."""
-    blocks = three_of(len(model.backbone.blocks))
-    return tokens_at_budget(model, lambda keep: TopTokens(keep, blocks, scorers=scorers_of(model)), budget)
+    return tokens_at_budget(model, lambda keep: TopTokens(keep, scorers=scorers_of(model)), budget)
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -156,4 +155,4 @@ class ClsAttentionObjective(UnderPolicy):
     """Weights, under class attention."""
 
     def policy(self, step: Step, cost: Cost) -> Policy:
-        return ClsAttention(self.model.backbone.blocks, drawn_keep(step.draws))
+        return ClsAttention(drawn_keep(step.draws))

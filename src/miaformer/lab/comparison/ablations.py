@@ -1,4 +1,7 @@
-"""Ours without one of its parts, or with another in its place: trained and asked as ours is."""
+"""Ours without one of its parts, or with another in its place: trained and asked as ours is.
+
+All of them have controllers, also where the recipe's own model chooses resolutions (`with_controllers`).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,16 @@ from functools import partial
 from typing import Any
 
 from miaformer.evaluation import contenders
-from miaformer.lab.comparison.method import FRACTIONS, Entry, Method, Question, adaptation_epochs, adapting, by_policy
+from miaformer.lab.comparison.method import (
+    FRACTIONS,
+    Entry,
+    Method,
+    Question,
+    adaptation_epochs,
+    adapting,
+    by_policy,
+    with_controllers,
+)
 from miaformer.model.config import Grain
 from miaformer.model.model import MIAFormer
 from miaformer.training.recipes import Recipe
@@ -55,8 +67,7 @@ def _ablation(
         return [Entry(name, one.budget, by_policy(model, one.policy)) for one in found]
 
     def changed(base: Recipe) -> Recipe:
-        if base.chooses_resolution:
-            raise ValueError(f"{name} is ours without a part that recipe {base.name!r} does not have: controllers")
+        base = with_controllers(base)
         return replace(recipe(base), adapt={**base.adapt, **adapt})
 
     return Method(name, about, changed, entries)

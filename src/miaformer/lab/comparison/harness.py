@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from miaformer.data import Batches, LabelledBatch, Split, build_transform, open_data
@@ -40,6 +39,7 @@ from miaformer.model.adapt import adapt
 from miaformer.model.model import MIAFormer
 from miaformer.training import Recipe, is_trained, train, train_recipe
 from miaformer.training.progress import core_seconds
+from miaformer.vit.backbone import Backbone
 
 Array = NDArray[Any]
 
@@ -128,7 +128,7 @@ class Comparison:
             objectives=OBJECTIVES,
         )
 
-    def _static(self) -> VisionTransformer:
+    def _static(self) -> Backbone:
         return MIAFormer.from_pretrained(self.backbone).to_timm()
 
     def _untrained(self, run: Run) -> MIAFormer:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from miaformer.data import LabelledBatch
 from miaformer.lab.comparison.engines import Call, of_module
 from miaformer.model.model import MIAFormer
 from miaformer.model.policy import AnyPolicy, Full
-from miaformer.training.recipes import Recipe, Stage
+from miaformer.training.recipes import CIFAR10_SMALL, Recipe, Stage
 from miaformer.training.stages import OBJECTIVES
+from miaformer.vit.backbone import Backbone
 
 Classify = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (B, 3, H, W) -> logits (B, classes), MACs fraction (B,)
 
-BASELINES_ADAPT = {  # of methods that decide tokens and exits, where the recipe's own model chooses resolutions
+BASELINES_ADAPT: dict[
+    str, Any
+] = {  # of methods that decide tokens and exits, where the recipe's own model chooses resolutions
     "grains": ("depth", "tokens"),
     "depth_choice": "nested",
     "first_token_block": 0,
@@ -73,7 +76,7 @@ class Method:
     about: str
     recipe: Callable[[Recipe], Recipe] | None
     entries: Callable[[MIAFormer, Question], list[Entry]]
-    reshape: Callable[[VisionTransformer], VisionTransformer] = lambda backbone: backbone
+    reshape: Callable[[Backbone], Backbone] = lambda backbone: backbone
     prepare: Callable[[MIAFormer], None] | None = None
     trained_as: str | None = None
 
@@ -108,6 +111,28 @@ def one_stage(kind: str) -> Callable[[Recipe], Recipe]:
         return replace(base, stages=(stage,), adapt=adapt, mixup=0.0, cutmix=0.0)
 
     return recipe
+
+
+def with_controllers(base: Recipe) -> Recipe:
+    """The same with controllers, where the recipe's own model chooses resolutions: three stages, as long together, in
+    the shares of `cifar10-small`, which they were chosen on.
+    """
+    if not base.chooses_resolution:
+        return base
+    main, epochs = main_stage(base), adaptation_epochs(base)
+    theirs = adapting(CIFAR10_SMALL).stages
+    whole, rate = sum(stage.epochs for stage in theirs), max(stage.lr for stage in theirs if stage.controller_lr)
+    stages = tuple(
+        replace(
+            stage,
+            epochs=stage.epochs / whole * epochs,
+            lr=stage.lr / rate * main.lr,
+            layer_decay=main.layer_decay,
+        )
+        for stage in theirs
+    )
+    before = tuple(stage for stage in base.stages if stage not in adapting(base).stages)
+    return replace(base, stages=(*before, *stages), adapt=BASELINES_ADAPT)
 
 
 def by_policy(model: MIAFormer, policy: AnyPolicy) -> Classify:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from miaformer.lab.comparison.method import FRACTIONS, Entry, Method, Question, as_backbone, one_stage
 from miaformer.model.model import MIAFormer
-from miaformer.vit.backbone import transformer_blocks
+from miaformer.vit.backbone import Backbone, transformer_blocks
 
 
-def first_blocks(fraction: float) -> Callable[[VisionTransformer], VisionTransformer]:
+def first_blocks(fraction: float) -> Callable[[Backbone], Backbone]:
     """Leaves a backbone only so many of its blocks, from the first on: 4, 6 and 8 of 12 for `FRACTIONS`."""
 
-    def reshape(backbone: VisionTransformer) -> VisionTransformer:
+    def reshape(backbone: Backbone) -> Backbone:
         kept = max(round(fraction * len(transformer_blocks(backbone))), 1)
         backbone.blocks = nn.Sequential(*transformer_blocks(backbone)[:kept])
         return backbone
