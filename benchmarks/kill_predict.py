@@ -1,10 +1,13 @@
-"""`miaformer predict` under kill -9: killed at random, resumed each time, is the file what it would have been?
+"""`miaformer predict`, or `embed`, under kill -9: killed at random, resumed each time, is the file what it would have
+been?
 
     .venv/bin/python benchmarks/kill_predict.py --json benchmarks/results/kill-predict.json
+    .venv/bin/python benchmarks/kill_predict.py --command embed --data PICTURES --json FILE
 
 Makes pictures of noise, in tar shards and a parquet file, or takes --data. For each format one run goes through, and
-another is killed when a random number of its rows is safe, plus up to 50 ms, and resumed, --kills times. Then .csv and
-.jsonl have to be the same to the byte, .parquet to the row. Prints each kill; exit status 1 says that a file differs.
+another is killed when a random number of its rows is safe, plus up to 50 ms, and resumed, --kills times. Then .csv,
+.jsonl and .npz have to be the same to the byte, .parquet to the row. Prints each kill; exit status 1 says that a file
+differs.
 """
 
 from __future__ import annotations
@@ -29,14 +32,16 @@ from PIL import Image
 from miaformer.evaluation import describe_environment
 
 IN_A_SHARD = 1000
+FORMATS = {"predict": ["csv", "jsonl", "parquet"], "embed": ["npz", "parquet"]}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--command", choices=FORMATS, default="predict")
     parser.add_argument("--model", default="cifar10-small")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="what to classify, instead of noise")
     parser.add_argument("--pictures", type=int, default=10_000, metavar="N", help="of noise (default: 10,000)")
-    parser.add_argument("--formats", nargs="+", default=["csv", "jsonl", "parquet"], metavar="F")
+    parser.add_argument("--formats", nargs="+", metavar="F", help="default: all that the command knows")
     parser.add_argument("--kills", type=int, default=5, metavar="N", help="of each format (default: 5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -46,10 +51,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         data = args.data or [str(path) for path in noise(work / "noise", args.pictures, args.seed)]
-        rows = [trial(args, data, work, name, generator) for name in args.formats]
+        rows = [trial(args, data, work, name, generator) for name in args.formats or FORMATS[args.command]]
     if args.json is not None:
         environment = describe_environment(torch.device("cpu"), args.seed)
-        args.json.write_text(json.dumps({"formats": rows, "environment": environment}, indent=1) + "\n")
+        report = {"command": args.command, "formats": rows, "environment": environment}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
         print(f"written to {args.json}")
     return 0 if all(row["identical"] for row in rows) else 1
 
@@ -107,8 +113,8 @@ def trial(args: argparse.Namespace, data: list[str], work: Path, name: str, gene
 
 
 def predict(args: argparse.Namespace, data: list[str], out: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "miaformer", "predict", args.model, *data, "--out", str(out), "--budget", "0.5"]
-    options = ["--device", "cpu", "--threads", str(args.threads), *more]
+    command = [sys.executable, "-m", "miaformer", args.command, args.model, *data, "--out", str(out)]
+    options = ["--budget", "0.5", "--device", "cpu", "--threads", str(args.threads), *more]
     return subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
 
 
@@ -117,8 +123,8 @@ def safe_rows(out: Path) -> int:
     journal = out.with_name(f"{out.name}.partial") / "run.jsonl"
     if not journal.exists():
         return 0
-    *lines, _ = journal.read_bytes().split(b"\n")
-    return json.loads(lines[-1])["tally"]["rows"] if len(lines) > 1 else 0
+    lines = journal.read_bytes().split(b"\n")[:-1]  # what follows the last end of a line was cut short
+    return sum(len(json.loads(line)["rows"]) for line in lines[1:])
 
 
 def count_rows(path: Path) -> int:
@@ -126,6 +132,9 @@ def count_rows(path: Path) -> int:
 
     if path.suffix == ".parquet":
         return pyarrow.parquet.ParquetFile(path).metadata.num_rows
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return len(arrays["path"]) + len(arrays["failed"])
     return path.read_bytes().count(b"\n") - (path.suffix == ".csv")
 
 

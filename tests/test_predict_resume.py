@@ -417,5 +417,5 @@ def test_a_folder_in_the_way_is_told_before_anything_is_done(
     shutil.copy(pictures[2], shard)
     status, _, said = run(capsys, *command(calibrated, [shard], tmp_path / "." / "shard.parquet"))
     assert (status, said.count("\n")) == (2, 1)
-    assert "is one of the files to classify" in said
+    assert "is one of the files to read" in said
     assert shard.read_bytes() == pictures[2].read_bytes()

@@ -57,8 +57,6 @@ def test_names_can_be_given_and_must_fit() -> None:
     assert sorted(str(guess.name) for guess in prediction.top_k) == ["a", "b", "c"]
     with pytest.raises(ValueError, match="2 names for 3 classes"):
         Predictor(classifier(), names=["a", "b"])
-    with pytest.raises(ValueError, match="no classifier"):
-        Predictor(classifier(classes=0))
 
 
 def test_pictures_are_prepared_or_named(predictor: Predictor, tmp_path) -> None:

@@ -22,6 +22,7 @@ COMMANDS = (
     "compare",
     "attack",
     "predict",
+    "embed",
     "explain",
     "report",
     "serve",
@@ -50,6 +51,8 @@ examples:
       time sparse against dense execution
   miaformer predict demo/model photos/ --out predictions.csv --budget 0.5
       classify a folder of images
+  miaformer embed demo/model photos/ --out embeddings.npz --budget 0.5
+      what the classifier reads of each image, for retrieval and clustering
   miaformer explain demo/model photos/ --out explained --budget 0.3 0.5 0.9
       write a page per image that shows which patches, heads and blocks the model executes
   miaformer report runs/photos --out report.html

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-import numpy as np
 import torch
 from timm.data import resolve_data_config
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from miaformer.engine.block import check_plain
@@ -26,14 +25,14 @@ from miaformer.engine.masked import Masked
 from miaformer.engine.products import Packed
 from miaformer.engine.sparse import Sparse
 from miaformer.engine.walk import Execution, Policy, Steps, relaxed_walk, walk
-from miaformer.model.budget import Calibration, check_fraction
+from miaformer.model.budget import Calibration
 from miaformer.model.classes import in_own_order
 from miaformer.model.config import AdaptConfig
 from miaformer.model.output import Output
 from miaformer.model.policy import AnyPolicy, Learned, Look, Sampling, TwoLooks
-from miaformer.model.requests import Budget, at_budget, drawing, in_one_look, per_image, requested
+from miaformer.model.requests import Budget, at_budget, cap_in_macs, drawing, per_image, requested
 from miaformer.model.resolution import Size, image_sizes
-from miaformer.model.running import cap_too_low, run_looks
+from miaformer.model.running import Way, all_rows, cap_too_low, run_looks
 from miaformer.model.saved import ModelFiles, SavedModel, write_model_files
 from miaformer.vit import backbone as static
 from miaformer.vit.backbone import Backbone
@@ -154,7 +153,7 @@ class MIAFormer(
         """Raises ValueError for a cap that `run` refuses, without running anything."""
         cost = self.cost(image_size)
         batch = 1 if isinstance(cap, str) else per_image("cap", cap).numel()
-        caps = _cap_macs(cap, batch, cost)
+        caps = cap_in_macs(cap, batch, cost)
         if not self.adapt_config.chooses_resolution:
             RemainingMacs(cost, caps, self._context_macs())
         elif caps.min() < self.least_macs():
@@ -305,6 +304,7 @@ class MIAFormer(
         cap: Budget | None = None,
         execution: Literal["sparse", "masked"] = "sparse",
         sample: bool | Sampling = False,
+        features: bool = False,
     ) -> Output:
         """Classify, and say what was executed.
 
@@ -318,6 +318,7 @@ class MIAFormer(
         execution: "sparse" computes nothing that is skipped; "masked" computes
         all and is the reference. sample: draw the controllers' decisions instead of taking the likelier one, as
         `Sampling` says how; meets the budget only approximately, because calibration takes the likelier decision.
+        features: give the pooled features too (`Output.features`), (B, num_features): timm's `pre_logits`.
 
         Raises ValueError or TypeError, naming what was wrong, for images of wrong shape, type or with NaN, for a
         budget without calibration, for a cap below what embedding, controllers and classifier take, and for sample
@@ -327,11 +328,12 @@ class MIAFormer(
         images = static.check_images(images, self.backbone)
         if execution not in ("sparse", "masked"):
             raise ValueError(f"execution={execution!r} must be 'sparse' or 'masked'")
-        cap_macs = None if cap is None else _cap_macs(cap, len(images), self.cost((images.shape[-2], images.shape[-1])))
+        cost = self.cost((images.shape[-2], images.shape[-1]))
+        cap_macs = None if cap is None else cap_in_macs(cap, len(images), cost)
         looks = requested(self, policy, budget, price, cap, len(images))
         if sample:
             looks = drawing(looks, Sampling() if sample is True else sample)
-        return run_looks(self, images, looks, cap_macs, execution)
+        return run_looks(self, images, looks, cap_macs, Way(execution, features))
 
     def forward_features(
         self,
@@ -345,19 +347,46 @@ class MIAFormer(
         In training mode without budget, price and cap these are the backbone's. Raises ValueError for a budget, price
         or cap of a model that chooses resolutions: its images would have tokens of different numbers.
         """
-        images = static.check_images(images, self.backbone)
-        everything = budget is None and price is None and cap is None
-        if self.training and everything:
+        if self.training and budget is None and price is None and cap is None:
+            images = static.check_images(images, self.backbone)
             return self._in_first_order(self.backbone.forward_features(images))
-        if self.adapt_config.chooses_resolution and not everything:
-            raise ValueError(
-                "the features of a model that chooses resolutions are of one size: give smaller images, and no budget"
-            )
-        cost = replace(self.cost((images.shape[-2], images.shape[-1])), trims_last_block=False)
-        cap_macs = None if cap is None else _cap_macs(cap, len(images), cost)
-        policy = in_one_look(self, budget, price, cap, len(images))
-        x, _ = self.walk_images(images, cost, policy, cap_macs, "sparse")
+        x, _ = all_rows(self, images, budget, price, cap)
         return self._in_first_order(self.backbone.norm(x))
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        budget: Budget | None = None,
+        price: Budget | None = None,
+        cap: Budget | None = None,
+    ) -> Any:
+        """What comes out of several blocks, for dense heads, as timm's method of this name has it.
+
+        indices: the blocks: their numbers (negative ones from the end), or how many of the last ones; None: all.
+        return_prefix_tokens: pairs of patch and prefix tokens (B, P, C). norm: through the final norm. output_fmt:
+        (B, C, rows, columns), or (B, N, C). Returns the features of `forward_features` and a list, or the list alone
+        where `intermediates_only`. Skipped tokens keep their value. budget, price and cap as `forward_features` has
+        them, and the same errors.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NLC'")
+        asked = list(indices) if isinstance(indices, Sequence) else indices
+        taken, _ = feature_take_indices(len(self.backbone.blocks), asked)
+        after: dict[int, Tensor] = {}
+        x, cost = all_rows(self, images, budget, price, cap, after)
+        prefix, found = cost.num_prefix_tokens, []
+        for index in taken:
+            tokens = self._in_first_order(self.backbone.norm(after[index]) if norm else after[index])
+            patches = tokens[:, prefix:]
+            if output_fmt == "NCHW":
+                patches = patches.unflatten(1, cost.grid).permute(0, 3, 1, 2).contiguous()
+            found.append((patches, tokens[:, :prefix]) if return_prefix_tokens else patches)
+        return found if intermediates_only else (self._in_first_order(self.backbone.norm(x)), found)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits, or pooled features, of what `forward_features` gives."""
@@ -395,9 +424,13 @@ class MIAFormer(
         self, images: Tensor, cost: Cost, policy: Policy, cap_macs: Counts | None, execution: str
     ) -> tuple[Tensor, Steps]:
         """Take images through embedding and blocks, by boolean gates."""
-        executed = Sparse(cost, self._packed) if execution == "sparse" else Masked(cost)
+        executed = self.sparse(cost) if execution == "sparse" else Masked(cost)
         x, blocks = self.embed(images)
         return walk(blocks, x, policy, executed, cost, self.adapt_config.rules, cap_macs)
+
+    def sparse(self, cost: Cost) -> Sparse:
+        """Sparse execution of images of this cost, with weights packed if they are to be (`prepack`)."""
+        return Sparse(cost, self._packed)
 
     def prepack(self) -> Self:
         """Keep copies of the blocks' weights in the layout that this processor's fastest products read.
@@ -474,10 +507,3 @@ def _check_is_not_transformed() -> None:
             "torch.func transforms (grad, vmap, ...) do not work on an adaptive model, because decisions depend on "
             "tensor values. Use loss.backward() or torch.autograd.grad, or transform model.backbone"
         )
-
-
-def _cap_macs(cap: Budget, batch: int, cost: Cost) -> Counts:
-    """(B,), the most that each image may take."""
-    caps = [cap] if isinstance(cap, str | int | float) else per_image("cap", cap, batch).reshape(-1).tolist()
-    limits = [int(check_fraction("cap", one) * cost.backbone) for one in caps]
-    return np.broadcast_to(np.array(limits, dtype=np.int64), batch)

@@ -29,6 +29,7 @@ class Trace(Decisions):
 class Output:
     logits: Tensor  # (B, classes)
     trace: Trace
+    features: Tensor | None = None  # (B, num_features), what the classifier reads, where they were asked for
 
 
 def in_turn(parts: Sequence[tuple[Tensor, Output]]) -> Output:
@@ -43,7 +44,8 @@ def in_turn(parts: Sequence[tuple[Tensor, Output]]) -> Output:
     traces = [output.trace for _, output in parts]
     names = [field.name for field in fields(Trace)]
     trace = Trace(*(joined([getattr(one, name) for one in traces]) for name in names))
-    return Output(joined([output.logits for _, output in parts]), trace)
+    features = [output.features for _, output in parts if output.features is not None]
+    return Output(joined([output.logits for _, output in parts]), trace, joined(features) if features else None)
 
 
 def merged(first: Output, again: Tensor, second: Output) -> Output:
@@ -65,4 +67,7 @@ def merged(first: Output, again: Tensor, second: Output) -> Output:
         added(one.looks, other.looks),
         put(one.grid, other.grid),
     )
-    return Output(put(first.logits, second.logits), trace)
+    features = None
+    if first.features is not None and second.features is not None:
+        features = put(first.features, second.features)
+    return Output(put(first.logits, second.logits), trace, features)

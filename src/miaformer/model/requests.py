@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from miaformer.engine.cost import Cost, Counts
 from miaformer.model.budget import Calibration, check_fraction
 from miaformer.model.early_exit import NEVER, EarlyExit
 from miaformer.model.looks import row_of
@@ -138,3 +140,10 @@ def _drawing(look: Look, sampling: Sampling) -> Look:
             "or give a price"
         )
     return replace(look, policy=replace(look.policy, sampling=sampling))
+
+
+def cap_in_macs(cap: Budget, batch: int, cost: Cost) -> Counts:
+    """(B,), the most that each image may take."""
+    caps = [cap] if isinstance(cap, str | int | float) else per_image("cap", cap, batch).reshape(-1).tolist()
+    limits = [int(check_fraction("cap", one) * cost.backbone) for one in caps]
+    return np.broadcast_to(np.array(limits, dtype=np.int64), batch)

@@ -1,4 +1,4 @@
-"""Classify everything on a Ray cluster: workers read and classify stretches of it, one process keeps their rows.
+"""Rows of everything on a Ray cluster: workers make those of stretches of it, one process keeps them.
 
 Needs the extra `ray`. Workers open the files themselves, under the names that this process sees: on several machines
 they must lie on a disk that all have. What a worker did not finish when it died is done again by another.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from miaformer.prediction.classify import BatchClassifier
+from miaformer.prediction.classify import RowMaker
 from miaformer.prediction.entries import Entry, Position, Source
 from miaformer.prediction.sources import Inputs
 from miaformer.prediction.unfinished import UnfinishedRun
@@ -84,7 +84,7 @@ def stretches(inputs: Inputs, start: Position, size: int) -> Iterator[Stretch]:
 
 def predict_on_ray(
     inputs: Inputs,
-    make_classifier: Callable[[], BatchClassifier],
+    make_rows: Callable[[], RowMaker],
     run: UnfinishedRun,
     batch_size: int,
     workers: int,
@@ -94,7 +94,7 @@ def predict_on_ray(
     address: str | None = None,
     on_rows: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """`run.predict` by so many workers, each with a classifier of its own. cpus, gpus: that Ray sets aside for each.
+    """`run.predict` by so many workers, each with a maker of rows of its own. cpus, gpus: that Ray sets aside for each.
 
     address: of a cluster; None starts one on this machine. Rows come in the order of the inputs.
 
@@ -111,7 +111,7 @@ def predict_on_ray(
             context.execution_options.preserve_order = True
             found = ray.data.from_items(work, override_num_blocks=len(work)).flat_map(
                 _Worker,
-                fn_constructor_args=(make_classifier, batch_size),
+                fn_constructor_args=(make_rows, batch_size),
                 compute=ray.data.ActorPoolStrategy(size=workers),
                 num_cpus=cpus,
                 num_gpus=gpus,
@@ -125,16 +125,16 @@ def predict_on_ray(
 
 
 class _Worker:
-    """Reads, decodes and classifies stretches; in a process of its own."""
+    """Reads, decodes and makes the rows of stretches; in a process of its own."""
 
-    def __init__(self, make_classifier: Callable[[], BatchClassifier], batch_size: int) -> None:
-        self._classify, self._batch_size = make_classifier(), batch_size
+    def __init__(self, make_rows: Callable[[], RowMaker], batch_size: int) -> None:
+        self._maker, self._batch_size = make_rows(), batch_size
         self._decoders = ThreadPoolExecutor(2)
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         entries = pickle.loads(row["stretch"]).entries()
         while batch := list(islice(entries, self._batch_size)):
             found = [entry for _, entry in batch]
-            rows = self._classify.rows(found, list(self._decoders.map(self._classify.prepare, found)))
+            rows = self._maker.rows(found, list(self._decoders.map(self._maker.prepare, found)))
             sources, entry = batch[-1][0]
             yield {"rows": json.dumps(rows), "sources": sources, "entries": entry}

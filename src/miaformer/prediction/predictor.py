@@ -38,11 +38,21 @@ class Guess:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """On one picture. Shares of heads and tokens are of executed blocks, 0 where there is none."""
+
+    macs_fraction: float  # of the dense model's
+    depth_kept: float
+    heads_kept: float
+    tokens_kept: float
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """Of one picture. Shares of heads and tokens are of executed blocks, 0 where there is none."""
+    """Of one picture, and what was spent on it, as `Spent` has it."""
 
     top_k: tuple[Guess, ...]  # likeliest first
-    macs_fraction: float  # of the dense model's
+    macs_fraction: float
     depth_kept: float
     heads_kept: float
     tokens_kept: float
@@ -51,8 +61,14 @@ class Prediction:
         return {**self.top_k[0].to_json(), **vars(self), "top_k": [guess.to_json() for guess in self.top_k]}
 
 
+def check_classifies(model: MIAFormer) -> None:
+    """Raises ValueError for a model without a classifier."""
+    if not model.num_classes:
+        raise ValueError("the model has no classifier (num_classes=0); miaformer embed gives its features")
+
+
 class Predictor:
-    """A classifier with what belongs to it: how pictures are prepared, and what its classes are called."""
+    """A model with what belongs to it: how pictures are prepared, and what its classes are called, if it has any."""
 
     def __init__(
         self,
@@ -65,14 +81,12 @@ class Predictor:
         budgets and caps, and where everything is executed: "eager" (PyTorch), "onnx" (ONNX Runtime, on CPU, in
         float32), or "auto", the faster one of the two on the first pictures. on_choice: is told what "auto" timed.
 
-        Raises ValueError where the model has no classifier, names are not as many as its classes, or the engine is
-        unknown or cannot run it.
+        Raises ValueError where names are not as many as the model's classes, and where the engine is unknown or cannot
+        run it.
         """
         from miaformer.data import build_transform
         from miaformer.export.engines import open_engine
 
-        if not model.num_classes:
-            raise ValueError("the model has no classifier (num_classes=0)")
         if names is not None and len(names) != model.num_classes:
             raise ValueError(f"{len(names)} names for {model.num_classes} classes")
         known = names or model.label_names
@@ -112,13 +126,8 @@ class Predictor:
         budget, price and cap: one, or one each. Prices, and policies other than `Full`, are PyTorch's whatever the
         engine.
         """
-        batch = images if isinstance(images, Tensor) else torch.stack(list(images))
-        weights = next(self.model.parameters())
         with torch.inference_mode():
-            on_device = batch.to(weights.device)
-            if batch.dtype == torch.uint8:
-                on_device = self.transform.normalize(on_device)
-            images = on_device.to(weights.dtype)
+            images = self._on_device(images)
             count = len(images)
             spent = allowed(self.model, cap, count) if budget is None else budget
             if spent is None and price is None and cap is None and (policy is None or isinstance(policy, Full)):
@@ -129,26 +138,53 @@ class Predictor:
             caps = None if cap is None else per_image("cap", cap, count).expand(count).tolist()
             return self.engine.run(images, budgets, caps)
 
+    def embed(
+        self,
+        images: Sequence[Tensor] | Tensor,
+        budget: Budget | None = None,
+        price: Budget | None = None,
+        cap: Budget | None = None,
+    ) -> Output:
+        """`MIAFormer.run` with the pooled features, (B, num_features) of `Output.features`: in PyTorch, whatever the
+        engine. images, budget, price and cap as `run` takes them.
+        """
+        with torch.inference_mode():
+            return self.model.run(self._on_device(images), budget=budget, price=price, cap=cap, features=True)
+
+    def _on_device(self, images: Sequence[Tensor] | Tensor) -> Tensor:
+        """One batch (B, 3, H, W), normalised, in the model's dtype."""
+        batch = images if isinstance(images, Tensor) else torch.stack(list(images))
+        weights = next(self.model.parameters())
+        on_device = batch.to(weights.device)
+        if batch.dtype == torch.uint8:
+            on_device = self.transform.normalize(on_device)
+        return on_device.to(weights.dtype)
+
     def dense(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of the backbone, by the same engine. images: (B, 3, H, W), prepared."""
         with torch.inference_mode():
             return self.engine.dense(images.to(next(self.model.parameters())))
 
     def read(self, output: Output, top_k: int = 5) -> list[Prediction]:
-        """What an output says of each picture."""
+        """What an output says of each picture. Raises ValueError where the model has no classifier."""
+        each = zip(self.guesses(output.logits, top_k), self.spent(output), strict=True)
+        return [Prediction(guesses, **vars(spent)) for guesses, spent in each]
+
+    def spent(self, output: Output) -> list[Spent]:
+        """What was spent on each picture."""
         trace = output.trace
         blocks = trace.depth.sum(dim=1).clamp(min=1)
-        spent = (
+        shares = (
             trace.macs_fraction,
             trace.depth.double().mean(dim=1),
             trace.heads.double().mean(dim=2).sum(dim=1) / blocks,
             trace.tokens.double().mean(dim=2).sum(dim=1) / blocks,
         )
-        each = zip(self.guesses(output.logits, top_k), *(shares.tolist() for shares in spent), strict=True)
-        return [Prediction(*one) for one in each]
+        return [Spent(*one) for one in zip(*(share.tolist() for share in shares), strict=True)]
 
     def guesses(self, logits: Tensor, top_k: int = 5) -> list[tuple[Guess, ...]]:
-        """The likeliest classes of logits (B, classes), best first."""
+        """The likeliest classes of logits (B, classes), best first. Raises ValueError for a model without classes."""
+        check_classifies(self.model)
         likeliest = logits.float().softmax(dim=1).topk(min(top_k, self.model.num_classes), dim=1)
         labels, probabilities = likeliest.indices.tolist(), likeliest.values.tolist()
         names: Sequence[str | None] = self.names or [None] * self.model.num_classes

@@ -1,4 +1,4 @@
-"""Classify everything: read and decode the next batch while the model runs this one, and keep the rows."""
+"""A row of everything: read and decode the next batch while the model runs this one, and keep the rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from miaformer.prediction.classify import BatchClassifier
+from miaformer.prediction.classify import RowMaker
 from miaformer.prediction.entries import Entry, Position, Unreadable
 from miaformer.prediction.sources import Inputs
 from miaformer.prediction.unfinished import UnfinishedRun
@@ -20,29 +20,29 @@ _Prepared = tuple[Position, list[Entry], "list[Tensor | Unreadable]"]  # positio
 
 def predict(
     inputs: Inputs,
-    classify: BatchClassifier,
+    maker: RowMaker,
     run: UnfinishedRun,
     batch_size: int,
     on_rows: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Classify what a run does not have yet, and finish it.
+    """Make the rows that a run does not have yet, and finish it.
 
     Batches are the same whether it was resumed or not, and so are rows. on_rows: is told how many there are.
     """
     on_rows(run.tally.rows)
-    for position, entries, prepared in _ahead(inputs, run.position, classify, batch_size):
-        on_rows(run.add(classify.rows(entries, prepared), position))
+    for position, entries, prepared in _ahead(inputs, run.position, maker, batch_size):
+        on_rows(run.add(maker.rows(entries, prepared), position))
     run.finish()
 
 
-def _ahead(inputs: Inputs, start: Position, classify: BatchClassifier, batch_size: int) -> Iterator[_Prepared]:
+def _ahead(inputs: Inputs, start: Position, maker: RowMaker, batch_size: int) -> Iterator[_Prepared]:
     """Batches, prepared. The next one is read in one thread and prepared in others: two at most are in memory."""
     stream = inputs.entries(start)
     reader, workers = ThreadPoolExecutor(1), ThreadPoolExecutor()
 
     def read() -> list[tuple[Position, Entry, Future[Tensor | Unreadable]]]:
         batch = islice(stream, batch_size)
-        return [(position, entry, workers.submit(classify.prepare, entry)) for position, entry in batch]
+        return [(position, entry, workers.submit(maker.prepare, entry)) for position, entry in batch]
 
     try:
         following = reader.submit(read)

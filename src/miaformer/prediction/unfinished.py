@@ -18,7 +18,7 @@ from typing import Any
 from miaformer.data.extras import require
 from miaformer.data.files import lock
 from miaformer.prediction.entries import BEGINNING, Position
-from miaformer.prediction.rows import SUFFIXES, Row, write_rows
+from miaformer.prediction.rows import PREDICTIONS, Row, Table
 
 MOST_NAMED = 20  # failures that a tally names
 
@@ -61,15 +61,17 @@ class UnfinishedRun:
     `tally` is what the rows come to; `position` is in the inputs, after the last of them.
     """
 
-    def __init__(self, out: str | Path, settings: Mapping[str, Any], resume: bool = False) -> None:
-        """out: the file, .csv, .jsonl or .parquet; what was there before stays until it is whole.
+    def __init__(
+        self, out: str | Path, settings: Mapping[str, Any], resume: bool = False, table: Table = PREDICTIONS
+    ) -> None:
+        """out: the file, of a suffix of `table`; what was there before stays until it is whole.
 
         settings: what must be the same to go on with a run, as JSON knows it, under the names that people give it.
         resume: go on with the unfinished run, if there is one; otherwise it is dropped.
 
         Raises ValueError where that run had other settings, or another process is at work on it.
         """
-        self.out = check_out(out)
+        self.out, self._table = check_out(out, table), table
         self.folder = _partial_folder(self.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tally, self.position = Tally(), BEGINNING
@@ -102,7 +104,7 @@ class UnfinishedRun:
     def finish(self) -> None:
         """Write the file, put it in its place, and remove what was beside it."""
         whole = self.folder / f"rows{self.out.suffix}"
-        write_rows(whole, self._rows())
+        self._table.write(whole, self._rows())
         whole.replace(self.out)
         self.close()
         _remove(self.folder)
@@ -161,11 +163,12 @@ class UnfinishedRun:
                 )
 
 
-def check_out(out: str | Path) -> Path:
+def check_out(out: str | Path, table: Table = PREDICTIONS) -> Path:
     """Raises ValueError where rows cannot be written to a file of this name."""
     path = Path(out)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{out} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    *others, last = table.suffixes
+    if path.suffix not in table.suffixes:
+        raise ValueError(f"{out} must end in {', '.join(others)} or {last}")
     if path.suffix == ".parquet":
         require("pyarrow.parquet")
     if path.is_dir():
