@@ -115,6 +115,43 @@ def test_pictures_of_a_form_are_answered_in_their_order(client: TestClient, pred
     assert len({said["macs_fraction"] for said in predictions}) > 1
 
 
+def test_features_are_those_of_the_predictor(client: TestClient, predictor: Predictor) -> None:
+    encoded = [picture(seed) for seed in range(3)]
+    files = [("file", (f"{number}.png", one)) for number, one in enumerate(encoded)]
+    said = client.post("/embed", files=files, data={"budget": "0.6"}).json()["embeddings"]
+    wanted = predictor.embed([predictor.prepare(one) for one in encoded], budget=0.6)
+    assert wanted.features is not None
+    assert [one["picture"] for one in said] == ["0.png", "1.png", "2.png"]
+    assert torch.allclose(torch.tensor([one["features"] for one in said]), wanted.features, atol=1e-5)
+    assert [one["macs_fraction"] for one in said] == pytest.approx(wanted.trace.macs_fraction.tolist())
+    assert client.post("/embed", content=b"no picture").status_code == 400
+    assert client.post("/embed?budget=9", content=encoded[0]).status_code == 422
+
+
+def test_requests_of_both_kinds_are_answered_apart(predictor: Predictor) -> None:
+    """They wait in one queue, and a batch has one kind."""
+
+    async def work(ask: Ask) -> list[httpx.Response]:
+        paths = ["/predict", "/embed"] * 4
+        return list(await asyncio.gather(*(ask(path, content=picture(seed)) for seed, path in enumerate(paths))))
+
+    replies = together(create_app(predictor, settings(predictor)), work)
+    assert [reply.status_code for reply in replies] == [200] * 8
+    for place, reply in enumerate(replies):
+        assert ("embeddings" if place % 2 else "predictions") in reply.json()
+
+
+def test_a_model_without_a_classifier_embeds_and_says_that_it_does_not_classify() -> None:
+    bare = Predictor(classifier(classes=0))
+    with TestClient(create_app(bare, settings(bare, page=True))) as client:
+        (said,) = client.post("/embed", content=picture()).json()["embeddings"]
+        assert len(said["features"]) == bare.model.num_features
+        reply = client.post("/predict", content=picture())
+        assert (reply.status_code, "POST /embed" in reply.json()["detail"]) == (422, True)
+        assert client.get("/").status_code == client.post("/explain", content=picture()).status_code == 404
+        assert client.get("/health").json()["classes"] == 0
+
+
 def test_the_shortcut_answers_as_the_routes_do(client: TestClient, predictor: Predictor) -> None:
     app = create_app(predictor, settings(predictor))
     app.user_middleware.clear()

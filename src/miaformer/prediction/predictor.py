@@ -61,6 +61,20 @@ class Prediction:
         return {**self.top_k[0].to_json(), **vars(self), "top_k": [guess.to_json() for guess in self.top_k]}
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """Features of one picture, (num_features,), and what was spent on it, as `Spent` has it."""
+
+    features: tuple[float, ...]
+    macs_fraction: float
+    depth_kept: float
+    heads_kept: float
+    tokens_kept: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
 def check_classifies(model: MIAFormer) -> None:
     """Raises ValueError for a model without a classifier."""
     if not model.num_classes:
@@ -144,12 +158,14 @@ class Predictor:
         budget: Budget | None = None,
         price: Budget | None = None,
         cap: Budget | None = None,
+        policy: Policy | None = None,
     ) -> Output:
         """`MIAFormer.run` with the pooled features, (B, num_features) of `Output.features`: in PyTorch, whatever the
-        engine. images, budget, price and cap as `run` takes them.
+        engine. The arguments are those of `run`.
         """
+        spend: dict[str, Any] = {"budget": budget, "price": price, "cap": cap, "policy": policy}
         with torch.inference_mode():
-            return self.model.run(self._on_device(images), budget=budget, price=price, cap=cap, features=True)
+            return self.model.run(self._on_device(images), **spend, features=True)
 
     def _on_device(self, images: Sequence[Tensor] | Tensor) -> Tensor:
         """One batch (B, 3, H, W), normalised, in the model's dtype."""
@@ -169,6 +185,12 @@ class Predictor:
         """What an output says of each picture. Raises ValueError where the model has no classifier."""
         each = zip(self.guesses(output.logits, top_k), self.spent(output), strict=True)
         return [Prediction(guesses, **vars(spent)) for guesses, spent in each]
+
+    def embeddings(self, output: Output) -> list[Embedding]:
+        """What an output of `embed` holds of each picture."""
+        assert output.features is not None
+        each = zip(output.features.float().tolist(), self.spent(output), strict=True)
+        return [Embedding(tuple(features), **vars(spent)) for features, spent in each]
 
     def spent(self, output: Output) -> list[Spent]:
         """What was spent on each picture."""

@@ -1,4 +1,4 @@
-"""The HTTP interface: POST /predict and /explain, GET /health and /metrics, and a page to play with at /.
+"""The HTTP interface: POST /predict, /embed and /explain, GET /health and /metrics, and a page to play with at /.
 
 Every error is JSON, {"detail": "..."}: 4xx for what a client can mend, 503 with Retry-After where the server is busy.
 """
@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import miaformer
 from miaformer.prediction.predictor import Predictor
 from miaformer.serving.model_process import ModelProcess
-from miaformer.serving.schema import Health, PredictReply, Problem, body_of_pictures
+from miaformer.serving.schema import EmbedReply, Health, PredictReply, Problem, body_of_pictures
 from miaformer.serving.server import Server
 from miaformer.serving.settings import Settings
 
@@ -98,6 +98,10 @@ def create_app(
         """Classify pictures. Under load they may get less than `budget`: each says what it got and took."""
         return await server.handle(request, server.predict(request))
 
+    async def embed(request: Request, budget: Budget = None, cap: Cap = None) -> Response:
+        """Features of pictures: what the classifier reads, or would read. Under load as `predict`."""
+        return await server.handle(request, server.embed(request))
+
     async def explain(
         request: Request, budget: Annotated[list[float] | None, Query()] = None, cap: Cap = None, top_k: TopK = 5
     ) -> Response:
@@ -132,7 +136,8 @@ def create_app(
         app.router.add_api_route, methods=["POST"], route_class_override=_Direct, openapi_extra=body_of_pictures()
     )
     takes_pictures("/predict", predict, responses={**_PROBLEMS, 200: {"model": PredictReply}})
-    if settings.page:
+    takes_pictures("/embed", embed, responses={**_PROBLEMS, 200: {"model": EmbedReply}})
+    if settings.page and predictor.model.num_classes:
         page = PAGE.read_text(encoding="utf-8")
         takes_pictures("/explain", explain, responses=_PROBLEMS)
 

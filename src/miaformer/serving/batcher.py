@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from miaformer.model.policy import Full
-from miaformer.prediction.predictor import Prediction, Predictor
+from miaformer.prediction.predictor import Embedding, Prediction, Predictor
 from miaformer.serving.governor import Governor, Plan, ServiceTime
 from miaformer.serving.model_process import ModelDiedError, ModelProcess
 from miaformer.serving.settings import Settings
@@ -37,11 +37,12 @@ class Asked:
     budget: float | None = None
     cap: float | None = None
     top_k: int = 5
+    embed: bool = False  # features, not classes
 
 
 @dataclass(frozen=True)
 class Answer:
-    prediction: Prediction
+    found: Prediction | Embedding
     budget: float | None  # that it was given
     lowered: bool  # given less than was asked, for load
 
@@ -65,7 +66,7 @@ class Place:
 @dataclass(eq=False)
 class _Picture:
     image: Tensor  # pixels (3, H, W) uint8
-    top_k: int
+    asked: Asked
     wanted: float | None  # budget, where nothing else waits; None: there are none
     cap: float | None
 
@@ -133,7 +134,7 @@ class Batcher:
         wanted = None if self.settings.budget is None else least(asked.budget, self.settings.budget)
         cap = least(asked.cap, self.settings.cap)
         loop = asyncio.get_running_loop()
-        entries = [_Waiting(image, asked.top_k, wanted, cap, place.since, loop.create_future()) for image in images]
+        entries = [_Waiting(image, asked, wanted, cap, place.since, loop.create_future()) for image in images]
         self._count(0, -len(images))
         place.coming -= len(images)
         self._queue.extend(entries)
@@ -214,10 +215,10 @@ class Batcher:
         if ready:  # else it may have waited for the model to be loaded again
             self.governor.time.add(len(batch), _total(granted), self._freed_at - begun)  # with all that went with it
         self._metrics.batch_ran(len(batch), seconds)
-        for entry, prediction, budget in zip(batch, found, granted, strict=True):
+        for entry, one, budget in zip(batch, found, granted, strict=True):
             if not entry.answer.done():
                 lowered = budget is not None and entry.wanted is not None and budget < entry.wanted
-                entry.answer.set_result(Answer(prediction, budget, lowered))
+                entry.answer.set_result(Answer(one, budget, lowered))
 
     async def _of_model(self, work: Callable[..., T], *arguments: Any) -> T:
         try:
@@ -229,13 +230,13 @@ class Batcher:
         return work(self.predictor, *arguments) if self._process is None else self._process(work, *arguments)
 
     def _next_batch(self) -> tuple[list[_Waiting], Plan]:
-        """What runs next, first come, first served, until one differs in having a cap: the model takes one for all."""
+        """What runs next, first come, first served, until one is of another kind: the model takes one call for all."""
         plan = self.plan()
         batch: list[_Waiting] = []
         while self._queue and len(batch) < plan.pictures:
             if self._queue[0].answer.done():  # its client went away
                 self._queue.popleft()
-            elif batch and (self._queue[0].cap is None) != (batch[0].cap is None):
+            elif batch and _kind(self._queue[0]) != _kind(batch[0]):
                 break
             else:
                 batch.append(self._queue.popleft())
@@ -248,16 +249,20 @@ class Batcher:
             spend["budget"] = granted
         if batch[0].cap is not None:
             spend["cap"] = [entry.cap for entry in batch]
-        return _predictions, torch.stack([entry.image for entry in batch]), spend, [entry.top_k for entry in batch]
+        images = torch.stack([entry.image for entry in batch])
+        if batch[0].asked.embed:
+            return _embeddings, images, spend
+        return _predictions, images, spend, [entry.asked.top_k for entry in batch]
 
     def _measured(self) -> Iterator[tuple[int, float, float]]:
         """What a few batches of noise take: where the governor starts from."""
         generator = torch.Generator().manual_seed(0)
         size = (self.predictor.model.backbone.in_chans, *self.predictor.model.image_size())
+        asked = Asked(embed=not self.predictor.model.num_classes)
         for pictures in sorted({1, min(8, self.settings.max_batch)}):
             noise = torch.randint(256, (pictures, *size), dtype=torch.uint8, generator=generator)
             for budget in dict.fromkeys((self.settings.budget, self.settings.min_budget)):
-                batch = [_Picture(image, 5, budget, self.settings.cap) for image in noise]
+                batch = [_Picture(image, asked, budget, self.settings.cap) for image in noise]
                 for _ in range(WARM_UPS):
                     _, seconds = self._run(*self._work(batch, [budget] * pictures))
                 yield pictures, _total([budget] * pictures), seconds
@@ -272,6 +277,18 @@ class Batcher:
         self.admitted += admitted
         self._coming += coming
         self._metrics.queue.set(self.admitted)
+
+
+def _kind(entry: _Picture) -> tuple[bool, bool]:
+    """What is the same for all of a batch."""
+    return entry.cap is None, entry.asked.embed
+
+
+def _embeddings(predictor: Predictor, images: Tensor, spend: Mapping[str, Any]) -> tuple[list[Embedding], float]:
+    """The features of each, and the seconds it took."""
+    start = time.perf_counter()
+    found = predictor.embeddings(predictor.embed(images, **spend))
+    return found, time.perf_counter() - start
 
 
 def _predictions(

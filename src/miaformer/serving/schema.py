@@ -13,15 +13,27 @@ class GuessReply(BaseModel):
     probability: float
 
 
-class PictureReply(GuessReply):
+class SpentReply(BaseModel):
     picture: str = Field(description="its file's name, as the request gave it")
-    top_k: list[GuessReply] = Field(description="the likeliest, best first")
     macs_fraction: float = Field(description="what it took, of the dense model's multiply-accumulates")
     depth_kept: float = Field(description="share of blocks that were executed")
     heads_kept: float = Field(description="share of heads, in executed blocks")
     tokens_kept: float = Field(description="share of patch tokens, in executed blocks")
     budget: float | None = Field(description="that it was given; null where the model has none")
     lowered: bool = Field(description="given less than was asked, because the server is under load")
+
+
+class PictureReply(SpentReply, GuessReply):
+    top_k: list[GuessReply] = Field(description="the likeliest, best first")
+
+
+class EmbeddingReply(SpentReply):
+    features: list[float] = Field(description="what the classifier reads, pooled")
+
+
+class EmbedReply(BaseModel):
+    embeddings: list[EmbeddingReply] = Field(description="in the order of the request's files")
+    ms: float = Field(description="from the request's arrival to its answer")
 
 
 class PredictReply(BaseModel):

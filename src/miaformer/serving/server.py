@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -61,20 +62,30 @@ class Server:
 
     async def predict(self, request: Request) -> dict[str, Any]:
         """The answer to POST /predict, but for its time."""
+        if not self.predictor.model.num_classes:
+            raise HTTPException(422, "the model has no classifier: POST /embed gives features")
+        return {"predictions": await self._answers(request, embed=False)}
+
+    async def embed(self, request: Request) -> dict[str, Any]:
+        """The answer to POST /embed, but for its time."""
+        return {"embeddings": await self._answers(request, embed=True)}
+
+    async def _answers(self, request: Request, embed: bool) -> list[dict[str, Any]]:
+        """What is said of each picture of a request."""
         self.batcher.check_room(1)  # before anything is read
-        asked = self._asked(request.query_params)
+        asked = replace(self._asked(request.query_params), embed=embed)
         with ExitStack() as admitted:
             async with self._uploads.of(request) as upload:
                 if upload.fields:
-                    asked = self._asked({**request.query_params, **upload.fields})
+                    asked = replace(self._asked({**request.query_params, **upload.fields}), embed=embed)
                 names = [name for name, _ in upload.pictures]
                 place = admitted.enter_context(self.batcher.room(len(names)))
                 images = await self._decode(upload)
                 upload.pictures.clear()
             answers = await self._waited_for(request, asyncio.gather(*self.batcher.submit(images, asked, place)))
         for answer in answers:
-            self.metrics.spent(answer.prediction.macs_fraction, answer.budget, answer.lowered)
-        return {"predictions": [_said(name, answer) for name, answer in zip(names, answers, strict=True)]}
+            self.metrics.spent(answer.found.macs_fraction, answer.budget, answer.lowered)
+        return [_said(name, answer) for name, answer in zip(names, answers, strict=True)]
 
     async def explain(self, request: Request) -> dict[str, Any]:
         """The answer to POST /explain, but for its time."""
@@ -212,4 +223,4 @@ def _unprocessable() -> Iterator[None]:
 
 
 def _said(name: str, answer: Answer) -> dict[str, Any]:
-    return {"picture": name, **answer.prediction.to_json(), "budget": answer.budget, "lowered": answer.lowered}
+    return {"picture": name, **answer.found.to_json(), "budget": answer.budget, "lowered": answer.lowered}
