@@ -63,7 +63,9 @@ class SizesWriter:
             sin, cos = turning
             half = bool(getattr(self.blocks[0].attn, "rotate_half", False))
             self.angles = Angles(sin, cos, each_head=False, half=half)
-        nothing = graph.constant(np.zeros((0, self.model.num_classes)), np.float32)
+        # No answers yet: OpenVINO takes a constant without elements for one without dimensions.
+        none = graph.constant(np.zeros((1, self.model.num_classes)), np.float32)
+        nothing = graph.op("Slice", none, graph.ints(0), graph.ints(0))
         rows, place, answers = self._from(graph, 0, rows, asks, nothing)
         macs = graph.op("Gather", graph.op("Where", asks, leaving, staying), place)
         executed = np.arange(self.cost.depth) < np.array([*self.exits, self.cost.depth])[:, None]
