@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_training import tiny_model
+from vits import vit
 
 from miaformer.cli import build_parser, main
 from miaformer.cli.compare import comparison_table
@@ -178,6 +179,22 @@ def test_shallow_models_are_the_first_blocks_of_the_backbone(comparison: Compari
     x = backbone._pos_embed(backbone.patch_embed(images))
     expected = backbone.forward_head(backbone.norm(backbone.blocks[1](backbone.blocks[0](x))))
     torch.testing.assert_close(untrained.eval()(images), expected)
+
+
+@pytest.mark.parametrize("name", ["all-grains", "no-reinforce", "only-tokens", "subset-heads"])
+def test_controllers_get_the_epochs_and_rates_of_a_recipe_that_chooses_resolutions(name: str) -> None:
+    base, method = get_recipe("finetune"), METHODS[name]
+    assert method.recipe is not None
+    recipe = method.recipe(base)
+    (own,) = (stage for stage in base.stages if stage.kind == "resolution")
+    stages = [stage for stage in recipe.stages if stage.kind not in ("probe", "backbone")]
+    assert sum(stage.epochs for stage in stages) == pytest.approx(own.epochs)
+    assert ("reinforce" in {stage.kind for stage in stages}) == (name != "no-reinforce")
+    assert {stage.layer_decay for stage in stages} == {own.layer_decay}
+    assert next(stage.lr for stage in stages if stage.kind == "supervised") == pytest.approx(own.lr)
+    assert not recipe.chooses_resolution
+    model = adapt(vit(), **recipe.adapt)
+    assert len(model.controllers) == len(model.backbone.blocks)
 
 
 def test_an_ablation_for_one_budget_is_asked_for_no_other(recipe: Recipe) -> None:
