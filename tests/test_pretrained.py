@@ -340,9 +340,14 @@ def test_other_files_and_models_are_told(tmp_path: Path) -> None:
     resnet = saved({"conv1.weight": torch.ones(3, 3, 7, 7)}, tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match=r"Missing: cls_token, .* The file holds no blocks of a ViT"):
         load_backbone(NAME, resnet)
-    state = {"vit.encoder.layer.0.layernorm_before.weight": torch.ones(3)}
-    with pytest.raises(ValueError, match=r"names are those of transformers.*miaformer\.adapt"):
-        load_backbone(NAME, saved(state, tmp_path / "hugging.bin"))
+    of_transformers = (
+        "vit.encoder.layer.0.layernorm_before.weight",
+        "layer.0.layer_scale1.lambda1",
+        "vision_model.encoder.layers.0.layer_norm1.weight",
+    )
+    for name in of_transformers:
+        with pytest.raises(ValueError, match=r"names are those of transformers.*miaformer\.adapt"):
+            load_backbone(NAME, saved({name: torch.ones(3)}, tmp_path / "hugging.bin"))
     with pytest.raises(TypeError, match="got ResNet"):
         load_backbone("resnet18", resnet)
     with pytest.raises(ValueError, match="timm knows no model 'nosuch'"):

@@ -25,8 +25,8 @@ def adapt(
     """Make a ViT adaptive. Its weights are kept; executing everything gives the backbone's output.
 
     backbone: any timm VisionTransformer or Eva of plain blocks (`miaformer.vit.backbone`). It is taken over, no copy:
-    with nested heads its heads, MLP units and channels are reordered by importance, which changes no output. Or a ViT,
-    DeiT or DINOv2 of transformers, which stays as it is: its weights are copied (`miaformer.vit.from_transformers`).
+    with nested heads its heads, MLP units and channels are reordered by importance, which changes no output. Or a model
+    of transformers (`miaformer.vit.transformers_models`), which stays as it is: its weights are copied.
     calibration_images: (B, 3, H, W), to measure that importance on; without them it is read off the weights.
     image_processor: of a transformers model; says how pictures are prepared, and their size. Without it that is the
     size in the model's configuration, and the preparation that published models of its kind use.

@@ -50,9 +50,9 @@ def check_supported(backbone: nn.Module) -> Backbone:
     """
     if type(backbone) not in CLASSES.values():
         raise TypeError(
-            "adapt() takes a timm VisionTransformer, VisionTransformerDistilled or Eva, or a ViT, DeiT or DINOv2 of "
-            f"transformers, got {type(backbone).__name__}. Create one with timm.create_model, e.g. "
-            "'deit_small_patch16_224'"
+            "adapt() takes a timm VisionTransformer, VisionTransformerDistilled or Eva, or a ViT, DeiT, DINOv2, "
+            f"DINOv3, CLIP or SigLIP of transformers, got {type(backbone).__name__}. Create one with "
+            "timm.create_model, e.g. 'deit_small_patch16_224'"
         )
     if not transformer_blocks(backbone):
         raise ValueError("adapt() needs a backbone with at least one block, this one has none")

@@ -23,6 +23,7 @@ HEADS = ("head.", "head_dist.")  # classifiers of timm's ViTs
 # something else (a decoder, a loss) and may be left out.
 PARTS = ("blocks.", "patch_embed.", "pos_embed", "cls_token", "reg_token", "dist_token", "norm.", "norm_pre.",
          "fc_norm.", "attn_pool.", *HEADS)  # fmt: skip
+OF_TRANSFORMERS = ("layernorm_before", ".layer_scale1.", ".layer_norm1.")  # parts of its names, and of no others
 WEIGHTS_ON_HUB = ("model.safetensors", "pytorch_model.bin")  # in the order that timm looks for them
 
 _log = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ class _Fit:
     def __init__(self, name: str, path: Path, state: dict[str, Tensor], backbone: Any) -> None:
         self.name, self.path, self.backbone = name, path, backbone
         self.found = _described({key: tuple(value.shape) for key, value in state.items()})
-        self.of_transformers = any("layernorm_before" in key or ".layer_scale1." in key for key in state)
+        self.of_transformers = any(part in key for key in state for part in OF_TRANSFORMERS)
 
     def check(self, found: dict[str, tuple[int, ...]]) -> None:
         wanted = {key: tuple(value.shape) for key, value in self.backbone.state_dict().items()}
