@@ -21,12 +21,13 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from torch import nn
-from vits import SMALL, STRUCTURES, pictures, relative, vit
+from vits import GRAINS, GROUPED_QUERIES, SMALL, STRUCTURES, pictures, relative, vit
 
 import miaformer
 from miaformer import MIAFormer
 from miaformer.vit.backbone import apply_orders, build, describe, inverse_orders
 
+REPRODUCED = {**STRUCTURES, "grouped_queries": GROUPED_QUERIES}
 CONFIGS = [
     pytest.param({"mlp_width": width, "head_choice": choice}, id=f"{width}-{choice}")
     for width in ("coupled", "hidden", "full")
@@ -34,18 +35,20 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", REPRODUCED)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_full_decisions_reproduce_the_backbone(name: str, config: dict[str, str]) -> None:
     """And so do the features, and the static model within."""
-    backbone = vit(1, **STRUCTURES[name])
+    backbone = vit(1, **REPRODUCED[name])
     images = pictures(backbone, 3)
     with torch.no_grad():
         logits, features = backbone(images), backbone.forward_features(images)
         pooled = backbone.forward_head(features, pre_logits=True)
         both = config == {"mlp_width": "coupled", "head_choice": "nested"}  # the other choices order less, or nothing
         for calibration_images in (None, images) if both else (images,):
-            model = miaformer.adapt(copy.deepcopy(backbone), calibration_images, **config).eval()
+            model = miaformer.adapt(
+                copy.deepcopy(backbone), calibration_images, **GRAINS.get(name, {}), **config
+            ).eval()
             assert relative(model(images), logits) < 1e-4
             assert relative(model.run(images, execution="masked").logits, logits) < 1e-4
             assert relative(model.train()(images), logits) < 1e-4  # no dropout here
@@ -57,14 +60,14 @@ def test_full_decisions_reproduce_the_backbone(name: str, config: dict[str, str]
                 assert relative(model.backbone(images), logits) < 1e-4
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", REPRODUCED)
 def test_to_timm_gives_the_same_weights_back(name: str) -> None:
-    backbone = vit(1, **STRUCTURES[name])
+    backbone = vit(1, **REPRODUCED[name])
     weights = copy.deepcopy(backbone.state_dict())
     images = pictures(backbone, 3)
     logits = backbone(images)
-    model = miaformer.adapt(backbone, images, mlp_width="coupled", head_choice="nested")
-    if name not in ("prr_pool", "grey_one_head_no_pos"):
+    model = miaformer.adapt(backbone, images, mlp_width="coupled", head_choice="nested", **GRAINS.get(name, {}))
+    if name not in ("prr_pool", "grey_one_head_no_pos", *GRAINS):
         changed = model.backbone.blocks[0].attn.proj.weight
         assert not torch.equal(changed, weights["blocks.0.attn.proj.weight"]), "nothing was reordered"
     back = model.to_timm()
@@ -78,11 +81,11 @@ def test_to_timm_gives_the_same_weights_back(name: str) -> None:
     assert not (next(model.backbone.parameters()) == 0).all()
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", REPRODUCED)
 def test_saved_and_loaded_it_is_the_same(name: str, tmp_path: Path) -> None:
-    backbone = vit(1, **STRUCTURES[name])
+    backbone = vit(1, **REPRODUCED[name])
     images = pictures(backbone, 2)
-    model = miaformer.adapt(backbone, mlp_width="coupled").eval()
+    model = miaformer.adapt(backbone, mlp_width="coupled", **GRAINS.get(name, {})).eval()
     model.save_pretrained(tmp_path)
     loaded = MIAFormer.from_pretrained(tmp_path)
     assert not loaded.training
@@ -95,9 +98,9 @@ def test_saved_and_loaded_it_is_the_same(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(twins[0][key], twins[1][key]) for key in twins[1])
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", REPRODUCED)
 def test_a_description_builds_what_it_was_read_from(name: str) -> None:
-    backbone = vit(1, **STRUCTURES[name])
+    backbone = vit(1, **REPRODUCED[name])
     description = describe(backbone)
     rebuilt = build(description)
     assert describe(rebuilt) == description
@@ -124,10 +127,10 @@ def test_rates_of_dropping_survive_the_description() -> None:
     assert {rate for _, rate in dropping(first)} >= set(rates.values())
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", REPRODUCED)
 def test_any_order_of_heads_units_and_channels_gives_the_same_output(name: str) -> None:
     """Within what may be ordered: pooled features keep their channels only where there is no classifier."""
-    backbone = vit(2, **STRUCTURES[name]).double()
+    backbone = vit(2, **REPRODUCED[name]).double()
     images = pictures(backbone, 2)
     logits = backbone(images)
     weights = copy.deepcopy(backbone.state_dict())
@@ -255,6 +258,11 @@ UNSUPPORTED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "parameters that .* has not, .*: blocks.1.mlp.fc1",
     ),
     "patch embedding": (lambda: vit(embed_layer=ConvolutionalStem), ValueError, "patch embedding is ConvolutionalStem"),
+    "heads that share keys, as a grain": (
+        lambda: vit(**GROUPED_QUERIES),
+        ValueError,
+        r"block 0 .* 4 heads share 2 heads of keys .* grains=\('depth', 'tokens'\)",
+    ),
     "no blocks": (lambda: vit(depth=0), ValueError, "at least one block"),
 }
 

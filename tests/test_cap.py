@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from vits import STRUCTURES, lively, pictures, relative, vit
+from vits import ALL_STRUCTURES, WITHOUT_HEADS, lively, pictures, relative, vit
 
 import miaformer
 from miaformer import Decisions, MIAFormer, Output
@@ -27,13 +27,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "map_pool": {"head_choice": "subset", "token_scope": "per_block"},
     "uneven_groups": {"head_choice": "subset", "mlp_width": "coupled"},
     "distilled": {"token_scope": "per_block", "mlp_width": "full"},
+    "grouped_queries": WITHOUT_HEADS,
 }
 
 
 @cache
 def model_of(structure: str) -> MIAFormer:
     """Made once: capping is what varies."""
-    return lively(4, STRUCTURES[structure], **CONFIGS[structure])
+    return lively(4, ALL_STRUCTURES[structure], **CONFIGS[structure])
 
 
 def shown(model: MIAFormer, kind: str, seed: int) -> Tensor:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from vits import STRUCTURES, lively, pictures, vit
+from vits import ALL_STRUCTURES, GRAINS, STRUCTURES, WITHOUT_HEADS, lively, pictures, vit
 
 import miaformer
 from miaformer import AdaptConfig, MIAFormer, Output
 from miaformer.engine.cost import Cost, count_macs, group_sizes
-from miaformer.engine.decisions import Decisions, Gates
+from miaformer.engine.decisions import Decisions, Gates, HostGates
 from miaformer.model.policy import ClsAttention, Fixed, Full, Random, Static
 
 WIDTHS = ("coupled", "hidden", "full")
@@ -47,11 +47,11 @@ def attend(dtype: torch.dtype, masked: bool = False) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", [*STRUCTURES, "grouped_queries"])
 def test_the_backbones_macs_are_counted_ones(name: str) -> None:
-    backbone = vit(1, **STRUCTURES[name])
+    backbone = vit(1, **ALL_STRUCTURES[name])
     images = pictures(backbone, 2)
-    model = miaformer.adapt(backbone)
+    model = miaformer.adapt(backbone, **GRAINS.get(name, {}))
     assert 2 * model.cost().backbone == count_macs(lambda: backbone(images))
 
 
@@ -96,10 +96,12 @@ def policies(model: MIAFormer, batch: int) -> dict[str, dict[str, Any]]:
         ("map_pool", {"token_scope": "per_block"}),
         ("swiglu", {"token_scope": "per_block", "head_choice": "subset"}),
         ("uneven_groups", {}),
+        ("grouped_queries", WITHOUT_HEADS),
+        ("grouped_queries", {**WITHOUT_HEADS, "head_choice": "subset"}),
     ],
 )
 def test_reported_macs_are_counted_macs(structure: str, config: dict[str, Any], mlp_width: str) -> None:
-    model = lively(2, STRUCTURES[structure], mlp_width=mlp_width, **config)
+    model = lively(2, ALL_STRUCTURES[structure], mlp_width=mlp_width, **config)
     images = pictures(model.backbone, 5)
     cost = model.cost()  # its own count, of the meta model, is not to be counted
     for name, arguments in policies(model, len(images)).items():
@@ -138,10 +140,12 @@ def test_controllers_take_under_one_percent_of_a_deit(embed_dim: int, num_heads:
 @st.composite
 def costs(draw: st.DrawFn) -> Cost:
     num_heads, head_dim = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    divisors = [count for count in range(1, num_heads + 1) if num_heads % count == 0]
     return Cost(
         depth=2,
         embed_dim=num_heads * head_dim,
         num_heads=num_heads,
+        num_kv_heads=draw(st.tuples(*[st.sampled_from(divisors)] * 2)),
         head_dim=head_dim,
         mlp_hidden=draw(st.integers(num_heads, 20)),
         mlp_inputs=draw(st.sampled_from([1, 2])),
@@ -171,15 +175,30 @@ def test_a_blocks_macs_are_those_of_its_products(cost: Cost, seed: int, index: i
         dim = width[cost.embed_dim] if cost.mlp_width == "coupled" else cost.embed_dim
         hidden = cost.mlp_hidden if cost.mlp_width == "full" else width[cost.mlp_hidden]
         channels = len(kept) * cost.head_dim
+        shared = cost.num_kv_heads[index] < cost.num_heads
+        key_channels = cost.num_kv_heads[index] * cost.head_dim if shared else channels
         products = [
             (read, cost.embed_dim, channels),
-            *[(rows, cost.embed_dim, channels)] * 2,
+            *[(rows, cost.embed_dim, key_channels)] * 2,
             *[(read, cost.head_dim, rows), (read, rows, cost.head_dim)] * len(kept),
             (read, channels, cost.embed_dim),
             *[(read, dim, hidden)] * cost.mlp_inputs,
             (read, hidden, dim),
         ]
         assert int(found[image]) == int(gates.depth[image]) * sum(a * b * c for a, b, c in products)
+
+
+@given(costs(), st.integers(0, 2**32))
+@settings(max_examples=30)
+def test_blocks_together_take_what_each_takes(cost: Cost, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(3,), (3, cost.num_heads), (3, cost.num_patches)]
+    each = [
+        HostGates.of(Gates(*(torch.rand(shape, generator=generator) < 0.6 for shape in shapes)))
+        for _ in range(cost.depth)
+    ]
+    wanted = sum(cost.of_host(index, gates) for index, gates in enumerate(each))
+    assert cost.of_blocks(each).tolist() == wanted.tolist()
 
 
 @given(costs(), st.integers(0, 2**32))

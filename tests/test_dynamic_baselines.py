@@ -10,7 +10,9 @@ import torch
 from tiny_training import tiny_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from vits import GROUPED_QUERIES, WITHOUT_HEADS, relative, vit
 
+from miaformer import adapt
 from miaformer.engine.cost import count_macs
 from miaformer.engine.masked import Masked
 from miaformer.lab.baselines.exits import EvenExits, ExitsObjective, exit_table
@@ -61,6 +63,15 @@ def test_merging_nothing_is_the_backbone(model: MIAFormer, images: Tensor) -> No
     merges = [0] * model.cost().depth
     with torch.no_grad():
         torch.testing.assert_close(merged_logits(model, images, merges), model.backbone(images), atol=1e-5, rtol=1e-4)
+
+
+def test_merging_takes_heads_that_share_keys(images: Tensor) -> None:
+    settings = {**GROUPED_QUERIES, "use_rot_pos_emb": False}
+    model = adapt(vit(0, **settings), **WITHOUT_HEADS).eval()
+    cost, merges = model.cost(), merges_drawn(model.cost(), 0.7)
+    with torch.no_grad():
+        assert relative(merged_logits(model, images, [0] * cost.depth), model.backbone(images)) < 1e-5
+    assert merged_macs(cost, merges) == count_macs(lambda: merged_logits(model, images[:1], merges))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.7, 1.0])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from timm.layers import RmsNorm, SwiGLU
 from timm.models.eva import Eva
 from torch import Tensor, nn
-from vits import GLU_FIRST, GLU_LAST, STRUCTURES, Mlp, enliven, lively, pictures, relative, vit
+from vits import GLU_FIRST, GLU_LAST, STRUCTURES, WITHOUT_HEADS, Mlp, enliven, lively, pictures, relative, vit
 
 import miaformer
 from miaformer import Decisions, MIAFormer
@@ -66,7 +66,7 @@ def backbones(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def of_the_other_family(draw: st.DrawFn) -> dict[str, Any]:
-    num_heads, head_dim = draw(st.integers(1, 3)), draw(st.sampled_from([4, 8]))
+    num_heads, head_dim, depth = draw(st.integers(1, 4)), draw(st.sampled_from([4, 8])), draw(st.integers(1, 3))
     class_token, attn_type = draw(st.booleans()), draw(st.sampled_from(["eva", "rope"]))
     rope_type = draw(st.sampled_from([None, "cat", "mixed", "dinov3"]))
     post_norm = draw(st.integers(0, 4)) == 0
@@ -74,7 +74,7 @@ def of_the_other_family(draw: st.DrawFn) -> dict[str, Any]:
         "kind": Eva,
         "embed_dim": num_heads * head_dim,
         "num_heads": num_heads,
-        "depth": draw(st.integers(1, 3)),
+        "depth": depth,
         "patch_size": 2,
         "img_size": (2 * draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4))),
         "num_classes": draw(st.sampled_from([3, 3, 0])),
@@ -102,6 +102,9 @@ def of_the_other_family(draw: st.DrawFn) -> dict[str, Any]:
         made |= {"use_rot_pos_emb": True, "rope_type": rope_type}
         made["rope_rotate_half"] = rope_type != "mixed" and draw(st.booleans())
         made["rope_grid_indexing"] = draw(st.sampled_from(["ij", "xy"]))
+    if attn_type == "rope" and rope_type != "mixed" and not post_norm and draw(st.booleans()):
+        divisors = [count for count in range(1, num_heads + 1) if num_heads % count == 0]
+        made |= {"num_kv_heads": draw(st.tuples(*[st.sampled_from(divisors)] * depth)), "qkv_fused": False}
     return made
 
 
@@ -115,6 +118,8 @@ def models(draw: st.DrawFn) -> MIAFormer:
         "head_choice": draw(st.sampled_from(["nested", "subset"])),
         "depth_choice": draw(st.sampled_from(["nested", "any"])),
     }
+    if "num_kv_heads" in settings_of_backbone:
+        config |= WITHOUT_HEADS
     backbone = vit(draw(st.integers(0, 99)), **settings_of_backbone)
     return miaformer.adapt(backbone, **config).double().eval()
 
@@ -191,9 +196,12 @@ def block_plainly(
         gamma = getattr(block, f"gamma_{number}", None)
         return y if gamma is None else y * gamma
 
-    def of_head(part: int, units: list[int], y: Tensor) -> Tensor:
+    def of_head(part: int, head: int, y: Tensor) -> Tensor:
         if attn.qkv is None:
-            return linear((attn.q_proj, attn.k_proj, attn.v_proj)[part], y, units, every)
+            layer = (attn.q_proj, attn.k_proj, attn.v_proj)[part]
+            head //= attn.q_proj.out_features // layer.out_features  # so many heads in turn read the same one
+            return linear(layer, y, list(range(head * size, (head + 1) * size)), every)
+        units = list(range(head * size, (head + 1) * size))
         out = linear(attn.qkv, y, [u + part * total * size for u in units], every)
         bias = (getattr(attn, "q_bias", None), None, getattr(attn, "v_bias", None))[part]
         return out if bias is None else out + bias[units]
@@ -202,8 +210,7 @@ def block_plainly(
     y = x if post_norm else block.norm1(x)
     out = []
     for head in heads:
-        units = list(range(head * size, (head + 1) * size))
-        q, k, v = (of_head(part, units, y) for part in range(3))
+        q, k, v = (of_head(part, head, y) for part in range(3))
         q, k = attn.q_norm(q), attn.k_norm(k)
         if angles is not None and patches:
             own = (angles[head] if angles.ndim == 3 else angles)[patches]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from scripts import load_script
 from torch import nn
-from vits import POST_NORM, STRUCTURES, lively, pictures, relative, vit
+from vits import ALL_STRUCTURES, WITHOUT_HEADS, lively, pictures, relative, vit
 
 import miaformer
 from miaformer import Decisions, MIAFormer
@@ -51,13 +51,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rotary embeddings in turn": ("eva02", {"token_scope": "per_block"}),
     "rotary embeddings of each head": ("rope_mixed", {}),
     "post-norm": ("post_norm", {}),
+    "grouped queries": ("grouped_queries", WITHOUT_HEADS),
+    "grouped queries, subsets": ("grouped_queries", {**WITHOUT_HEADS, "head_choice": "subset", "mlp_width": "coupled"}),
 }
 
 
 @cache
 def calibrated(case: str) -> MIAFormer:
     structure, config = CASES[case]
-    model = lively(1, {**STRUCTURES, "post_norm": POST_NORM}[structure], **config).float()
+    model = lively(1, ALL_STRUCTURES[structure], **config).float()
     images = pictures(model.backbone, 16, seed=5).float()
     with torch.inference_mode():
         model.calibration = price_table(
@@ -74,6 +76,7 @@ SLOW = {
     "norms inside",
     "tokens not dithered",
     "images leave",
+    "grouped queries, subsets",
 }
 
 
@@ -141,10 +144,14 @@ def test_a_file_holds_each_weight_once(plain_file: Path) -> None:
     [
         ("average pooling", False),
         ("subsets, full MLP", True),
+        ("grouped queries", False),
         pytest.param("registers, coupled", False, marks=pytest.mark.slow),
         pytest.param("gated MLP, RMS norms", True, marks=pytest.mark.slow),
         pytest.param("attention pooling", False, marks=pytest.mark.slow),
         pytest.param("images leave", True, marks=pytest.mark.slow),
+        pytest.param("rotary embeddings in turn", False, marks=pytest.mark.slow),
+        pytest.param("rotary embeddings of each head", True, marks=pytest.mark.slow),
+        pytest.param("grouped queries, subsets", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_static_file_executes_its_decisions_on_batches_without_control_flow(

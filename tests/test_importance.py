@@ -9,7 +9,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from vits import STRUCTURES, pictures, vit
+from vits import GROUPED_QUERIES, STRUCTURES, pictures, vit
 
 import miaformer
 from miaformer import Decisions
@@ -26,6 +26,17 @@ def test_orders_are_permutations(name: str, calibrated: bool) -> None:
     assert orders.keys() == identity.keys()
     for part, order in orders.items():
         assert torch.equal(order.sort(dim=-1).values, identity[part])
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_heads_that_share_keys_stay_where_they_are(calibrated: bool) -> None:
+    """Those of other blocks, and the units of all, do not."""
+    backbone = vit(0, **GROUPED_QUERIES)
+    orders = importance_orders(backbone, pictures(backbone, 2) if calibrated else None)
+    identity = identity_orders(backbone)
+    stay = [block.attn.num_kv_heads < block.attn.num_heads for block in backbone.blocks]
+    assert [torch.equal(*heads) for heads in zip(orders["heads"], identity["heads"], strict=True)] == stay
+    assert not any(torch.equal(*units) for units in zip(orders["hidden"], identity["hidden"], strict=True))
 
 
 def weakened(backbone: VisionTransformer, factor: float) -> tuple[dict[str, Tensor], VisionTransformer]:

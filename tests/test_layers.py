@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vits import POST_NORM, STRUCTURES, pictures, relative, vit
+from vits import ALL_STRUCTURES, pictures, relative, vit
 
 import miaformer
 from miaformer.vit.embedding import embedded
 from miaformer.vit.layers import (
     attention_input,
     attention_result,
+    for_each_head,
     hidden_units,
     mlp_input,
     mlp_inputs,
@@ -32,16 +33,17 @@ def put_together(block: Any, x: Tensor) -> Tensor:
     """A block's result on x (B, n, C), from what is asked of its layers alone."""
     attn, y = block.attn, attention_input(block, x)
     q, k, v = query_key_value(attn, lambda layer: layer(y))
-    q, k, v = (part.transpose(1, 2) for part in (normed_queries(block, q), normed_keys(block, k), v))
+    q, k, v = normed_queries(block, q), normed_keys(block, k), for_each_head(attn, v)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v)
     x = x + attention_result(block, attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
     y = mlp_input(block, x)
     return x + mlp_result(block, block.mlp.fc2(block.mlp.norm(hidden_units(block.mlp, lambda layer: layer(y)))))
 
 
-@pytest.mark.parametrize("structure", [*STRUCTURES, "post_norm"])
+@pytest.mark.parametrize("structure", ALL_STRUCTURES)
 def test_layers_put_together_are_the_block(structure: str) -> None:
-    backbone = vit(1, **{**STRUCTURES, "post_norm": POST_NORM}[structure]).double().eval()
+    backbone = vit(1, **ALL_STRUCTURES[structure]).double().eval()
     x, blocks = embedded(backbone, pictures(backbone, 2))
     block, x = blocks[0], x.detach()
     attn, mlp = block.attn, block.mlp

@@ -9,7 +9,7 @@ import pytest
 import torch
 from plain_controller import plain
 from torch import Tensor
-from vits import STRUCTURES, lively, pictures, relative, vit
+from vits import GROUPED_QUERIES, STRUCTURES, WITHOUT_HEADS, lively, pictures, relative, vit
 
 import miaformer
 from miaformer import Decisions, MIAFormer
@@ -135,6 +135,27 @@ def test_class_attention_keeps_the_tokens_attended_to_most(structure: str) -> No
     assert trace.tokens[:, 0].all()
     assert torch.equal(trace.tokens[:, 1], kept)
     assert torch.equal(trace.tokens[:, 2], kept)
+
+
+def test_class_attention_reads_keys_that_heads_share() -> None:
+    """Each head its own: of two heads that share one, both count."""
+    model = miaformer.adapt(vit(1, **GROUPED_QUERIES), **WITHOUT_HEADS).double().eval()
+    images = pictures(model.backbone, 4)
+    x, (block, *_) = model.embed(images)
+    seen: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **others: Any) -> Tensor:
+        seen.append((q @ k.transpose(2, 3) * block.attn.scale).softmax(dim=3))
+        return q
+
+    with pytest.MonkeyPatch.context() as patched, torch.no_grad():
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+        block(x)
+    weights = seen[0][:, :, 0, model.num_prefix_tokens :]
+    scores = (weights / weights.sum(dim=2, keepdim=True)).mean(dim=1)  # among patches
+    trace = model.run(images, ClsAttention(keep=0.5, blocks=(0,))).trace
+    kept = torch.zeros_like(trace.tokens[:, 0]).scatter_(1, scores.topk(scores.shape[1] // 2, dim=1).indices, True)
+    assert torch.equal(trace.tokens[:, 0], kept)
 
 
 def test_class_attention_keeps_its_share_at_each_of_its_blocks() -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from vits import pictures, randomise, vit
+from vits import GROUPED_QUERIES, pictures, randomise, vit
 
 import miaformer
 from miaformer import load_backbone
@@ -446,6 +446,13 @@ def test_predict_names_the_classes_of_an_own_model(
         (wanted,) = predictor.read(predictor.run([predictor.prepare(row["path"])]))
         assert row["class"] == CLASSES[wanted.top_k[0].label]
         assert row["probability"] == pytest.approx(wanted.top_k[0].probability, abs=1e-5)
+
+
+def test_heads_that_share_keys_are_left_out_of_what_commands_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(miaformer, "load_backbone", lambda *settings: vit(**GROUPED_QUERIES))
+    assert open_model("timm:any", torch.device("cpu")).adapt_config.grains == ("depth", "tokens")
+    monkeypatch.setattr(miaformer, "load_backbone", lambda *settings: vit())
+    assert open_model("timm:any", torch.device("cpu")).adapt_config == miaformer.AdaptConfig()
 
 
 def test_random_weights_are_told(capsys: pytest.CaptureFixture[str], own: Path, data: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from miaformer import MIAFormer
 from miaformer.engine import kernels, processor, products
 from miaformer.engine.cost import count_macs
 from miaformer.engine.decisions import Decisions
-from miaformer.engine.products import _ONEDNN_DTYPES, OneDnn, Plain, products_for
+from miaformer.engine.products import _ONEDNN_DTYPES, OneDnn, Packed, Plain, products_for
 from miaformer.engine.sparse import ROWS_THAT_COME_AGAIN
 from miaformer.model.policy import Fixed, Full, Random
 
@@ -307,6 +307,18 @@ def test_prepacked_weights_compute_the_same(dtype: torch.dtype, config: dict[str
         assert count_macs(lambda: model.run(images, price=1.0)) == int(model.run(images, price=1.0).trace.macs.sum())
     assert model._packed is not None
     assert model._packed.nbytes > 0
+
+
+@needs_onednn
+def test_layers_side_by_side_may_differ_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of queries and of keys that heads share."""
+    monkeypatch.setattr(products, "onednn_pays", lambda *product: True)
+    generator = torch.Generator().manual_seed(0)
+    x, *weights = (torch.randn(rows, 64, generator=generator) for rows in (48, 64, 16, 16))
+    layers = [(weight, torch.randn(len(weight), generator=generator)) for weight in weights]
+    with torch.inference_mode():
+        for found, wanted in zip(Packed().side_by_side(x, layers), Plain().side_by_side(x, layers), strict=True):
+            assert relative(found, wanted) < 1e-5
 
 
 @needs_onednn

@@ -16,7 +16,7 @@ from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor
-from vits import pictures, relative
+from vits import WITHOUT_HEADS, pictures, relative
 
 import miaformer
 from miaformer import Decisions
@@ -46,9 +46,12 @@ def kind(backbone: Any) -> str:
     for part, kinds in usual:
         if type(part) not in kinds:
             return type(part).__name__
-    if any(getattr(one.attn, "num_kv_heads", one.attn.num_heads) != one.attn.num_heads for one in backbone.blocks):
-        return "grouped-query attention"
     return {Mlp: "plain", SwiGLU: "gated", GluMlp: "gated"}.get(type(block.mlp), type(block.mlp).__name__)
+
+
+def shares_keys(backbone: Any) -> bool:
+    """Whether some of its blocks have grouped-query attention."""
+    return any(getattr(one.attn, "num_kv_heads", one.attn.num_heads) < one.attn.num_heads for one in backbone.blocks)
 
 
 def small(name: str) -> Any:
@@ -57,6 +60,8 @@ def small(name: str) -> Any:
     settings: dict[str, Any] = {"img_size": tuple(SIDE * p for p in backbone.patch_embed.patch_size)}
     if sum(p.numel() for p in backbone.parameters()) > LARGE:
         settings["depth"] = 2
+        if shares_keys(backbone):  # in its middle
+            settings["num_kv_heads"] = [backbone.blocks[i].attn.num_kv_heads for i in (0, len(backbone.blocks) // 2)]
     model = built(name, **settings).to_empty(device="cpu")
     for part in model.modules():
         if hasattr(part, "init_non_persistent_buffers"):
@@ -99,13 +104,14 @@ def test_every_supported_vit_is_reproduced(name: str) -> None:
         return
     backbone = small(name)
     weights = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    grains = WITHOUT_HEADS if shares_keys(backbone) else {}
     images = pictures(backbone, 2)
     with torch.no_grad():
         logits = backbone(images)
         macs = count_macs(lambda: backbone(images[:1]))
         norms_results = isinstance(backbone.blocks[0], EvaBlockPostNorm)
         model = miaformer.adapt(
-            backbone, mlp_width="hidden" if norms_results else "coupled", head_choice="nested"
+            backbone, mlp_width="hidden" if norms_results else "coupled", head_choice="nested", **grains
         ).eval()
         assert model.cost().backbone == macs
         assert relative(model(images), logits) <= 1e-4
@@ -120,10 +126,10 @@ def test_every_supported_vit_is_reproduced(name: str) -> None:
     assert found.keys() == weights.keys()
     assert [key for key in weights if not torch.equal(found[key], weights[key])] == []
     with torch.no_grad():  # the other choices leave the backbone as it is
-        subset = miaformer.adapt(back, mlp_width="hidden", head_choice="subset").eval()
+        subset = miaformer.adapt(back, mlp_width="hidden", head_choice="subset", **grains).eval()
         assert relative(subset(images), logits) <= 1e-4
 
 
 def test_as_many_are_supported_as_promised() -> None:
     kinds = [kind(built(name)) for name in NAMES]
-    assert (kinds.count("plain"), kinds.count("gated"), len(kinds)) == (197, 33, 244)
+    assert (kinds.count("plain"), kinds.count("gated"), len(kinds)) == (197, 37, 244)

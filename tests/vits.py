@@ -135,6 +135,24 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     },
 }
 POST_NORM: dict[str, Any] = {"kind": Eva, "use_post_norm": True, "use_rot_pos_emb": True, "global_pool": "token"}
+GROUPED_QUERIES: dict[str, Any] = {  # heads share keys and values, in each block others
+    "kind": Eva,
+    "attn_type": "rope",
+    "embed_dim": 32,
+    "num_heads": 4,
+    "depth": 3,
+    "num_kv_heads": (2, 4, 1),
+    "qkv_fused": False,
+    "qk_norm": True,
+    "norm_layer": RmsNorm,
+    "swiglu_mlp": True,
+    "use_rot_pos_emb": True,
+    "rope_type": "dinov3",
+    "global_pool": "token",
+}
+ALL_STRUCTURES = {**STRUCTURES, "post_norm": POST_NORM, "grouped_queries": GROUPED_QUERIES}
+WITHOUT_HEADS: dict[str, Any] = {"grains": ("depth", "tokens")}
+GRAINS = {"grouped_queries": WITHOUT_HEADS}  # of structures that do not take the default ones
 
 
 def vit(seed: int = 0, **settings: Any) -> Any:
@@ -212,11 +230,15 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 __all__ = [
+    "ALL_STRUCTURES",
     "GLU_FIRST",
     "GLU_LAST",
+    "GRAINS",
+    "GROUPED_QUERIES",
     "POST_NORM",
     "SMALL",
     "STRUCTURES",
+    "WITHOUT_HEADS",
     "Mlp",
     "enliven",
     "lively",

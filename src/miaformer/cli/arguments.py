@@ -194,14 +194,18 @@ def open_model(
     """
     import torch
 
-    from miaformer import adapt, load, load_backbone
+    from miaformer import AdaptConfig, adapt, load, load_backbone
     from miaformer.model.classes import read_class_names
+    from miaformer.vit.backbone import transformer_blocks
+    from miaformer.vit.layers import shares_keys
 
     names = None if classes is None else read_class_names(classes)
     if spec.startswith("timm:"):
         is_random = weights is None and not pretrained
         number = (num_classes if names is None else len(names)) if is_random else None  # what weights answer, stays
-        model = adapt(load_backbone(spec.removeprefix("timm:"), weights, image_size, number, pretrained))
+        backbone = load_backbone(spec.removeprefix("timm:"), weights, image_size, number, pretrained)
+        shared = any(shares_keys(block.attn) for block in transformer_blocks(backbone))
+        model = adapt(backbone, grains=("depth", "tokens") if shared else AdaptConfig.grains)
         if is_random:
             sys.stderr.write(f"miaformer: {spec} has random weights: give --weights FILE, or --pretrained\n")
     else:

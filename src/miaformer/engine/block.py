@@ -32,6 +32,8 @@ from miaformer.vit.layers import (
     attention_norm,
     attention_result,
     attention_scale,
+    by_heads,
+    for_each_head,
     gated,
     hidden_units,
     input_layers,
@@ -105,8 +107,9 @@ def _units(kept: Sequence[int], width: int, num_heads: int, device: torch.device
 
 def is_plain(layer: Any) -> bool:
     """Whether a layer is its weight and its bias, and may be read instead of called."""
+    # PyTorch's exporter shows layers as instances of classes of its own, made of theirs.
     return (
-        type(layer) is nn.Linear
+        (type(layer) is nn.Linear or (torch.compiler.is_exporting() and isinstance(layer, nn.Linear)))
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
         and "forward" not in layer.__dict__
@@ -173,15 +176,17 @@ def packed_block(
     for a block that asks (`turns_rows`).
     """
     check_own_forward(block)
+    attn = block.attn
     if read_prefix is None:
         q, k, v = _query_key_value(block, products, x, width)
         q, q_lengths = normed_queries(block, q, places, width.kept), lengths
     else:
         prefix = _prefix_rows(lengths, read_prefix, x.device)
         q, k, v = _prefix_query_key_value(block, products, x, prefix, width)
-        q, q_lengths = block.attn.q_norm(q), [read_prefix] * len(lengths)  # these rows have no angles
+        q, q_lengths = attn.q_norm(q), [read_prefix] * len(lengths)  # these rows have no angles
         x = x[prefix]
-    out = attend_packed(q, normed_keys(block, k, places, width.kept), v, q_lengths, lengths).flatten(1)
+    k, v = normed_keys(block, k, places, width.kept), for_each_head(attn, v, width.kept)
+    out = attend_packed(q, k, v, q_lengths, lengths).flatten(1)
     return _after_attention(block, products, out, x, width)
 
 
@@ -191,15 +196,16 @@ def equal_block(block: Any, x: Tensor, width: Width, read_prefix: int | None, pl
     x: (B, n, C), prefix rows first -> (B, n, C), or (B, P, C) where only the P prefix rows are read afterwards. places:
     (n,), where in an image these rows lie; None: all of them, in their order.
     """
-    products = Plain()
+    attn, products = block.attn, Plain()
     check_own_forward(block)
     if read_prefix is None:
         q, k, v = _query_key_value(block, products, x, width)
         q = normed_queries(block, q, places, width.kept)
     else:
         q, k, v = _prefix_query_key_value(block, products, x, (slice(None), slice(read_prefix)), width)
-        q, x = block.attn.q_norm(q), x[:, :read_prefix]
-    q, k, v = (part.transpose(1, 2) for part in (q, normed_keys(block, k, places, width.kept), v))
+        q, x = attn.q_norm(q), x[:, :read_prefix]
+    k, v = normed_keys(block, k, places, width.kept), for_each_head(attn, v, width.kept)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return _after_attention(block, products, out, x, width)
 
@@ -233,7 +239,9 @@ def _added(
 
 
 def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width) -> tuple[Tensor, Tensor, Tensor]:
-    """Each (..., kept heads, head_dim). rows: (T, C), or (B, n, C) of images of equal length."""
+    """Each (..., kept heads, head_dim); shared keys and values of all heads. rows: (T, C), or (B, n, C) of images of
+    equal length.
+    """
     attn, y = block.attn, attention_input(block, rows)
 
     def whole(layer: Any) -> Tensor:
@@ -244,7 +252,7 @@ def _query_key_value(block: Any, products: Products, rows: Tensor, width: Width)
     if width.heads is EVERY or not _is_cut(attn):
         return query_key_value(attn, whole)
     layers = query_key_value_layers(attn, width.heads)
-    q, k, v = (part.unflatten(-1, (width.num_heads, attn.head_dim)) for part in products.side_by_side(y, layers))
+    q, k, v = (by_heads(attn, part) for part in products.side_by_side(y, layers))
     return q, k, v
 
 
@@ -263,7 +271,7 @@ def _prefix_query_key_value(
     attn, y = block.attn, attention_input(block, rows)
     query, *others = query_key_value_layers(attn, width.heads)
     parts = products.linear(y[prefix], *query), *products.side_by_side(y, others)
-    q, k, v = (part.unflatten(-1, (width.num_heads, attn.head_dim)) for part in parts)
+    q, k, v = (by_heads(attn, part) for part in parts)
     return q, k, v
 
 
@@ -334,7 +342,8 @@ def masked_block(block: Any, x: Tensor, gates: Gates, num_prefix_tokens: int, ml
 
     y = attention_input(block, x)
     q, k, v = query_key_value(attn, lambda layer: layer(y))
-    q, k, v = (part.transpose(1, 2) for part in (normed_queries(block, q), normed_keys(block, k), v))
+    q, k, v = normed_queries(block, q), normed_keys(block, k), for_each_head(attn, v)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     dropout = attn.attn_drop.p if attn.training else 0.0
     y = attend_masked(q, k, v, keys, dropout)
     y = (y * heads[:, :, None, None]).transpose(1, 2).reshape(-1, num_rows, attention_dim(attn))

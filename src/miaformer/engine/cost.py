@@ -5,12 +5,15 @@ block n kept rows, k kept heads of D channels, C = embed_dim, m rows that are re
 in the last block of a class-token model):
 
     query m C kD + key and value 2 n C kD + attention 2 m n kD + projection m kD C + MLP m (in hidden + hidden out)
+
+Keys and values that heads share are made for all heads, whichever of these are kept: there k is `num_kv_heads`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
 
@@ -22,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from miaformer.engine.decisions import Gates, HostGates, MlpWidth
-from miaformer.vit.layers import is_gated
+from miaformer.vit.layers import is_gated, num_kv_heads
 
 Counts = NDArray[np.int64]
 
@@ -68,6 +71,7 @@ class Cost:
     depth: int  # L
     embed_dim: int  # C
     num_heads: int  # H
+    num_kv_heads: tuple[int, ...]  # of each block, of keys and values: fewer than H where heads share them
     head_dim: int  # D
     mlp_hidden: int
     mlp_inputs: int  # input projections of the MLP: 1, or 2 where it is gated
@@ -87,17 +91,19 @@ class Cost:
         """MACs (B,) of block `index` under `gates`: int64 for boolean gates, else differentiable."""
         depth, heads, tokens = (_countable(g) for g in (gates.depth, gates.heads, gates.tokens))
         rows = self.num_prefix_tokens + tokens.sum(1)
-        macs: Tensor = depth * self._rows_and_heads(rows, self._read(index, rows), heads)
+        macs: Tensor = depth * self._of_rows(index, rows, heads)
         return macs
 
     def of_host(self, index: int, gates: HostGates) -> Counts:
         """The same (B,) int64 of gates on the host."""
         rows = self.num_prefix_tokens + gates.tokens.sum(axis=1, dtype=np.int64)
-        macs: Counts = gates.depth * self._rows_and_heads(rows, self._read(index, rows), gates.heads.astype(np.int64))
+        macs: Counts = gates.depth * self._of_rows(index, rows, gates.heads.astype(np.int64))
         return macs
 
     def of_blocks(self, gates: Sequence[HostGates]) -> Counts:
-        """MACs (B,) int64 of all blocks together, in one go."""
+        """MACs (B,) int64 of all blocks together, in one go where blocks are alike."""
+        if min(self.num_kv_heads) < self.num_heads:
+            return np.sum([self.of_host(index, one) for index, one in enumerate(gates)], axis=0)
         depth = np.concatenate([g.depth for g in gates])  # (L * B,), and so on
         heads = np.concatenate([g.heads for g in gates]).astype(np.int64)
         rows = self.num_prefix_tokens + np.concatenate([g.tokens for g in gates]).sum(axis=1, dtype=np.int64)
@@ -105,21 +111,25 @@ class Cost:
         batch = len(gates[0].depth)
         if self.trims_last_block:
             read[len(read) - batch :] = self.num_prefix_tokens
-        macs: Counts = (depth * self._rows_and_heads(rows, read, heads)).reshape(len(gates), batch).sum(axis=0)
+        executed = self._rows_and_heads(rows, read, heads, self.num_heads)
+        macs: Counts = (depth * executed).reshape(len(gates), batch).sum(axis=0)
         return macs
 
-    def _rows_and_heads(self, rows: Any, read: Any, heads: Any) -> Any:
+    def _of_rows(self, index: int, rows: Any, heads: Any) -> Any:
+        """Of block `index`, executed on so many rows under heads (B, H)."""
+        read = self.num_prefix_tokens if self.trims(index) else rows
+        return self._rows_and_heads(rows, read, heads, self.num_kv_heads[index])
+
+    def _rows_and_heads(self, rows: Any, read: Any, heads: Any, num_kv_heads: int) -> Any:
         """Of executed blocks. rows: those kept; read: those of them that are read afterwards; heads: (..., H).
 
         Numbers of any kind, torch's or numpy's.
         """
         dim, channels = self.embed_dim, heads.sum(1) * self.head_dim
-        qkv = dim * channels * (read + 2 * rows)
+        key_channels = channels if num_kv_heads == self.num_heads else num_kv_heads * self.head_dim
+        qkv = dim * (read * channels + 2 * rows * key_channels)
         attention = 2 * read * rows * channels
         return qkv + attention + read * (channels * dim + self._mlp_row(heads))
-
-    def _read(self, index: int, rows: Any) -> Any:
-        return self.num_prefix_tokens if self.trims(index) else rows
 
     def _mlp_row(self, heads: Any) -> Any:
         """MACs of the MLP for one row. heads: (B, H)."""
@@ -145,17 +155,16 @@ class Cost:
     def first(self, blocks: int) -> int:
         """What executing everything of so many first blocks takes, and nothing of the others."""
         rows, heads = np.array([self.num_prefix_tokens + self.num_patches]), np.ones((1, self.num_heads), np.int64)
-        each = (self._rows_and_heads(rows, self._read(index, rows), heads) for index in range(blocks))
-        return int(sum(each)[0]) + self.fixed
+        return int(sum(self._of_rows(index, rows, heads) for index in range(blocks))[0]) + self.fixed
 
-    @property
+    @cached_property
     def backbone(self) -> int:
         """The static ViT's MACs: the 1.0 of every fraction. It computes all rows of its last block."""
-        rows = self.num_prefix_tokens + self.num_patches
-        dim = self.embed_dim
-        block = 3 * rows * dim * dim + 2 * rows * rows * dim + rows * dim * dim
-        block += rows * (self.mlp_inputs + 1) * dim * self.mlp_hidden
-        return self.depth * block + self.fixed
+        return replace(self, trims_last_block=False).everything
+
+    def key_channels(self, index: int) -> int:
+        """Of the keys of block `index`, and as many of its values."""
+        return self.num_kv_heads[index] * self.head_dim
 
 
 def _countable(gate: Tensor) -> Tensor:
@@ -183,6 +192,7 @@ def cost_of(backbone: Any, image_size: tuple[int, int], mlp_width: MlpWidth) -> 
         depth=len(backbone.blocks),
         embed_dim=dim,
         num_heads=attn.num_heads,
+        num_kv_heads=tuple(num_kv_heads(block.attn) for block in backbone.blocks),
         head_dim=attn.head_dim,
         mlp_hidden=mlp.fc2.in_features,
         mlp_inputs=2 if is_gated(mlp) else 1,

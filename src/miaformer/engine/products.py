@@ -32,7 +32,7 @@ class Products(Protocol):
         ...
 
     def side_by_side(self, x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
-        """`linear` with each of several layers of equal shape: (T, out) each."""
+        """`linear` with each of several layers: (T, its out) each."""
         ...
 
     def activated(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any) -> Tensor:
@@ -113,7 +113,7 @@ class Packed(OneDnn):
         originals = weights if biases[0] is None else (*weights, *biases)
         copy = self._copy_of(*originals, make=lambda: _joined(weights, biases))
         out: Tensor = POINTWISE.default(x, copy.weight, copy.bias, "none", [], "")
-        return out.view(len(x), len(layers), -1).unbind(1)
+        return out.split([len(weight) for weight in weights], dim=1)
 
     def activated(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any) -> Tensor:
         gelu = gelu_kind(act)

@@ -22,7 +22,9 @@ from miaformer.vit.layers import (
     mlp_inputs,
     mlp_scale,
     norms_results,
+    num_kv_heads,
     query_key_value_layers,
+    shares_keys,
 )
 
 
@@ -93,16 +95,20 @@ class BlockWriter:
         queries = y
         if self.cost.trims(self.index):
             queries = graph.op("Slice", y, first, graph.ints(self.cost.num_prefix_tokens))
-        names, layers = ("query", "key", "value"), query_key_value_layers(attn)
-        q, k, v = (
-            self._linear(graph, source, name, layer.bias, None, channels)
-            for name, layer, source in zip(names, layers, (queries, y, y), strict=True)
-        )
-        q, k = (self._head_norm(graph, norm, part, num_heads) for norm, part in ((attn.q_norm, q), (attn.k_norm, k)))
+        shared = shares_keys(attn)
+        key_heads, key_channels = (list(range(num_kv_heads(attn))), None) if shared else (kept, channels)
+        query, key, value = query_key_value_layers(attn)
+        q = self._linear(graph, queries, "query", query.bias, None, channels)
+        k = self._linear(graph, y, "key", key.bias, None, key_channels)
+        v = self._linear(graph, y, "value", value.bias, None, key_channels)
+        q = self._head_norm(graph, attn.q_norm, q, num_heads)
+        k = self._head_norm(graph, attn.k_norm, k, len(key_heads))
         if angles is not None:
-            k = self._turned(graph, k, kept, angles)
+            k = self._turned(graph, k, key_heads, angles)
             if not self.cost.trims(self.index):  # prefix rows are not turned
                 q = self._turned(graph, q, kept, angles)
+        if shared:
+            k, v = (self._for_each_head(graph, part, kept) for part in (k, v))
         scale = float(attn.head_dim**-0.5)
         if graph.standard_ops:
             return _standard_attention(graph, q, k, v, (num_heads, attn.head_dim), scale)
@@ -183,6 +189,13 @@ class BlockWriter:
             return x
         heads = graph.op("Reshape", x, graph.ints(-1, num_heads, self.cost.head_dim))
         return str(graph.op("Reshape", self.norm(graph, norm, heads), graph.ints(-1, num_heads * self.cost.head_dim)))
+
+    def _for_each_head(self, graph: Graph, x: str, kept: list[int]) -> str:
+        """Keys or values (n, KV * D) as the kept heads read them, (n, kept heads * D)."""
+        count, size = num_kv_heads(self.block.attn), self.cost.head_dim
+        reads = graph.constant(np.array(kept) // (self.cost.num_heads // count))
+        parts = graph.op("Gather", graph.op("Reshape", x, graph.ints(-1, count, size)), reads, axis=1)
+        return str(graph.op("Reshape", parts, graph.ints(-1, len(kept) * size)))
 
     def _turned(self, graph: Graph, x: str, kept: list[int], angles: Angles) -> str:
         """Queries or keys (n, kept heads * D) by their angles."""

@@ -46,7 +46,11 @@ def rotary_of(model: MIAFormer, size: Size | None = None) -> Rotary | None:
     parameter = next(model.parameters())
     image = parameter.new_zeros(1, model.backbone.in_chans, *(size or model.image_size()))
     first = model.embed(image).blocks[0]
-    return first.rotary if turns_rows(first) else None
+    if not turns_rows(first):
+        return None
+    rotary: Rotary = first.rotary
+    _ = rotary.table  # kept from now on: made under PyTorch's exporter it would hold no numbers
+    return rotary
 
 
 class Resize(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -15,7 +16,7 @@ from miaformer.model.resolution import take_any_size
 from miaformer.vit import backbone as static
 from miaformer.vit.from_transformers import is_of_transformers, to_timm
 from miaformer.vit.importance import identity_orders, importance_orders
-from miaformer.vit.layers import norms_results
+from miaformer.vit.layers import norms_results, num_kv_heads, shares_keys
 
 
 @torch.inference_mode(False)  # a model that learns, wherever it was made
@@ -50,6 +51,7 @@ def adapt(
     if calibration_images is not None:
         static.check_images(calibration_images, vit, "calibration_images")
     if "heads" in settings.grains:
+        _check_own_keys(static.transformer_blocks(vit))
         check_plain(static.transformer_blocks(vit), "executed in part", "Leave 'heads' out of the grains")
     if settings.mlp_width == "coupled" and any(norms_results(block) for block in static.transformer_blocks(vit)):
         raise ValueError(
@@ -64,3 +66,14 @@ def adapt(
     model = MIAFormer(vit, settings, orders).to(parameter.device)
     model.controllers.to(parameter.dtype)
     return model
+
+
+def _check_own_keys(blocks: Iterable[Any]) -> None:
+    """Raises ValueError for heads that share keys and values: they have no order by importance, and are no grain."""
+    for index, attn in enumerate(block.attn for block in blocks):
+        if shares_keys(attn):
+            raise ValueError(
+                f"block {index} of the backbone has grouped-query attention: {attn.num_heads} heads share "
+                f"{num_kv_heads(attn)} heads of keys and values, so they cannot be decided one by one. Leave 'heads' "
+                "out of the grains: adapt(backbone, grains=('depth', 'tokens'))"
+            )

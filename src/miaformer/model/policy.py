@@ -25,7 +25,7 @@ from miaformer.engine.decisions import Booleans, Decisions, Gates, HostGates
 from miaformer.engine.walk import Policy, State
 from miaformer.model.early_exit import NEVER, EarlyExit
 from miaformer.model.resolution import Size
-from miaformer.vit.layers import LinearView, attention_input, normed_keys, query_key_value_layers
+from miaformer.vit.layers import LinearView, attention_input, by_heads, normed_keys, query_key_value_layers
 
 __all__ = [
     "ClsAttention",
@@ -195,7 +195,7 @@ class ClsAttention(BestTokens):
         return cost.embed_dim**2 if self.chooses(index, cost.depth) else 0
 
     def token_score_macs(self, cost: Cost, index: int) -> int:
-        return cost.embed_dim**2 if self.chooses(index, cost.depth) else 0
+        return cost.embed_dim * cost.key_channels(index) if self.chooses(index, cost.depth) else 0
 
 
 def _class_attention(block: Any, x: Tensor, active: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -205,11 +205,11 @@ def _class_attention(block: Any, x: Tensor, active: Tensor, num_prefix_tokens: i
     image, token = active.nonzero(as_tuple=True)
     rows = x[image, num_prefix_tokens + token]
 
-    def by_heads(layer: LinearView, rows: Tensor) -> Tensor:
-        return F.linear(attention_input(block, rows), *layer).unflatten(1, (attn.num_heads, attn.head_dim))
+    def made(layer: LinearView, rows: Tensor) -> Tensor:
+        return by_heads(attn, F.linear(attention_input(block, rows), *layer))
 
-    q = attn.q_norm(by_heads(query, x[:, 0]))  # the class token has no angle
-    k = normed_keys(block, by_heads(key, rows), num_prefix_tokens + token)
+    q = attn.q_norm(made(query, x[:, 0]))  # the class token has no angle
+    k = normed_keys(block, made(key, rows), num_prefix_tokens + token)
     logits = x.new_full((*active.shape, attn.num_heads), float("-inf"))
     logits[image, token] = ((q[image] * k).sum(dim=-1) * attn.scale).to(x.dtype)
     return logits.softmax(dim=1).mean(dim=2).nan_to_num(0.0)

@@ -23,6 +23,7 @@ from miaformer.vit.layers import (
     mlp_scale,
     query_key_value_inputs,
     query_key_value_layers,
+    shares_keys,
 )
 from miaformer.vit.stem import ConvPatchEmbed, ConvStem
 from miaformer.vit.token_avg import VisionTransformerTokenAvg
@@ -109,8 +110,6 @@ def _unsupported(block: Any) -> str | None:
         return f"type {type(block).__name__}"
     if type(block.attn) not in ((Attention,) if type(block) is Block else eva.ATTENTIONS):
         return f"attention {type(block.attn).__name__}"
-    if problem := eva.unsupported_attention(block.attn):
-        return problem
     if block.attn.gate is not None:
         return "gated attention"
     if type(block.mlp).__name__ not in MLPS or isinstance(getattr(block.mlp, "fc1", None), nn.Conv2d):
@@ -348,7 +347,8 @@ def apply_orders(backbone: Backbone, orders: dict[str, Tensor]) -> None:
     """Permute in place. orders: `heads` (L, H), `hidden` (L, units), `channels` (C,), each a permutation."""
     with torch.no_grad():
         for index, block in enumerate(transformer_blocks(backbone)):
-            _order_heads(block.attn, orders["heads"][index])
+            if not shares_keys(block.attn):  # else its heads stay where they are
+                _order_heads(block.attn, orders["heads"][index])
             _order_hidden(block.mlp, orders["hidden"][index])
         if isinstance(backbone, Eva) and backbone.rope_mixed:  # each head has angles of its own
             freqs: Any = backbone.rope.freqs

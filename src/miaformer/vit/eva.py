@@ -14,6 +14,8 @@ from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDino
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import nn
 
+from miaformer.vit.layers import num_kv_heads
+
 BLOCKS = (EvaBlock, EvaBlockPostNorm)
 ATTENTIONS = (EvaAttention, AttentionRope)
 ROPES: dict[type[nn.Module], str] = {  # timm's `rope_type`
@@ -35,18 +37,13 @@ def unsupported(backbone: Eva) -> str | None:
     return None
 
 
-def unsupported_attention(attn: Any) -> str | None:
-    if getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
-        return f"grouped-query attention ({attn.num_heads} heads of queries, {attn.num_kv_heads} of keys)"
-    return None
-
-
 def described(backbone: Eva) -> dict[str, Any]:
     """Settings of `Eva` that `VisionTransformer` has not, or calls otherwise; read off the module."""
     block: Any = backbone.blocks[0]
     attn, mlp = block.attn, block.mlp
     pool: Any = backbone.attn_pool
     scales = [getattr(block, name, None) is not None for name in ("gamma_1", "gamma_2")]
+    kv_heads = [num_kv_heads(one.attn) for one in list[Any](backbone.blocks)]
     found = {
         "mlp_ratio": (mlp.fc2.in_features + 0.5) / backbone.embed_dim,  # timm rounds down
         "qkv_bias": _has_bias(attn),
@@ -67,6 +64,8 @@ def described(backbone: Eva) -> dict[str, Any]:
         "use_rot_pos_emb": backbone.rope is not None,
         **_described_rope(backbone.rope, attn),
     }
+    if min(kv_heads) < attn.num_heads:
+        found["num_kv_heads"] = kv_heads
     if pool is not None:
         found["attn_pool_num_heads"] = pool.num_heads
         found["attn_pool_mlp_ratio"] = (pool.mlp.fc1.out_features + 0.5) / backbone.embed_dim

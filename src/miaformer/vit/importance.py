@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from miaformer.vit.backbone import Backbone, channels_are_free, transformer_blocks
-from miaformer.vit.layers import input_layers, mlp_inputs, query_key_value_layers
+from miaformer.vit.layers import input_layers, mlp_inputs, query_key_value_layers, shares_keys
 
 
 def importance_orders(backbone: Backbone, images: Tensor | None = None) -> dict[str, Tensor]:
@@ -27,8 +27,11 @@ def importance_orders(backbone: Backbone, images: Tensor | None = None) -> dict[
         heads, hidden, channels = [], [], torch.zeros(backbone.embed_dim)
         for block, (head_input, hidden_input, norm2_output) in zip(transformer_blocks(backbone), scales, strict=True):
             attn, mlp = block.attn, block.mlp
-            passed_on = head_input * attn.proj.weight.norm(dim=0)
-            heads.append(passed_on.view(attn.num_heads, -1).square().sum(dim=1))
+            if shares_keys(attn):  # they stay where they are
+                heads.append(-torch.arange(attn.num_heads).float())
+            else:
+                passed_on = head_input * attn.proj.weight.norm(dim=0)
+                heads.append(passed_on.view(attn.num_heads, -1).square().sum(dim=1).cpu())
             hidden.append(hidden_input * mlp.fc2.weight.norm(dim=0))
             value, _, _ = mlp_inputs(mlp)
             read, written = norm2_output * value.weight.norm(dim=0), mlp.fc2.weight.norm(dim=1)

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import apply_rot_embed_cat
+from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaBlockPostNorm
 from torch import Tensor, nn
 
@@ -175,15 +175,35 @@ def attention_dim(attn: Any) -> int:
     return dim
 
 
+def num_kv_heads(attn: Any) -> int:
+    """Heads of keys and values: H, or fewer in grouped-query attention (Ainslie et al. 2023), where H / KV heads of
+    queries, neighbours, share one of them.
+    """
+    count: int = attn.num_kv_heads if isinstance(attn, AttentionRope) else attn.num_heads
+    return count
+
+
+def shares_keys(attn: Any) -> bool:
+    """Whether several heads of queries read one head of keys and values."""
+    return num_kv_heads(attn) < int(attn.num_heads)
+
+
 def query_key_value(attn: Any, call: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all heads, each (..., H, D), before their norms. call: what a layer gives, (..., its outputs)."""
+    """Of all heads, before their norms: queries (..., H, D), keys and values (..., KV, D), H unless heads share them.
+
+    call: what a layer gives, (..., its outputs).
+    """
     if attn.qkv is None:
         q, k, v = (call(layer) for layer in query_key_value_inputs(attn))
     else:
         packed, bias = call(attn.qkv), _own_bias(attn)
         q, k, v = (packed if bias is None else packed + bias).chunk(3, dim=-1)
-    q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)) for part in (q, k, v))
-    return q, k, v
+    return by_heads(attn, q), by_heads(attn, k), by_heads(attn, v)
+
+
+def by_heads(attn: Any, part: Tensor) -> Tensor:
+    """Queries, keys or values (..., channels) as (..., heads, D)."""
+    return part.unflatten(-1, (part.shape[-1] // attn.head_dim, attn.head_dim))
 
 
 def query_key_value_inputs(attn: Any) -> list[Any]:
@@ -199,11 +219,15 @@ def _own_bias(attn: Any) -> Tensor | None:
 
 
 def query_key_value_layers(attn: Any, channels: Index = EVERY) -> list[LinearView]:
-    """The three as layers of their own, of some of the H * D channels that each gives."""
+    """The three as layers of their own, of some of the H * D channels that each gives. Keys and values that heads share
+    come whole, whichever of these heads are kept.
+    """
     if attn.qkv is None:
-        weights = [layer.weight[channels] for layer in query_key_value_inputs(attn)]
-        biases = [None if layer.bias is None else layer.bias[channels] for layer in query_key_value_inputs(attn)]
-        return [LinearView(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        key_channels = EVERY if shares_keys(attn) else channels
+        parts = zip(query_key_value_inputs(attn), (channels, key_channels, key_channels), strict=True)
+        return [
+            LinearView(layer.weight[part], None if layer.bias is None else layer.bias[part]) for layer, part in parts
+        ]
     dim = attention_dim(attn)
     of_fused = attn.qkv.weight.unflatten(0, (3, dim))[:, channels].unbind(0)
     if getattr(attn, "q_bias", None) is not None:
@@ -222,8 +246,18 @@ def normed_queries(block: Any, q: Tensor, rows: Tensor | None = None, heads: Ind
 
 
 def normed_keys(block: Any, k: Tensor, rows: Tensor | None = None, heads: Index = EVERY) -> Tensor:
-    """As they are compared with queries. k, rows, heads: as `normed_queries` has them."""
-    return _turned(block, block.attn.k_norm(k), rows, heads)
+    """As they are compared with the queries of some heads, (..., R, heads, D). k: (..., R, heads of keys, D); rows,
+    heads: as `normed_queries` has them.
+    """
+    attn = block.attn
+    return for_each_head(attn, _turned(block, attn.k_norm(k), rows, heads), heads)
+
+
+def for_each_head(attn: Any, part: Tensor, heads: Index = EVERY) -> Tensor:
+    """Keys or values as some heads of queries read them, (..., heads, D): once for each of those that share them."""
+    if not shares_keys(attn):
+        return part
+    return part.repeat_interleave(attn.num_heads // num_kv_heads(attn), dim=-2)[..., heads, :]
 
 
 def _turned(block: Any, part: Tensor, rows: Tensor | None, heads: Index) -> Tensor:

@@ -20,6 +20,8 @@ from miaformer.training.objective import Objective, Outcome, Step, Targets
 from miaformer.vit.layers import (
     attention_input,
     attention_result,
+    by_heads,
+    for_each_head,
     mlp_input,
     mlp_result,
     normed_keys,
@@ -58,10 +60,11 @@ def _block(block: Any, x: Tensor, size: Tensor, merge: int, class_token_only: bo
         x = x[:, :1]
     queries = y[:, :1] if class_token_only else y
     q, k, v = (
-        F.linear(rows, *layer).unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+        by_heads(attn, F.linear(rows, *layer))
         for rows, layer in zip((queries, y, y), query_key_value_layers(attn), strict=True)
     )
-    q, k = normed_queries(block, q), normed_keys(block, k)
+    q, k, v = normed_queries(block, q), normed_keys(block, k), for_each_head(attn, v)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log()[:, None, None, :].to(q.dtype))
     out = attn.proj(attn.norm(out.transpose(1, 2).flatten(2)))
     x = x + block.drop_path1(attention_result(block, out))
@@ -100,7 +103,7 @@ def merged_macs(cost: Cost, merges: Sequence[int]) -> int:
     for index, merge in enumerate(merges):
         read = 1 if cost.trims(index) else n
         merge = 0 if cost.trims(index) else merge
-        total += 2 * n * dim * dim + 2 * read * dim * dim + 2 * read * n * dim
+        total += 2 * n * dim * cost.key_channels(index) + 2 * read * dim * dim + 2 * read * n * dim
         if merge:
             total += (n - n // 2) * (n // 2) * cost.head_dim
             n -= merge
