@@ -50,8 +50,9 @@ def page() -> str:
     lines = [
         "# Which models can be adapted",
         "",
-        f"`python benchmarks/zoo.py` writes this page, from timm {timm.__version__}. A fine-tuned, resized or hand-built model of the same parts can be adapted too. For any other",
-        "model, the error names the part that is not supported.",
+        f"`python benchmarks/zoo.py` writes this page, from timm {timm.__version__}. A fine-tuned, resized or "
+        "hand-built model of the same parts can be adapted too.",
+        "For any other model, the error names the part that is not supported.",
         "",
         "## timm",
         "",
@@ -75,7 +76,7 @@ def page() -> str:
         "",
         "| class | becomes timm's |",
         "|---|---|",
-        *(f"| `{name}` | `{model.timm.__name__}` |" for name, model in MODELS.items()),
+        *(f"| `{name}` | `{model.timm_class.__name__}` |" for name, model in MODELS.items()),
         "",
         "| class that is refused | instead |",
         "|---|---|",

@@ -26,7 +26,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
-    markdown = markdown.replace(f"](../{RESULTS}/", f"]({RESULTS}/")
+    up = "../" * page.file.src_uri.count("/")
+    markdown = markdown.replace(f"]({up}../{RESULTS}/", f"]({up}{RESULTS}/")
     if page.file.src_uri == CLI_PAGE:
         markdown = markdown.replace(CLI_MARK, command_line_reference())
     return markdown

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from timm.layers import PatchDropout
+from timm.layers import PatchDropoutWithIndices
 from tiny_training import RECIPE, STEPS, run, tiny_model
 from torch import Tensor
 
 from miaformer import cli
 from miaformer.training.adversarial import Adversary
-from miaformer.training.objective import Objective, Outcome, Step
+from miaformer.training.objective import Objective, Outcome, Step, Targets
 from miaformer.training.trainer import Trainer
 
 EPS = 24 / 255
@@ -79,12 +79,12 @@ def test_every_step_learns_from_images_that_its_loss_is_higher_on(
 
 def test_the_teacher_sees_images_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
-    original = Objective._soft_labels
+    original = Objective._targets
     trained_on: list[Tensor] = []
 
-    def watch(self: Objective, images: Tensor) -> Tensor | None:
+    def watch(self: Objective, images: Tensor, labels: Tensor) -> Targets:
         seen.append((trained_on[-1], images))
-        return original(self, images)
+        return original(self, images, labels)
 
     forward = Objective.forward
 
@@ -92,7 +92,7 @@ def test_the_teacher_sees_images_as_they_were(tmp_path: Path, monkeypatch: pytes
         trained_on.append(images.detach())
         return forward(self, images, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Objective, "_soft_labels", watch)
+    monkeypatch.setattr(Objective, "_targets", watch)
     monkeypatch.setattr(Objective, "forward", watch_forward)
     run(tmp_path / "run", replace(ADVERSARIAL, stages=ADVERSARIAL.stages[:2]))
     moved = [(a - b).abs().max().item() for a, b in seen]
@@ -120,14 +120,14 @@ def test_the_sub_network_that_is_attacked_is_the_one_that_learns(
 ) -> None:
     """Patches are dropped by the global generator: both passes of a step drop the same."""
     kept: list[Tensor] = []
-    forward = PatchDropout.forward
+    forward = PatchDropoutWithIndices.forward
 
-    def watch(self: PatchDropout, x: Tensor) -> Tensor:
+    def watch(self: PatchDropoutWithIndices, x: Tensor) -> tuple[Tensor, Tensor | None]:
         found = forward(self, x)
-        kept.append(found.detach())
+        kept.append(found[0].detach())
         return found
 
-    monkeypatch.setattr(PatchDropout, "forward", watch)
+    monkeypatch.setattr(PatchDropoutWithIndices, "forward", watch)
     stage = replace(RECIPE.stages[0], patch_drop=(0.5, 0.5))
     recipe = replace(RECIPE, adversarial_eps=1e-6, augmentation={}, stages=(stage,))  # moved by nothing that is seen
     run(tmp_path / "run", recipe)

@@ -25,6 +25,7 @@ from PIL import Image
 from vits import enliven
 
 import miaformer
+from miaformer import cli
 from miaformer.cli import build_parser
 from miaformer.data import Batches, build_transform, open_data
 from miaformer.evaluation import calibrate
@@ -187,12 +188,15 @@ INSTEAD = {  # of what would take a network or hours
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What examples find where they run: pictures/ and photos/ with class folders, mine.pth, and a model for digits."""
+    """What examples find where they run: pictures/ and photos/ with class folders, their embeddings.npz, mine.pth, and
+    a model for digits.
+    """
     root = tmp_path_factory.mktemp("workplace")
     class_folders(root / "photos", each=20)
     (root / "pictures").symlink_to("photos")
     for number, name in enumerate(("tabby", "airliner")):
         Image.new("RGB", (40, 30), (90 * number, 120, 30)).save(root / "photos" / f"{name}.jpg")
+    assert cli.main(["embed", "cifar10-small", str(root / "photos"), "--out", str(root / "embeddings.npz")]) == 0
     torch.manual_seed(0)
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=3, **SMALL).state_dict(), root / "mine.pth")
     backbone = timm.create_model("vit_tiny_patch16_224", num_classes=10, **{**SMALL, "img_size": 20, "patch_size": 4})

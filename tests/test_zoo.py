@@ -7,6 +7,8 @@ weights. Models of more than 400 million parameters are cut to two blocks. Run w
 from __future__ import annotations
 
 import math
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,3 +135,11 @@ def test_every_supported_vit_is_reproduced(name: str) -> None:
 def test_as_many_are_supported_as_promised() -> None:
     kinds = [kind(built(name)) for name in NAMES]
     assert (kinds.count("plain"), kinds.count("gated"), len(kinds)) == (197, 37, 244)
+
+
+def test_the_page_of_models_is_current() -> None:
+    zoo = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "zoo.py"))
+    text = zoo["PAGE"].read_text(encoding="utf-8")
+    if f"timm {timm.__version__}." not in text:
+        pytest.skip("the page was written from another timm")
+    assert text == zoo["page"](), "python benchmarks/zoo.py writes it anew"

@@ -31,6 +31,8 @@ examples:
   miaformer train --recipe finetune --model vit_base_patch14_dinov2 --weights dinov2_vitb14_pretrain.pth \\
       --image-size 224 --data photos/ --out runs/photos
       start from your own model: a timm name, its checkpoint file and an image size
+  miaformer train --recipe features --data photos/ --out runs/photos
+      learn to give the features of a pretrained DINOv2 ViT-S for less compute, from any pictures, without labels
   miaformer train --recipe finetune --data photos/ --out runs/photos --resume
       continue after Ctrl-C, a crash or the loss of a machine
   accelerate launch --num_processes 4 -m miaformer train --recipe finetune --data photos/ --out runs/photos
@@ -41,7 +43,10 @@ examples:
 def add_parser(subparsers: Any) -> None:
     parser = add_command(subparsers, "train", "train and calibrate an adaptive ViT", DESCRIPTION, EPILOG)
     parser.add_argument(
-        "--recipe", required=True, metavar="R", help="recipe: digits, cifar10-small, cifar10, finetune or imagenet"
+        "--recipe",
+        required=True,
+        metavar="R",
+        help="recipe: digits, cifar10-small, cifar10, finetune, features or imagenet",
     )
     parser.add_data("data set: digits, a folder, a CSV file, or a name that timm knows (default: the recipe's)")
     start = parser.add_argument_group("starting point, instead of the recipe's backbone")

@@ -19,15 +19,17 @@ class ClassFolders:
     Classes are the names of the class folders that hold pictures, sorted as
     `torchvision.datasets.ImageFolder` does; with split folders, those of train where it exists. Where `root` holds one
     folder alone, and that holds folders again, it is that one: what an archive often unpacks to.
+
+    labelled: False takes all pictures, wherever they lie below `root` or below its split folders.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, labelled: bool = True) -> None:
         root = _unpacked(root)
-        self.name = str(root)
+        self.name, self._labelled = str(root), labelled
         self._folders: dict[str, Path] = {}
         for folder in _subfolders(root):
             part = canonical_part(folder.name)
-            if part is None or not _subfolders(folder):  # a class may be called "train"
+            if part is None or not (_subfolders(folder) or not labelled):  # a class may be called "train"
                 continue
             if part in self._folders:
                 raise ValueError(
@@ -42,6 +44,8 @@ class ClassFolders:
         return set(self._folders)
 
     def read(self, part: str) -> PictureFiles:
+        if not self._labelled:
+            return _by_folder(self._folders[part])
         named = self._folders.get("train", self._folders[part])
         classes = [folder.name for folder in _subfolders(named) if _pictures(folder)]
         if not classes:
@@ -71,6 +75,14 @@ def _labelled(root: Path, classes: list[str]) -> PictureFiles:
         found += paths
         labels += [classes.index(folder.name)] * len(paths)
     return PictureFiles(str(root), found, labels, classes)
+
+
+def _by_folder(root: Path) -> PictureFiles:
+    """All pictures below `root`. Its subfolders are their classes, so that they are divided as class folders are."""
+    paths = find_images(root)
+    folders = [path.relative_to(root).parts[0] if path.parent != root else "" for path in paths]
+    classes = sorted(set(folders))
+    return PictureFiles(str(root), paths, [classes.index(folder) for folder in folders], classes)
 
 
 def _unpacked(root: Path) -> Path:

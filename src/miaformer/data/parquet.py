@@ -28,10 +28,12 @@ MAX_RESIDENT_BYTES = 4 << 30  # encoded images are held in memory, shared by for
 class ParquetImages(ImageData):
     """The rows of some parquet files; their encoded images are held in memory and decoded when asked for.
 
-    `naming`: the files whose labels, where they are text, are the classes.
+    `naming`: the files whose labels, where they are text, are the classes. `labelled`: False lets labels be missing.
     """
 
-    def __init__(self, name: str, files: list[Path], root: Path, columns: Columns, naming: list[Path]) -> None:
+    def __init__(
+        self, name: str, files: list[Path], root: Path, columns: Columns, naming: list[Path], labelled: bool
+    ) -> None:
         self.name = name
         self._root, self._named = root, columns
         size = sum(file.stat().st_size for file in files)
@@ -44,11 +46,20 @@ class ParquetImages(ImageData):
         first = next((file for file in files if open_parquet(file).metadata.num_rows), files[0])
         opened = open_parquet(first)
         self._image_column = image_column(opened, str(first), (first.parent, root), columns.image)
-        label, names = label_column(opened, str(first), columns.label)
-        self._tables: list[Any] = [_read_columns(file, [self._image_column, label]) for file in files]
+        label, names = None, list[str]()
+        try:
+            label, names = label_column(opened, str(first), columns.label)
+        except NoColumnError:
+            if labelled or columns.label is not None:
+                raise
+        wanted = [self._image_column, *([] if label is None else [label])]
+        self._tables: list[Any] = [_read_columns(file, wanted) for file in files]
         self._files = files
         self._first_row = np.cumsum([0] + [table.num_rows for table in self._tables])
-        self.labels, self.classes = self._read_labels(label, names, naming)
+        if label is None:
+            self.labels, self.classes = np.zeros(int(self._first_row[-1]), dtype=np.int64), ["unlabelled"]
+        else:
+            self.labels, self.classes = self._read_labels(label, names, naming)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if not -len(self) <= index < len(self):
@@ -107,8 +118,8 @@ class ParquetFolder:
     these are is found by looking (`parquet_columns`) where `columns` does not name them.
     """
 
-    def __init__(self, root: Path, columns: Columns | None = None) -> None:
-        self.name = str(root)
+    def __init__(self, root: Path, columns: Columns | None = None, labelled: bool = True) -> None:
+        self.name, self._labelled = str(root), labelled
         self._root = root if root.is_dir() else root.parent
         self._columns = columns or Columns()
         self._files: dict[str, list[Path]] = {}
@@ -129,7 +140,8 @@ class ParquetFolder:
     def read(self, part: str) -> ParquetImages:
         name = self.name if part == UNSPLIT else f"{self.name} ({part})"
         files = self._files[part]
-        return ParquetImages(name, files, self._root, self._columns, self._files.get("train", files))
+        naming = self._files.get("train", files)
+        return ParquetImages(name, files, self._root, self._columns, naming, self._labelled)
 
 
 def parquet_files(root: Path) -> list[Path]:

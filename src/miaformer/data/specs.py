@@ -20,7 +20,7 @@ ACCEPTED = (
 )
 
 
-def open_data(spec: str | Path, split: Split) -> ImageData:
+def open_data(spec: str | Path, split: Split, labelled: bool = True) -> ImageData:
     """Open one split of a data set.
 
     Args:
@@ -29,6 +29,8 @@ def open_data(spec: str | Path, split: Split) -> ImageData:
             "torch/cifar10:/data". After a table (CSV, TSV, parquet, hub) `?image=COLUMN&label=COLUMN` names columns.
         split: "train", "calibration" or "test". How these are made where the data has other splits, or none, is
             said at `splits.choose_split`: they are always disjoint and always the same.
+        labelled: False takes any folder of pictures, and parquet files without a label column; labels then mean
+            nothing. What has labels is divided in the same way.
 
     Raises:
         ValueError: nothing is there, its layout is none of these, or it has no such split.
@@ -40,10 +42,10 @@ def open_data(spec: str | Path, split: Split) -> ImageData:
         if columns:
             raise ValueError("digits: it is no table, and has no columns to name")
         return Digits(split)
-    return choose_split(_source(bare, columns), split)
+    return choose_split(_source(bare, columns, labelled), split)
 
 
-def _source(spec: str, columns: Columns) -> Source:
+def _source(spec: str, columns: Columns, labelled: bool) -> Source:
     if spec.startswith(STREAM_PREFIXES):
         raise ValueError(
             f"{spec}: a stream, which cannot be shuffled and resumed exactly; use 'hfds/...', or save it as class "
@@ -55,13 +57,13 @@ def _source(spec: str, columns: Columns) -> Source:
     if not root.exists():
         raise ValueError(f"unknown data {spec!r}: no such folder or file; data is {ACCEPTED}")
     if parquet_files(root) and not _are_about_pictures(root):
-        return ParquetFolder(root, columns)
+        return ParquetFolder(root, columns, labelled)
     if root.suffix.lower() in SUFFIXES and root.is_file():
         return LabelFile(root, columns)
     if columns:
         raise ValueError(f"{root}: columns are named of a CSV, TSV or parquet file, which this is not")
     if root.is_dir():
-        return ClassFolders(root)
+        return ClassFolders(root, labelled)
     raise ValueError(f"{root}: a file of this kind is not a data set; data is {ACCEPTED}")
 
 

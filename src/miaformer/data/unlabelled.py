@@ -41,7 +41,7 @@ def _splits(spec: str | Path) -> list[ImageData]:
     reasons: list[ValueError] = []
     for split in _ORDER:
         try:
-            found.append(open_data(spec, split))
+            found.append(open_data(spec, split, labelled=False))
         except ImageError:
             raise
         except ValueError as error:

@@ -48,8 +48,9 @@ def export_onnx(
     the file's metadata cannot be kept: everything is skipped then. A model that chooses resolutions looks at the image
     in the largest size that budget and cap allow, and in the smallest at least (`export.sizes`); its file has a third
     scalar, `leave`: an early answer of at least this confidence is final, and from 2 on none is computed. Outputs:
-    `logits` (1, classes), `macs_fraction` (1,), with `trace` also `depth` (1, L), `heads` (1, L, H), `tokens`
-    (1, L, N), bool, `macs` (1,) int64, and of a model that chooses resolutions the early `answers` (K, classes).
+    `logits` (1, classes), of a model without a classifier its features, `macs_fraction` (1,), with `trace` also `depth`
+    (1, L), `heads` (1, L, H), `tokens` (1, L, N), bool, `macs` (1,) int64, and of a model that chooses resolutions the
+    early `answers` (K, classes).
     price: decide at this price, whatever budget is given; a model that is not calibrated needs one. standard_ops: only
     operators of the ONNX standard, for other runtimes; by default attention is ONNX Runtime's fused operator. int8:
     products of the blocks in 8-bit integers, their inputs quantized as they come; controllers, embedding and classifier
@@ -105,7 +106,7 @@ def _export_sizes(
     outputs = _outputs(graph, model, done.rows, done.macs)
     if trace:
         outputs["macs"] = (done.macs, TensorProto.INT64, [1])
-        outputs["answers"] = (done.answers, TensorProto.FLOAT, [None, model.num_classes])
+        outputs["answers"] = (done.answers, TensorProto.FLOAT, [None, model.num_classes or model.num_features])
         executed = graph.op("Unsqueeze", done.executed, graph.ints(0, 2))  # (1, L, 1)
         kept = graph.op("Less", graph.constant(np.arange(cost.num_patches)), done.num_patches)
         values = {

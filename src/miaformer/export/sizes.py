@@ -64,7 +64,7 @@ class SizesWriter:
             half = bool(getattr(self.blocks[0].attn, "rotate_half", False))
             self.angles = Angles(sin, cos, each_head=False, half=half)
         # No answers yet: OpenVINO takes a constant without elements for one without dimensions.
-        none = graph.constant(np.zeros((1, self.model.num_classes)), np.float32)
+        none = graph.constant(np.zeros((1, self.model.num_classes or self.model.num_features)), np.float32)
         nothing = graph.op("Slice", none, graph.ints(0), graph.ints(0))
         rows, place, answers = self._from(graph, 0, rows, asks, nothing)
         macs = graph.op("Gather", graph.op("Where", asks, leaving, staying), place)

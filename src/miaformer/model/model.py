@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -199,8 +200,9 @@ class MIAFormer(
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Another number of classes, by a new layer to be trained; 0 for none: features instead of logits.
 
-        What is pooled stays as it is. So do controllers and the calibration table, which tell images apart without the
-        classifier. Names of classes go. Raises ValueError for fewer classes than none, and for another pooling.
+        What is pooled stays as it is. So do controllers and their calibration table, which tell images apart without
+        the classifier; looks that were chosen by its confidence go, and names of classes. Raises ValueError for fewer
+        classes than none, and for another pooling.
         """
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes} must be at least 0")
@@ -215,6 +217,8 @@ class MIAFormer(
         known = {name: value for name, value in self.pretrained_cfg.items() if name != "label_names"}
         self.backbone.pretrained_cfg = {**known, "num_classes": num_classes}  # type: ignore[assignment]
         self._describe()
+        if self.calibration is not None:
+            self.calibration = replace(self.calibration, looks=())
 
     # What it spends --------------------------------------------------------------------------------------------
 

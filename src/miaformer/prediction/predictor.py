@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -160,9 +160,12 @@ class Predictor:
         cap: Budget | None = None,
         policy: Policy | None = None,
     ) -> Output:
-        """`MIAFormer.run` with the pooled features, (B, num_features) of `Output.features`: in PyTorch, whatever the
-        engine. The arguments are those of `run`.
+        """`MIAFormer.run` with the pooled features, (B, num_features) of `Output.features`. The arguments are those of
+        `run`. By the engine where the model has no classifier, else in PyTorch: engines give what comes last.
         """
+        if not self.model.num_classes:
+            output = self.run(images, budget, price, cap, policy)
+            return replace(output, features=output.logits)
         spend: dict[str, Any] = {"budget": budget, "price": price, "cap": cap, "policy": policy}
         with torch.inference_mode():
             return self.model.run(self._on_device(images), **spend, features=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,12 +78,19 @@ def _facts(run: History) -> dict[str, object]:
         found["Duration"] = duration(run.seconds) + (f", {processes} processes" if processes > 1 else "")
     last = run.stages[-1].rows if run.stages else []
     if last:
-        found["Accuracy in training, at its end"] = percent(_mean(last, "accuracy"))
+        score, written = _score(run.stages)
+        found[f"{score.capitalize()} in training, at its end"] = written(_mean(last, score))
     if run.calibration is not None:
         least, most = run.calibration["fractions"][-1], run.calibration["fractions"][0]
         found["Budgets it can meet"] = f"{least:.2f} to {most:.2f} of the dense MACs"
         found["Calibrated on"] = f"{run.calibration['num_images']:,} images of {run.calibration['data']}"
     return found
+
+
+def _score(stages: Sequence[StageHistory]) -> tuple[str, Callable[[float], str]]:
+    """What tells how good the model is, and how it is written: similarity to features where there are no labels."""
+    rows = [row for stage in stages for row in stage.rows[-1:]]
+    return ("similarity", "{:.3f}".format) if any("similarity" in row for row in rows) else ("accuracy", percent)
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
@@ -98,9 +105,10 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 def _curves(run: History) -> Iterable[Markup]:
     """Averaged over so many steps that `MOST_POINTS` are left; where a run diverged there is no point."""
     rows = [row for stage in run.stages for row in stage.rows]
+    score, _ = _score(run.stages)
     for title, lines in (
         ("Loss", {"loss": "loss"}),
-        ("Accuracy", {"accuracy": "as executed", "accuracy_full": "everything executed"}),
+        (score.capitalize(), {score: "as executed", f"{score}_full": "everything executed"}),
         ("MACs, of the dense model's", {"macs_fraction": "taken", "budget": "asked"}),
         ("Learning rate", {"lr": "learning rate"}),
     ):
@@ -132,7 +140,8 @@ def _curves(run: History) -> Iterable[Markup]:
 
 
 def _stages(stages: Sequence[StageHistory]) -> Markup:
-    columns = ("stage", "steps", "duration", "loss", "accuracy", "everything executed", "MACs taken", "asked")
+    score, written_score = _score(stages)
+    columns = ("stage", "steps", "duration", "loss", score, "everything executed", "MACs taken", "asked")
     rows = []
     for stage in stages:
         made = len(stage.rows)
@@ -140,8 +149,8 @@ def _stages(stages: Sequence[StageHistory]) -> Markup:
             written(_mean(stage.rows, name)) if any(name in row for row in stage.rows[-1:]) else ""
             for name, written in (
                 ("loss", "{:.3f}".format),
-                ("accuracy", percent),
-                ("accuracy_full", percent),
+                (score, written_score),
+                (f"{score}_full", written_score),
                 ("macs_fraction", "{:.3f}".format),
                 ("budget", "{:.3f}".format),
             )

@@ -1,5 +1,7 @@
 """One objective throughout: task loss, and the cost of what was executed at the price that the budget implies.
 
+The task is what `Targets` say: labels, or what a teacher gives, for data without them.
+
 Every kind of stage is a way of choosing decisions for it: ours are in `stages`. Each image stands for itself: the loss
 is a mean over images, so that it is the same however a batch is spread over processes.
 """
@@ -38,9 +40,25 @@ class Step:
     clean: Tensor | None = None  # images as they were, where an adversary has moved them: what the teacher sees
 
 
+class Targets(ABC):
+    """What a model should give for the images of a step: the answers that their labels say, or a teacher's features."""
+
+    @abstractmethod
+    def loss(self, given: Tensor) -> Tensor:
+        """(B,), of what `Objective.answer` gives."""
+
+    @abstractmethod
+    def score(self, given: Tensor) -> Tensor:
+        """How good (B,) it is, from 0 to 1."""
+
+    @abstractmethod
+    def difficulty(self, task: Tensor) -> Tensor:
+        """How hard the images are (B,), on a log scale, detached. task: their loss."""
+
+
 @dataclass(frozen=True)
-class Targets:
-    """What the images of a step should be answered.
+class Answers(Targets):
+    """Classes.
 
     labels: (B, classes), soft. taught: (B, classes), the teacher's probabilities; None without one.
     """
@@ -49,20 +67,49 @@ class Targets:
     taught: Tensor | None
     weight: float  # of the teacher
 
-    def loss(self, logits: Tensor) -> Tensor:
-        """Cross-entropy (B,) of logits (B, classes) with the labels and, by `weight`, with what the teacher says."""
-        logits = logits.float()
+    def loss(self, given: Tensor) -> Tensor:
+        """Cross-entropy of logits (B, classes) with the labels and, by `weight`, with what the teacher says."""
+        logits = given.float()
         hard = F.cross_entropy(logits, self.labels, reduction="none")
         if self.taught is None:
             return hard
         distilled = F.cross_entropy(logits, self.taught, reduction="none")
         return hard + self.weight * (distilled - hard)
 
+    def score(self, given: Tensor) -> Tensor:
+        """1 where the likeliest class is the label's; with mixup, the heavier one's."""
+        return (given.argmax(dim=1) == self.labels.argmax(dim=1)).float()
+
     def difficulty(self, task: Tensor) -> Tensor:
-        """Log of the teacher's loss on each image (B,), detached; without a teacher of the model's own, `task`."""
+        """Log of the teacher's loss; without a teacher of the model's own, of `task`."""
         taught = self.taught
         loss = task.detach() if taught is None else -(self.labels * taught.clamp(min=1e-7).log()).sum(dim=1)
         return loss.clamp(min=1e-4).log()
+
+
+@dataclass(frozen=True)
+class Features(Targets):
+    """Features of a teacher, each by its direction: what retrieval by angles, and a classifier, read.
+
+    taught: (B, features), or those of tokens (B, P+N, C). prefix: P, where they are of tokens.
+    """
+
+    taught: Tensor
+    prefix: int = 0
+
+    def loss(self, given: Tensor) -> Tensor:
+        """1 - cosine similarity; of tokens, the mean over prefix and patch tokens, which weigh the same together."""
+        error = 1 - F.cosine_similarity(given.float(), self.taught, dim=-1)
+        if error.ndim == 1:
+            return error
+        parts = [part.mean(dim=1) for part in (error[:, : self.prefix], error[:, self.prefix :]) if part.shape[1]]
+        return torch.stack(parts).mean(dim=0)
+
+    def score(self, given: Tensor) -> Tensor:
+        return (1 - self.loss(given.detach())).clamp(0, 1)
+
+    def difficulty(self, task: Tensor) -> Tensor:
+        return task.detach().clamp(min=1e-4).log()
 
 
 @dataclass(frozen=True)
@@ -70,31 +117,30 @@ class Outcome:
     """What came of a step. All but `loss` are detached and (B,)."""
 
     loss: Tensor  # ()
-    correct: Tensor  # 1 where the predicted class is the label's (with mixup: the heavier one)
+    score: Tensor  # as `Targets.score` has it
     macs_fraction: Tensor
     full: Tensor  # bool
     task_loss: Tensor
     difficulty: Tensor
 
     @staticmethod
-    def of(loss: Tensor, task: Tensor, logits: Tensor, targets: Targets, spent: Tensor, full: Tensor) -> Outcome:
-        """All (B,), but logits (B, classes). spent: MACs fraction."""
-        correct = (logits.argmax(dim=1) == targets.labels.argmax(dim=1)).float()
+    def of(loss: Tensor, task: Tensor, given: Tensor, targets: Targets, spent: Tensor, full: Tensor) -> Outcome:
+        """All (B,), but given, as `Objective.answer` gives it. spent: MACs fraction."""
         spent = spent.detach().float()
-        return Outcome(loss.mean(), correct, spent, full, task.detach(), targets.difficulty(task))
+        return Outcome(loss.mean(), targets.score(given), spent, full, task.detach(), targets.difficulty(task))
 
     @staticmethod
-    def of_all_alike(task: Tensor, logits: Tensor, targets: Targets, fraction: float = 1.0) -> Outcome:
+    def of_all_alike(task: Tensor, given: Tensor, targets: Targets, fraction: float = 1.0) -> Outcome:
         """Of images that all execute the same, for this fraction of the backbone's MACs."""
         full = torch.ones_like(task, dtype=torch.bool)
-        return Outcome.of(task, task, logits, targets, torch.full_like(task, fraction), full)
+        return Outcome.of(task, task, given, targets, torch.full_like(task, fraction), full)
 
 
 class Objective(nn.Module, ABC):
     """The loss of one stage; a kind of stage is a subclass. A module, so that data-parallel wrappers see one forward
     pass a step.
 
-    teacher: the frozen backbone, held in a list so that it is not a submodule; empty without distillation.
+    teacher: the frozen backbone, held in a list so that it is not a submodule; empty where nothing is learned from it.
     """
 
     dense: ClassVar = False  # the static model itself learns: images may be mixed, and only a given teacher teaches it
@@ -118,9 +164,9 @@ class Objective(nn.Module, ABC):
     def forward(self, images: Tensor, labels: Tensor, step: Step) -> Outcome:
         """images: (B, 3, H, W); labels: (B, classes), soft."""
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
-        taught = self._soft_labels(images if step.clean is None else step.clean)
-        targets = Targets(labels, taught, self.recipe.distill_weight)
-        outcome = self.outcome(images, targets, step, cost)
+        if self.recipe.target == "tokens":  # all are read
+            cost = replace(cost, trims_last_block=False)
+        outcome = self.outcome(images, self._targets(images if step.clean is None else step.clean, labels), step, cost)
         if torch.distributed.is_initialized():  # processes share gradients of every parameter, of skipped ones too
             nothing = 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
             outcome = replace(outcome, loss=outcome.loss + nothing)
@@ -130,22 +176,35 @@ class Objective(nn.Module, ABC):
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
         """images: (B, 3, H, W); cost: of images of this size."""
 
-    def _soft_labels(self, images: Tensor) -> Tensor | None:
-        if not self.teacher or not self.recipe.distill_weight:
-            return None
-        with torch.no_grad():
-            return F.softmax(self.teacher[0](images).float(), dim=1)
+    @torch.no_grad()
+    def _targets(self, images: Tensor, labels: Tensor) -> Targets:
+        """images: as they were, where an adversary moves those that the model sees. labels: (B, classes), soft."""
+        recipe, teacher = self.recipe, self.teacher[0] if self.teacher else None
+        if recipe.target == "labels":
+            taught = teacher(images) if teacher is not None and recipe.distill_weight else None
+            soft = None if taught is None else F.softmax(taught.float(), dim=1)
+            return Answers(labels, soft, recipe.distill_weight)
+        if teacher is None:
+            raise ValueError(f"a recipe with target={recipe.target!r} needs a teacher")
+        if recipe.target == "tokens":
+            tokens: Tensor = teacher.forward_features(images)  # type: ignore[operator]
+            return Features(tokens.float(), self.model.num_prefix_tokens)
+        given = teacher(images).float()
+        return Answers(F.softmax(given, dim=1), None, 0.0) if self.model.num_classes else Features(given)
 
     def answer(self, x: Tensor) -> Tensor:
-        """Logits (B, classes) of what comes out of a block, (B, P+N, C)."""
-        return self.model.backbone.forward_head(self.model.backbone.norm(x))
+        """What the recipe's target is about, of what comes out of a block, (B, P+N, C): logits (B, classes); without a
+        classifier features (B, features); or all tokens, (B, P+N, C), after the final norm.
+        """
+        x = self.model.backbone.norm(x)
+        return x if self.recipe.target == "tokens" else self.model.backbone.forward_head(x)
 
     def answers(self, after: list[Tensor], targets: Targets, cost: Cost) -> tuple[Tensor, Tensor]:
-        """Logits (E, B, classes) and task losses (B, E) of what comes out of E blocks, (B, P+N, C) each."""
+        """Answers (E, B, ...) and task losses (B, E) of what comes out of E blocks, (B, P+N, C) each."""
         if cost.trims_last_block:  # nothing else is read
             after = [one[:, : cost.num_prefix_tokens] for one in after]
         answers = self.answer(torch.cat(after)).unflatten(0, (len(after), -1))
-        return answers, torch.stack([targets.loss(logits) for logits in answers], dim=1)
+        return answers, torch.stack([targets.loss(one) for one in answers], dim=1)
 
     def execution(self, cost: Cost, images: Tensor) -> Execution:
         """What carries out real decisions: training does not pay for what it skips either.
@@ -165,9 +224,16 @@ class UnderPolicy(Objective):
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
         policy, execution = self.policy(step, cost), self.execution(cost, images)
         features, steps = self.model.walk(self.model.embed(images), policy, execution, cost)
-        logits = self.answer(features)
-        task = targets.loss(logits)
-        return Outcome.of(task, task, logits, targets, steps.macs / cost.backbone, step.draws.full)
+        given = self.answer(features)
+        task = targets.loss(given)
+        return Outcome.of(task, task, given, targets, steps.macs / cost.backbone, step.draws.full)
+
+
+def score_name(recipe: Recipe, model: MIAFormer) -> str:
+    """What `Targets.score` is: accuracy, or similarity to the teacher's features."""
+    return (
+        "accuracy" if recipe.target == "labels" or (recipe.target == "features" and model.num_classes) else "similarity"
+    )
 
 
 def _drops(backbone: nn.Module) -> bool:

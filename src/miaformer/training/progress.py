@@ -133,9 +133,15 @@ def duration(seconds: float) -> str:
 def describe(metrics: Mapping[str, float]) -> str:
     parts = []
     if "loss" in metrics:
-        parts += [f"loss {metrics['loss']:.3f}", f"acc {100 * metrics['accuracy']:.1f} %"]
+        parts.append(f"loss {metrics['loss']:.3f}")
+    if "accuracy" in metrics:
+        parts.append(f"acc {100 * metrics['accuracy']:.1f} %")
+    if "similarity" in metrics:
+        parts.append(f"similarity {metrics['similarity']:.3f}")
     if "accuracy_full" in metrics:
         parts.append(f"full {100 * metrics['accuracy_full']:.1f} %")
+    if "similarity_full" in metrics:
+        parts.append(f"full {metrics['similarity_full']:.3f}")
     if "macs_fraction" in metrics:
         parts.append(f"MACs {metrics['macs_fraction']:.2f} ± {metrics['macs_std']:.2f}")
     return "  ".join(parts)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 from miaformer.model.budget import check_fraction
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
+Target = Literal["labels", "features", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Recipe:
     conv_stem: tuple[int, ...] = ()  # channels of a `ConvStem` in the place of the patch embedding
     sincos_pos_embed: bool = False  # position embeddings start from sines and cosines, not from noise
     adapt: dict[str, Any] = field(default_factory=dict)  # fields of AdaptConfig
+    target: Target = "labels"  # what is learned; without labels from the backbone as it was: see `objective.Targets`
     stages: tuple[Stage, ...] = ()
     batch_size: int | None = None  # of all processes together; None: chosen to fit the data (`training.choices`)
     budgets: tuple[float, float] = (0.25, 0.9)  # controllers learn every budget between
@@ -115,6 +117,15 @@ class Recipe:
                 raise ValueError(f"{setting.name}={value!r} must be a number")
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision={self.precision!r} must be one of {', '.join(get_args(Precision))}")
+        if self.target not in get_args(Target):
+            raise ValueError(f"target={self.target!r} must be one of {', '.join(get_args(Target))}")
+        if self.target == "tokens" and self.chooses_resolution:
+            raise ValueError(
+                "target='tokens': a model that chooses resolutions has other tokens in each size; adapt it with "
+                "grains=('tokens',)"
+            )
+        if self.target != "labels" and (self.mixup or self.cutmix or any(one.kind == "probe" for one in self.stages)):
+            raise ValueError(f"target={self.target!r}: probe, mixup and cutmix are for target='labels'")
         for name, least, most in _RANGES:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -233,6 +244,20 @@ FINETUNE = Recipe(  # chosen on a pretrained ViT-S and photographs (docs/log.md)
     num_workers=None,
 )
 
+FEATURES = Recipe(  # without labels: for retrieval, clustering, and classifiers of one's own (docs/log.md)
+    name="features",
+    data="",
+    model="vit_small_patch14_dinov2",
+    model_args={"pretrained": True, "img_size": 224},
+    adapt={"grains": ("resolution",)},
+    target="features",
+    stages=(Stage("resolution", epochs=3, lr=4e-5, layer_decay=0.75),),  # faster, features move away from the teacher's
+    augmentation={"hflip": 0.5, "scale": (0.35, 1.0)},
+    batch_size=None,
+    precision="auto",
+    num_workers=None,
+)
+
 CIFAR10_SMALL = Recipe(
     name="cifar10-small",
     data="",
@@ -318,7 +343,7 @@ IMAGENET = Recipe(
     checkpoint_every=1000,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (DIGITS, CIFAR10_SMALL, CIFAR10, FINETUNE, IMAGENET)}
+RECIPES = {recipe.name: recipe for recipe in (DIGITS, CIFAR10_SMALL, CIFAR10, FINETUNE, FEATURES, IMAGENET)}
 
 
 def get_recipe(name: str) -> Recipe:

@@ -74,17 +74,19 @@ def train(
         recipe = get_recipe(recipe)
     objectives = {**OBJECTIVES, **objectives}
     check_stages(recipe, model, objectives)
-    out = Path(out)
+    out, labelled = Path(out), recipe.target == "labels"
     if isinstance(data, ImageData):
         if calibration_data is None:
             raise ValueError("train() was given images, not the name of a data set: give calibration_data too")
         train_data, held_out = data, calibration_data
     else:
-        train_data = open_data(data, "train")
-        held_out = calibration_data or open_data(data, "calibration")
-    check_classes(train_data)
-    if not model.answers_other_classes(train_data.classes):
+        train_data = open_data(data, "train", labelled=labelled)
+        held_out = calibration_data or open_data(data, "calibration", labelled=labelled)
+    if labelled:
+        check_classes(train_data)
+    if not labelled or not model.answers_other_classes(train_data.classes):
         recipe = learnable(recipe, model, objectives)
+    if labelled and not model.answers_other_classes(train_data.classes):
         train_data, held_out = model.in_own_order(train_data), model.in_own_order(held_out)
     check_trainable(model)
     started = time.monotonic()
@@ -108,8 +110,9 @@ def train(
     accelerator.wait_for_everyone()  # all have looked before one writes
     display = Display(console, enabled=show_progress and main)
 
-    fit_classifier(model, train_data, seed, display)
-    model.label_names = list(train_data.classes)
+    if labelled:
+        fit_classifier(model, train_data, seed, display)
+        model.label_names = list(train_data.classes)
     model.to(accelerator.device)
     if recipe.data_on_device:
         display.say(f"Decoding {len(train_data):,} images ...")
@@ -158,9 +161,10 @@ def _plan(trainer: Trainer, train_data: ImageData, held_out: ImageData, settings
     count = sum(parameter.numel() for parameter in parameters)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     part = "" if trainable == count else f", {trainable / 1e6:,.2f} M of them trainable"
+    labelled = trainer.recipe.target == "labels"
+    about = f" of {len(train_data.classes):,} classes" if labelled else ", labels not read"
     return [
-        f"{len(train_data):,} training and {len(held_out):,} calibration images of {len(train_data.classes):,} "
-        f"classes; steps: {stages}{total}",
+        f"{len(train_data):,} training and {len(held_out):,} calibration images{about}; steps: {stages}{total}",
         f"{count / 1e6:,.2f} M parameters{part}, {width} x {height} px, {trainer.accelerator.device.type}; {settings}",
     ]
 
@@ -168,6 +172,13 @@ def _plan(trainer: Trainer, train_data: ImageData, held_out: ImageData, settings
 def _next_command(model: MIAFormer, out: Path, data: str | Path | ImageData) -> str:
     """What to try on the trained model; `--data` is left to the user where the images have no name to open them by."""
     name = "DATA" if isinstance(data, ImageData) else shlex.quote(str(data))
+    if not model.num_classes:
+        budget = (
+            ""
+            if model.calibration is None
+            else f" --budget {max(0.5, math.ceil(100 * model.calibration.range[0]) / 100):g}"
+        )
+        return f"Next: miaformer embed {shlex.quote(str(out / 'model'))} {name}{budget} --out embeddings.npz"
     command = f"miaformer eval {shlex.quote(str(out / 'model'))} --data {name}"
     if model.calibration is None:
         return f"Next: {command} --policy full"
@@ -210,7 +221,8 @@ def train_recipe(
         static = MIAFormer.from_pretrained(backbone).to_timm()
         seed_everything(seed, 0, 0)  # of its controllers
     else:
-        static = new_backbone(recipe, classes or len(open_data(source, "train").classes), seed)
+        labelled = recipe.target == "labels"
+        static = new_backbone(recipe, classes or (len(open_data(source, "train").classes) if labelled else 0), seed)
     model = adapt(static, **recipe.adapt)
     return train(
         model,

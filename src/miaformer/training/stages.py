@@ -30,11 +30,11 @@ class EarlyAnswers(Objective):
     def learned(
         self, images: Tensor, targets: Targets, step: Step, cost: Cost, drop: PatchDropoutWithIndices | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Task losses (B,) and logits (B, classes) of images (B, 3, H, W). drop: leaves out some of the tokens."""
+        """Losses (B,), and the answers to images (B, 3, H, W), as `answer` has them. drop: leaves out some tokens."""
         backbone = self.model.backbone
-        if drop is None and not self.stage.early_weight:
-            logits = backbone(images)
-            return targets.loss(logits), logits
+        if drop is None and not self.stage.early_weight and self.recipe.target != "tokens":
+            given = backbone(images)
+            return targets.loss(given), given
         x, blocks = embedded(backbone, images, drop)
         half, before = len(blocks) // 2, []  # each block of the second half, the rows that an answer reads
         read = cost.num_prefix_tokens if cost.trims_last_block else None
@@ -42,13 +42,13 @@ class EarlyAnswers(Objective):
             if self.stage.early_weight and index >= half:
                 before.append(x[:, :read])
             x = block(x)
-        logits = self.answer(x)
-        task = targets.loss(logits)
+        given = self.answer(x)
+        loss = targets.loss(given)
         if before:
             drawn = (step.draws.leaving * len(before)).long()
             early = torch.stack(before)[drawn, torch.arange(len(x), device=x.device)]
-            task = task + self.stage.early_weight * targets.loss(self.answer(early))
-        return task, logits
+            loss = loss + self.stage.early_weight * targets.loss(self.answer(early))
+        return loss, given
 
 
 class Backbone(EarlyAnswers):
@@ -72,8 +72,8 @@ class Resolution(EarlyAnswers):
 
     def outcome(self, images: Tensor, targets: Targets, step: Step, cost: Cost) -> Outcome:
         size = drawn_size(self.model.macs_of_sizes(), float(step.draws.shared[0]))
-        task, logits = self.learned(resized(images, size), targets, step, cost)
-        return Outcome.of_all_alike(task, logits, targets, self.model.cost(size).backbone / cost.backbone)
+        loss, given = self.learned(resized(images, size), targets, step, cost)
+        return Outcome.of_all_alike(loss, given, targets, self.model.cost(size).backbone / cost.backbone)
 
 
 class Elastic(UnderPolicy):
@@ -87,11 +87,11 @@ class Elastic(UnderPolicy):
 
 @dataclass(frozen=True)
 class Executed:
-    """What came of walking through the blocks under a policy. Where images leave by chance (`Leaving`): the logits of
+    """What came of walking through the blocks under a policy. Where images leave by chance (`Leaving`): the answer of
     the likeliest block to leave after; task loss and MACs as expected over all.
     """
 
-    logits: Tensor  # (B, classes)
+    given: Tensor  # as `Objective.answer` gives it
     task: Tensor  # (B,)
     macs: Tensor  # (B,)
     exits: Tensor | None = None  # (B, L + 1), detached: the task loss after so many blocks
@@ -113,8 +113,8 @@ class Deciding(Objective):
         leaving = policy.leaving
         if leaving is None:
             features, steps = self.model.walk(start, policy, execution, cost)
-            logits = self.answer(features)
-            return Executed(logits, targets.loss(logits), steps.macs)
+            given = self.answer(features)
+            return Executed(given, targets.loss(given), steps.macs)
         after: list[Tensor] = [start.tokens]  # each block
 
         def remembering(index: int, block: Any, x: Tensor, gates: Gates | HostGates) -> Tensor:
@@ -125,8 +125,8 @@ class Deciding(Objective):
         probability = leaving.probabilities()  # (B, L + 1)
         answers, tasks = self.answers(after, targets, cost)
         chosen = probability.argmax(dim=1)
-        logits = answers[chosen, torch.arange(len(chosen), device=chosen.device)]
-        return Executed(logits, (probability * tasks).sum(dim=1), leaving.expected_macs(steps, cost), tasks.detach())
+        given = answers[chosen, torch.arange(len(chosen), device=chosen.device)]
+        return Executed(given, (probability * tasks).sum(dim=1), leaving.expected_macs(steps, cost), tasks.detach())
 
 
 class Supervised(Deciding):
@@ -139,7 +139,7 @@ class Supervised(Deciding):
         done = self.executed(self.model.embed(images), targets, policy, Masked(cost), cost)
         spent, full = done.macs / cost.backbone, step.draws.full
         loss = done.task + step.values * spent * ~full + _misjudged(policy, targets.difficulty(done.task), step, done)
-        return Outcome.of(loss, done.task, done.logits, targets, spent, full)
+        return Outcome.of(loss, done.task, done.given, targets, spent, full)
 
 
 class Reinforce(Deciding):
@@ -169,7 +169,7 @@ class Reinforce(Deciding):
         misjudged = 0.5 * (_misjudged(one, difficulty, step, done) + _misjudged(other, difficulty, step, done_2))
         loss = 0.5 * (done.task + done_2.task) + estimator + step.values * expected + misjudged
         spent = 0.5 * (done.macs + done_2.macs) / cost.backbone
-        return Outcome.of(loss, done.task, done.logits, targets, spent, step.draws.full)
+        return Outcome.of(loss, done.task, done.given, targets, spent, step.draws.full)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {  # by kind of stage; a probe has none, see `probe`

@@ -29,7 +29,7 @@ from miaformer.model.model import MIAFormer
 from miaformer.training.adversarial import Adversary
 from miaformer.training.checkpoint import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
 from miaformer.training.interrupts import Interrupted, StopRequest
-from miaformer.training.objective import Objective, Outcome, Step
+from miaformer.training.objective import Objective, Outcome, Step, score_name
 from miaformer.training.optimizer import stage_optimizer
 from miaformer.training.policies import Draws
 from miaformer.training.probe import fit_on, most_batches
@@ -90,6 +90,8 @@ class Trainer:
 
     def run(self, resume: bool) -> MIAFormer:
         """Raises Interrupted after Ctrl-C, with everything saved; ValueError for a damaged checkpoint."""
+        if self.recipe.target != "labels":  # the backbone as it was before any stage, and its own teacher
+            self.teacher = self.teacher or frozen(self.model.backbone)
         found = checkpoints(self.checkpoint_dir)[-1:] if resume else []
         start = checkpoint_step(found[0]) if found else 0
         if resume:
@@ -149,7 +151,7 @@ class Trainer:
         deciders = kind.deciders(model)
         self._let_learn(deciders)
         if not kind.dense and self.teacher is None and self.recipe.distill_weight:
-            self.teacher = copy.deepcopy(model.backbone).requires_grad_(False).eval()
+            self.teacher = frozen(model.backbone)
         optimizer = stage_optimizer(model, stage, self.recipe, deciders)
         length = span.last - span.first
         schedule = CosineLRScheduler(
@@ -211,7 +213,7 @@ class Trainer:
         images, labels = batch.images.to(device), batch.labels.to(device)
         if self.mixup is not None and self.objectives[stage.kind].dense and len(images) % 2 == 0:
             images, labels = self.mixup(images, labels)
-        else:
+        elif self.recipe.target == "labels":
             labels = _smooth(labels, self.model.num_classes, self.recipe.label_smoothing)
         given = self._given(
             stage, images, progress, self._generator(step, _GATES), self._generator(step, _SECOND_GATES)
@@ -238,7 +240,7 @@ class Trainer:
         table = torch.stack(
             [
                 outcome.task_loss,
-                outcome.correct,
+                outcome.score,
                 outcome.macs_fraction,
                 outcome.full.float(),
                 given.draws.budgets,
@@ -277,13 +279,14 @@ class Trainer:
 
     def _account(self, stage: Stage, table: Tensor) -> dict[str, float]:
         """Metrics of all images of a step, and the tariff's update. table: (B, 7)."""
-        task, correct, spent, full, budgets, felt, difficulty = table.unbind(dim=1)
-        values = {"loss": float(task.mean()), "accuracy": float(correct.mean())}
+        task, score, spent, full, budgets, felt, difficulty = table.unbind(dim=1)
+        name = score_name(self.recipe, self.model)
+        values = {"loss": float(task.mean()), name: float(score.mean())}
         asked = full == 0
         if not bool(asked.any()):
             return values
         if bool(full.any()):
-            values["accuracy_full"] = float(correct[~asked].mean())
+            values[f"{name}_full"] = float(score[~asked].mean())
         values["macs_fraction"] = float(spent[asked].mean())
         around = spent - budgets if self.decides(stage) else spent
         values["macs_std"] = float(around[asked].std(correction=0))
@@ -370,6 +373,11 @@ class Trainer:
         for name, part in (("teacher", self.teacher), ("ema", self.ema)):
             if state[name] is not None and part is not None:
                 part.load_state_dict(state[name])
+
+
+def frozen(backbone: nn.Module) -> nn.Module:
+    """A copy to learn from."""
+    return copy.deepcopy(backbone).requires_grad_(False).eval()
 
 
 def spans(recipe: Recipe, steps_per_epoch: int) -> list[Span]:
