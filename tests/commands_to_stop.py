@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
@@ -46,6 +47,7 @@ def _run(argv: list[str], log: Path, rows_in_group: int, pause_s: float) -> None
     from miaformer.prediction import rows
     from miaformer.prediction.unfinished import UnfinishedRun
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     add = UnfinishedRun.add
 
     def add_slowly(run: UnfinishedRun, *batch: Any) -> int:
