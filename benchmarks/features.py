@@ -76,7 +76,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     ours = miaformer.load(args.model).eval().to(dtype)
     original = miaformer.load_backbone(args.name, args.weights, ours.image_size(), classes=0)
-    before = any_size(miaformer.adapt(original.to(dtype)).eval())
+    before = any_size(miaformer.adapt(original.to(dtype), grains=("tokens",)).eval())
     known = spread(open_data(args.data, "train"), args.train_images)
     asked = spread(open_data(args.data, "test"), args.test_images)
     transform = build_transform(ours.data_config())
@@ -105,7 +105,9 @@ def main() -> None:
         taken = {budget: ours.calibration.within(budget) for budget in args.budgets} if ours.calibration else {}
         about = {"command": " ".join(["python", *sys.argv]), "data": asked.name, "images": [len(known), len(asked)]}
         environment = describe_environment(torch.device("cpu"), 0)
-        args.json.write_text(json.dumps({**about, "taken": taken, "rows": rows, "environment": environment}, indent=1))
+        args.json.write_text(
+            json.dumps({**about, "taken": taken, "rows": rows, "environment": environment}, indent=1) + "\n"
+        )
 
 
 # Variants -------------------------------------------------------------------------------------------------------------
@@ -162,13 +164,14 @@ def dropping(model: MIAFormer, budgets: Sequence[float]) -> list[Variant]:
 def mixed(found: Sequence[Embedded], budget: float) -> Embedded:
     """Ours in two neighbouring sizes, drawn at random for each image, for a mean of `budget`."""
     sizes = sorted((one for one in found if one.variant.name == OURS), key=lambda one: one.variant.macs_fraction)
-    above = next(one for one in sizes if one.variant.macs_fraction >= budget)
-    below = [one for one in sizes if one.variant.macs_fraction <= budget][-1]
+    above = next((one for one in sizes if one.variant.macs_fraction >= budget), sizes[-1])
+    below = [sizes[0], *(one for one in sizes if one.variant.macs_fraction <= budget)][-1]
     low, high = below.variant.macs_fraction, above.variant.macs_fraction
+    share = (budget - low) / max(high - low, 1e-9)  # of the larger size
     generator = torch.Generator().manual_seed(0)
 
     def mix(small: Tensor, large: Tensor) -> Tensor:
-        return torch.where(torch.rand(len(small), 1, generator=generator) < (budget - low) / (high - low), large, small)
+        return torch.where(torch.rand(len(small), 1, generator=generator) < share, large, small)
 
     variant = Variant("ours, two sizes at random", budget, below.variant.embed)
     return Embedded(variant, mix(below.known, above.known), mix(below.asked, above.asked), None)

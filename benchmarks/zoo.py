@@ -32,7 +32,9 @@ def refusal(name: str) -> str | None:
     try:
         check_supported(backbone)
     except (TypeError, ValueError) as error:
-        return str(error).partition(", which is not supported")[0].removeprefix("Block 0 of the backbone has ")
+        part = str(error).partition(", which is not supported")[0].removeprefix("Block 0 of the backbone has ")
+        kind, _, type_name = part.partition(" ")
+        return f"{kind.replace('type', 'block')} `{type_name}`"
     return None
 
 

@@ -22,8 +22,11 @@ from miaformer import MIAFormer
 from miaformer.data import open_data
 from miaformer.evaluation import calibrate
 from miaformer.model.looks import Looks
-from miaformer.training.objective import Features
+from miaformer.training.objective import Features, Step
+from miaformer.training.policies import Draws
 from miaformer.training.recipes import Recipe, Stage
+from miaformer.training.stages import Elastic
+from miaformer.training.trainer import frozen
 
 SIZES = Recipe(
     "sizes",
@@ -113,15 +116,15 @@ def test_without_a_classifier_looks_by_its_confidence_are_gone() -> None:
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.6, 1.0])
-def test_an_exported_file_gives_the_same_features(budget: float) -> None:
+def test_an_exported_file_gives_the_same_features(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript")
     model = embedding()
     calibrate(model, batches(model, 8))
     images = pictures(model.backbone, 3)
-    with torch.inference_mode():
-        eager, onnx = (
-            miaformer.Predictor(model, engine=name).embed(images, budget=budget) for name in ("eager", "onnx")
-        )
+    predictor = miaformer.Predictor(model, engine="onnx")
+    eager = miaformer.Predictor(model).embed(images, budget=budget)
+    monkeypatch.setattr(MIAFormer, "run", None)  # PyTorch has nothing to do with it
+    onnx = predictor.embed(images, budget=budget)
     assert eager.features is not None
     assert onnx.features is not None
     assert relative(onnx.features, eager.features) < 1e-4
@@ -151,6 +154,20 @@ def test_smaller_images_learn_the_features_of_whole_ones(flat: Path, tmp_path: P
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["similarity"] > rows[0]["similarity"]
     assert "accuracy" not in rows[-1]
+
+
+def test_of_tokens_all_rows_are_computed() -> None:
+    """The last block's patch tokens too, which no class token's answer needs."""
+    torch.manual_seed(0)
+    model = miaformer.adapt(vit(0, **{**GRID, "num_classes": 0}), grains=("depth", "tokens")).float()
+    objective = Elastic(model, Stage("elastic", epochs=1, full_share=1.0), TOKENS, frozen(model.backbone))
+    cost = model.cost()
+    assert cost.trims_last_block
+    drawn = Draws.of_step(torch.Generator().manual_seed(0), 4, cost, 1.0, (0.3, 0.9), slice(0, 4))
+    step = Step(drawn, drawn, torch.zeros(4), torch.zeros(4), (0.0, 1.0), 1.0)
+    outcome = objective(pictures(model.backbone, 4), torch.zeros(4), step)
+    assert float(outcome.loss.detach()) < 1e-5
+    assert float(outcome.score.min()) > 1 - 1e-5
 
 
 def test_labels_are_not_read(flat: Path, tmp_path: Path) -> None:
@@ -190,6 +207,8 @@ def test_a_model_with_a_classifier_learns_its_own_answers(flat: Path, tmp_path: 
     miaformer.train(model, flat, recipe, tmp_path / "run", device="cpu", show_progress=False)
     assert model.label_names == names, "the classifier stays"
     assert not torch.equal(model.backbone.head.weight, head), "and learns"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < rows[-1]["agreement"] <= 1
 
 
 def test_resumed_it_has_the_same_teacher(flat: Path, tmp_path: Path) -> None:

@@ -160,11 +160,12 @@ def test_int8_files_run_in_openvino_as_in_onnx_runtime(standard_file: Any) -> No
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_images_are_made_smaller_alike(runtime: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("structure", [{"depth": 8}, {"num_classes": 0}], ids=["three early exits", "features"])
+def test_images_are_made_smaller_alike(runtime: str, structure: dict[str, int], tmp_path: Path) -> None:
     """Models that choose resolutions: every size, and looks that follow the answers of a runtime."""
-    model = choosing(images=40, depth=8)  # images may leave before three of the blocks
+    model = choosing(images=40, **structure)
     path = tmp_path / "sizes.onnx"
-    export_onnx(model, path, standard_ops=True)
+    export_onnx(model, path, standard_ops=True, trace=True)
     metadata = {one.key: one.value for one in onnx.load(path).metadata_props}
     run = RUNTIMES[runtime](path)
 

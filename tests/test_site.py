@@ -178,6 +178,8 @@ def test_recipes_and_extras_are_all_told() -> None:
 SMALL_VIT = "timm.create_model('vit_tiny_patch16_224', num_classes=3, **SMALL)"
 INSTEAD = {  # of what would take a network or hours
     'timm.create_model("deit_small_patch16_224", pretrained=True)': SMALL_VIT,
+    'timm.create_model("vit_small_patch14_dinov2", pretrained=True, img_size=224)': "features_of()",
+    '"photos/", "features"': '"photos/", QUICK_FEATURES',
     '"path/to/images", "finetune"': '"photos/", QUICK',
     ".scaled(0.3).with_changes(batch_size=50)": ".scaled(0.15).with_changes(batch_size=12)",
     'AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224")': "hub_model()",
@@ -214,8 +216,15 @@ def in_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     monkeypatch.chdir(workplace)
     quick = get_recipe("finetune").scaled(0.04)
     quick = quick.with_changes(batch_size=12, num_workers=0, precision="no", augmentation={"hflip": 0.5})
+    sized = get_recipe("features").scaled(0.1)
+    sized = sized.with_changes(batch_size=12, num_workers=0, precision="no", augmentation={"hflip": 0.5})
     torch.manual_seed(0)
-    return {"SMALL": SMALL, "QUICK": quick, "images": torch.randn(2, 3, 32, 32), **_from_hub()}
+    names: dict[str, Any] = {"QUICK_FEATURES": sized, "features_of": _without_classifier}
+    return {**names, "SMALL": SMALL, "QUICK": quick, "images": torch.randn(2, 3, 32, 32), **_from_hub()}
+
+
+def _without_classifier() -> Any:
+    return timm.create_model("vit_tiny_patch16_224", num_classes=0, **SMALL)
 
 
 NEEDED = {"transformers": "transformers", "serve": "fastapi", "export": "onnxscript", "openvino": "openvino"}

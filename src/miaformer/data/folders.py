@@ -29,7 +29,7 @@ class ClassFolders:
         self._folders: dict[str, Path] = {}
         for folder in _subfolders(root):
             part = canonical_part(folder.name)
-            if part is None or not (_subfolders(folder) or not labelled):  # a class may be called "train"
+            if part is None or (labelled and not _subfolders(folder)):  # a class may be called "train"
                 continue
             if part in self._folders:
                 raise ValueError(

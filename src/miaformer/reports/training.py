@@ -88,9 +88,11 @@ def _facts(run: History) -> dict[str, object]:
 
 
 def _score(stages: Sequence[StageHistory]) -> tuple[str, Callable[[float], str]]:
-    """What tells how good the model is, and how it is written: similarity to features where there are no labels."""
-    rows = [row for stage in stages for row in stage.rows[-1:]]
-    return ("similarity", "{:.3f}".format) if any("similarity" in row for row in rows) else ("accuracy", percent)
+    """What tells how good the model is, and how it is written; without labels it is likeness to a teacher."""
+    known = {name for stage in stages for row in stage.rows[-1:] for name in row}
+    if "similarity" in known:
+        return "similarity", "{:.3f}".format
+    return ("agreement" if "agreement" in known else "accuracy"), percent
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
@@ -130,6 +132,7 @@ def _curves(run: History) -> Iterable[Markup]:
                 where = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
                 axes.annotate(stage.kind, (start, 1), (0, 2), rotation=20, fontsize=8, color=FAINT, **where)
         axes.set_title(title, loc="left", fontsize=10, weight="bold", color=INK, pad=34)
+        axes.yaxis.get_offset_text().set_horizontalalignment("right")  # a power of ten, beside the names of stages
         axes.set_xlabel("step")
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(frameon=False, fontsize=8, labelcolor=INK)

@@ -162,7 +162,7 @@ class Objective(nn.Module, ABC):
         self.teacher = [] if teacher is None else [teacher]
 
     def forward(self, images: Tensor, labels: Tensor, step: Step) -> Outcome:
-        """images: (B, 3, H, W); labels: (B, classes), soft."""
+        """images: (B, 3, H, W); labels: (B, classes), soft; not read where the recipe's target is another."""
         cost = self.model.cost((images.shape[-2], images.shape[-1]))
         if self.recipe.target == "tokens":  # all are read
             cost = replace(cost, trims_last_block=False)
@@ -180,7 +180,7 @@ class Objective(nn.Module, ABC):
     def _targets(self, images: Tensor, labels: Tensor) -> Targets:
         """images: as they were, where an adversary moves those that the model sees. labels: (B, classes), soft."""
         recipe, teacher = self.recipe, self.teacher[0] if self.teacher else None
-        if recipe.target == "labels":
+        if recipe.labelled:
             taught = teacher(images) if teacher is not None and recipe.distill_weight else None
             soft = None if taught is None else F.softmax(taught.float(), dim=1)
             return Answers(labels, soft, recipe.distill_weight)
@@ -230,10 +230,10 @@ class UnderPolicy(Objective):
 
 
 def score_name(recipe: Recipe, model: MIAFormer) -> str:
-    """What `Targets.score` is: accuracy, or similarity to the teacher's features."""
-    return (
-        "accuracy" if recipe.target == "labels" or (recipe.target == "features" and model.num_classes) else "similarity"
-    )
+    """What `Targets.score` is: accuracy, agreement with the teacher's answers, or similarity to its features."""
+    if recipe.labelled:
+        return "accuracy"
+    return "agreement" if model.num_classes and recipe.target == "features" else "similarity"
 
 
 def _drops(backbone: nn.Module) -> bool:

@@ -130,18 +130,27 @@ def duration(seconds: float) -> str:
     return " ".join(f"{count} {unit}" for count, unit in ((hours, "h"), (minutes, "min")) if count)
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+# What tells how good a model is in training (`objective.score_name`): in short, and how it is written.
+SCORES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "accuracy": ("acc", _percent),
+    "agreement": ("agreement", _percent),
+    "similarity": ("similarity", "{:.3f}".format),
+}
+
+
 def describe(metrics: Mapping[str, float]) -> str:
     parts = []
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.3f}")
-    if "accuracy" in metrics:
-        parts.append(f"acc {100 * metrics['accuracy']:.1f} %")
-    if "similarity" in metrics:
-        parts.append(f"similarity {metrics['similarity']:.3f}")
-    if "accuracy_full" in metrics:
-        parts.append(f"full {100 * metrics['accuracy_full']:.1f} %")
-    if "similarity_full" in metrics:
-        parts.append(f"full {metrics['similarity_full']:.3f}")
+    for score, (short, written) in SCORES.items():
+        if score in metrics:
+            parts.append(f"{short} {written(metrics[score])}")
+        if f"{score}_full" in metrics:
+            parts.append(f"full {written(metrics[f'{score}_full'])}")
     if "macs_fraction" in metrics:
         parts.append(f"MACs {metrics['macs_fraction']:.2f} ± {metrics['macs_std']:.2f}")
     return "  ".join(parts)

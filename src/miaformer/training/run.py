@@ -60,10 +60,11 @@ def train(
     `metrics.jsonl`, TensorBoard files, `checkpoints/` and `model/`. resume: go on from the newest checkpoint in `out`,
     exactly. device: "cpu" to leave an accelerator alone. teacher: a static model whose soft labels all stages learn
     from, by the recipe's `distill_weight`; by default every stage after the backbone's learns from the backbone as it
-    was before. objectives: of the recipe's stages that are of other kinds than ours (`miaformer.training.stages`).
+    was before. Of a recipe without labels it gives what is learned, and is by default the backbone as it is given.
+    objectives: of the recipe's stages that are of other kinds than ours (`miaformer.training.stages`).
 
     A model whose classifier answers other classes than the data's, another number of them or others by name, is given a
-    new one.
+    new one, where the recipe learns labels.
 
     Returns the model, in evaluation mode. Raises ValueError where `out` holds another run, or recipe and data do not
     fit; `Interrupted` after Ctrl-C, with a checkpoint saved.
@@ -74,20 +75,22 @@ def train(
         recipe = get_recipe(recipe)
     objectives = {**OBJECTIVES, **objectives}
     check_stages(recipe, model, objectives)
-    out, labelled = Path(out), recipe.target == "labels"
+    out = Path(out)
     if isinstance(data, ImageData):
         if calibration_data is None:
             raise ValueError("train() was given images, not the name of a data set: give calibration_data too")
         train_data, held_out = data, calibration_data
     else:
-        train_data = open_data(data, "train", labelled=labelled)
-        held_out = calibration_data or open_data(data, "calibration", labelled=labelled)
-    if labelled:
+        train_data = open_data(data, "train", labelled=recipe.labelled)
+        held_out = calibration_data or open_data(data, "calibration", labelled=recipe.labelled)
+    gets_classifier = False
+    if recipe.labelled:
         check_classes(train_data)
-    if not labelled or not model.answers_other_classes(train_data.classes):
+        gets_classifier = model.answers_other_classes(train_data.classes)
+        if not gets_classifier:
+            train_data, held_out = model.in_own_order(train_data), model.in_own_order(held_out)
+    if not gets_classifier:
         recipe = learnable(recipe, model, objectives)
-    if labelled and not model.answers_other_classes(train_data.classes):
-        train_data, held_out = model.in_own_order(train_data), model.in_own_order(held_out)
     check_trainable(model)
     started = time.monotonic()
     # Where there is no accelerator several processes find each other only if told that they are on processors.
@@ -110,7 +113,7 @@ def train(
     accelerator.wait_for_everyone()  # all have looked before one writes
     display = Display(console, enabled=show_progress and main)
 
-    if labelled:
+    if recipe.labelled:
         fit_classifier(model, train_data, seed, display)
         model.label_names = list(train_data.classes)
     model.to(accelerator.device)
@@ -161,8 +164,7 @@ def _plan(trainer: Trainer, train_data: ImageData, held_out: ImageData, settings
     count = sum(parameter.numel() for parameter in parameters)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     part = "" if trainable == count else f", {trainable / 1e6:,.2f} M of them trainable"
-    labelled = trainer.recipe.target == "labels"
-    about = f" of {len(train_data.classes):,} classes" if labelled else ", labels not read"
+    about = f" of {len(train_data.classes):,} classes" if trainer.recipe.labelled else ", labels not read"
     return [
         f"{len(train_data):,} training and {len(held_out):,} calibration images{about}; steps: {stages}{total}",
         f"{count / 1e6:,.2f} M parameters{part}, {width} x {height} px, {trainer.accelerator.device.type}; {settings}",
@@ -173,11 +175,8 @@ def _next_command(model: MIAFormer, out: Path, data: str | Path | ImageData) -> 
     """What to try on the trained model; `--data` is left to the user where the images have no name to open them by."""
     name = "DATA" if isinstance(data, ImageData) else shlex.quote(str(data))
     if not model.num_classes:
-        budget = (
-            ""
-            if model.calibration is None
-            else f" --budget {max(0.5, math.ceil(100 * model.calibration.range[0]) / 100):g}"
-        )
+        table = model.calibration
+        budget = "" if table is None else f" --budget {max(0.5, math.ceil(100 * table.range[0]) / 100):g}"
         return f"Next: miaformer embed {shlex.quote(str(out / 'model'))} {name}{budget} --out embeddings.npz"
     command = f"miaformer eval {shlex.quote(str(out / 'model'))} --data {name}"
     if model.calibration is None:
@@ -221,8 +220,8 @@ def train_recipe(
         static = MIAFormer.from_pretrained(backbone).to_timm()
         seed_everything(seed, 0, 0)  # of its controllers
     else:
-        labelled = recipe.target == "labels"
-        static = new_backbone(recipe, classes or (len(open_data(source, "train").classes) if labelled else 0), seed)
+        answers = classes or (len(open_data(source, "train").classes) if recipe.labelled else 0)
+        static = new_backbone(recipe, answers, seed)
     model = adapt(static, **recipe.adapt)
     return train(
         model,

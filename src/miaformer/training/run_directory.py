@@ -39,7 +39,7 @@ def is_trained(recipe: Recipe, out: str | Path, *, data: str | Path | None = Non
     if not holds_run(out):
         return False
     source = data or recipe.data
-    images = open_data(source, "train", labelled=recipe.target == "labels")
+    images = open_data(source, "train", labelled=recipe.labelled)
     check_free(out, describe(as_begun(recipe, out, len(images)), images, source, seed), resume=True)
     return (out / "model" / "config.json").exists()  # written last
 

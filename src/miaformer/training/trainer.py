@@ -69,6 +69,7 @@ class Trainer:
         self.model, self.batches, self.recipe, self.out, self.seed = model, batches, recipe, out, seed
         self.accelerator, self.display, self.objectives = accelerator, display, objectives
         self.tariff, self.teacher = Tariff(recipe.budgets), teacher
+        self.score = score_name(recipe, model)
         self.checkpoint_dir = out / "checkpoints"
         self.spans = spans(recipe, batches.steps_per_epoch)
         world, rank = accelerator.num_processes, accelerator.process_index
@@ -90,7 +91,7 @@ class Trainer:
 
     def run(self, resume: bool) -> MIAFormer:
         """Raises Interrupted after Ctrl-C, with everything saved; ValueError for a damaged checkpoint."""
-        if self.recipe.target != "labels":  # the backbone as it was before any stage, and its own teacher
+        if not self.recipe.labelled:  # the backbone as it was before any stage, and its own teacher
             self.teacher = self.teacher or frozen(self.model.backbone)
         found = checkpoints(self.checkpoint_dir)[-1:] if resume else []
         start = checkpoint_step(found[0]) if found else 0
@@ -213,7 +214,7 @@ class Trainer:
         images, labels = batch.images.to(device), batch.labels.to(device)
         if self.mixup is not None and self.objectives[stage.kind].dense and len(images) % 2 == 0:
             images, labels = self.mixup(images, labels)
-        elif self.recipe.target == "labels":
+        elif self.recipe.labelled:
             labels = _smooth(labels, self.model.num_classes, self.recipe.label_smoothing)
         given = self._given(
             stage, images, progress, self._generator(step, _GATES), self._generator(step, _SECOND_GATES)
@@ -280,7 +281,7 @@ class Trainer:
     def _account(self, stage: Stage, table: Tensor) -> dict[str, float]:
         """Metrics of all images of a step, and the tariff's update. table: (B, 7)."""
         task, score, spent, full, budgets, felt, difficulty = table.unbind(dim=1)
-        name = score_name(self.recipe, self.model)
+        name = self.score
         values = {"loss": float(task.mean()), name: float(score.mean())}
         asked = full == 0
         if not bool(asked.any()):
