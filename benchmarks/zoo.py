@@ -74,7 +74,7 @@ def page() -> str:
         *(line for module, names in taken.items() for line in listed(module, names)),
         "## transformers",
         "",
-        "See [Start from a transformers model](howto/transformers.md).",
+        "See [Start from a transformers or open_clip model](howto/transformers.md).",
         "",
         "| class | becomes timm's |",
         "|---|---|",

@@ -185,6 +185,7 @@ INSTEAD = {  # of what would take a network or hours
     'AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224")': "hub_model()",
     '"vit_small_patch16_224", weights="mine.pth"': '"vit_tiny_patch16_224", weights="mine.pth", **SMALL',
     'AutoImageProcessor.from_pretrained("google/vit-base-patch16-224")': "hub_processor()",
+    'open_clip.create_model_and_transforms("ViT-B-16-SigLIP2", pretrained="webli")': "small_clip()",
 }
 
 
@@ -263,7 +264,16 @@ def _from_hub() -> dict[str, Any]:
 
         return ViTImageProcessor(size={"height": 32, "width": 32})
 
-    return {"hub_model": hub_model, "hub_processor": hub_processor}
+    def small_clip() -> Any:
+        from open_clip.model import CustomTextCLIP
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        clip = CustomTextCLIP(16, {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token"}, {"layers": 1})
+        clip.visual.trunk = _without_classifier()
+        clip.visual.head = torch.nn.Identity()
+        return clip, None, image_transform_v2(PreprocessCfg(size=32), is_train=False)
+
+    return {"hub_model": hub_model, "hub_processor": hub_processor, "small_clip": small_clip}
 
 
 def _commands() -> dict[str, argparse.ArgumentParser]:

@@ -52,8 +52,8 @@ def check_supported(backbone: nn.Module) -> Backbone:
     if type(backbone) not in CLASSES.values():
         raise TypeError(
             "adapt() takes a timm VisionTransformer, VisionTransformerDistilled or Eva, or a ViT, DeiT, DINOv2, "
-            f"DINOv3, CLIP or SigLIP of transformers, got {type(backbone).__name__}. Create one with "
-            "timm.create_model, e.g. 'deit_small_patch16_224'"
+            f"DINOv3, CLIP or SigLIP of transformers, got {type(backbone).__module__}.{type(backbone).__qualname__}. "
+            + _instead_of(backbone)
         )
     if not transformer_blocks(backbone):
         raise ValueError("adapt() needs a backbone with at least one block, this one has none")
@@ -83,6 +83,19 @@ def check_supported(backbone: nn.Module) -> Backbone:
             "ConvPatchEmbed"
         )
     return cast(Backbone, backbone)
+
+
+def _instead_of(model: nn.Module) -> str:
+    """The nearest thing to the model that can be adapted."""
+    if type(model).__module__.startswith("open_clip"):
+        parts = {name for name, _ in model.named_modules()}
+        for tower in parts & {"trunk", "visual.trunk"}:
+            return f"Of a tower of open_clip, give its timm model, {tower}"
+        return (
+            "A CLIP that open_clip builds itself cannot be adapted: load it from transformers, as "
+            "CLIPVisionModelWithProjection"
+        )
+    return "Create one with timm.create_model, e.g. 'deit_small_patch16_224'"
 
 
 def _shared(backbone: nn.Module) -> list[str]:
