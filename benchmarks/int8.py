@@ -5,13 +5,12 @@ integers, in ONNX Runtime and OpenVINO, one image at a time.
     python benchmarks/int8.py --model timm:deit_small_patch16_224 --data PICTURES --json ...
 
 All files are timed in turn on the same images: give the machine nothing else to do. Accuracy is that of the files in
-ONNX Runtime on the first images of the test split; a `timm:` model gets controllers drawn at random, and no accuracy.
+ONNX Runtime on images spread over the test split; a `timm:` model gets controllers drawn at random, and no accuracy.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import tempfile
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from rich.progress import track
 
 import miaformer
 from miaformer.data import Batch, build_transform, open_data
+from miaformer.data.source import spread
 from miaformer.data.unlabelled import read_pictures
 from miaformer.evaluation.drawn import draw_controllers
 from miaformer.evaluation.environment import describe_environment
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a calibrated model, or timm:NAME")
     parser.add_argument("--data", required=True, help="its data set, or for timm:NAME a folder of images")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.35, 0.5])
-    parser.add_argument("--images", type=int, default=48, help="that are timed")
+    parser.add_argument("--images", type=int, default=100, help="that are timed")
     parser.add_argument("--test-images", type=int, help="whose answers are counted (default: all)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -80,14 +80,14 @@ def main() -> None:
     else:
         model = miaformer.load(args.model).eval()
         calibration = list(ordered_batches(model, open_data(args.data, "calibration")).epoch(0))
-        test = ordered_batches(model, open_data(args.data, "test"))
-        images = torch.cat([batch.images for batch in itertools.islice(test.epoch(0), -(-args.images // 64))])
-    images = images[: args.images]
+        split = open_data(args.data, "test")
+        test = ordered_batches(model, spread(split, args.test_images or len(split)))
+        images = torch.cat([batch.images for batch in ordered_batches(model, spread(split, args.images)).epoch(0)])
     with tempfile.TemporaryDirectory() as folder:
         print("Exporting, and calibrating the file in 8-bit integers ...")
         files = written(model, calibrated_int8(model, calibration), Path(folder))
         times = timed(files, images.numpy(), args.budgets, args.runtimes, args.threads, args.rounds)
-        accuracy = [] if drawn else answers(files, test, args.budgets, args.test_images)
+        accuracy = [] if drawn else answers(files, test, args.budgets)
     result = {
         "command": f"python benchmarks/int8.py --model {args.model if drawn else 'MODEL'} --data DATA --threads "
         f"{args.threads} --budgets {' '.join(map(str, args.budgets))} --images {args.images} --rounds {args.rounds}",
@@ -142,7 +142,7 @@ def metadata(file: File) -> dict[str, str]:
     return {one.key: one.value for one in onnx.load(file.path, load_external_data=False).metadata_props}
 
 
-def answers(files: list[File], test: Any, budgets: list[float], most: int | None) -> list[dict[str, Any]]:
+def answers(files: list[File], test: Any, budgets: list[float]) -> list[dict[str, Any]]:
     """Accuracy in per cent and mean MACs of each file at each budget."""
     runs = [(file, opened(file, "onnxruntime", torch.get_num_threads()), metadata(file)) for file in files]
     asked = [(place, budget) for place, file in enumerate(files) for budget in (budgets if file.adaptive else [1.0])]
@@ -151,8 +151,6 @@ def answers(files: list[File], test: Any, budgets: list[float], most: int | None
     done = 0
     for batch in track(test.epoch(0), description="answers"):
         for image, label in zip(batch.images.numpy(), batch.labels.tolist(), strict=True):
-            if most is not None and done == most:
-                break
             done += 1
             for place, budget in asked:
                 file, run, meta = runs[place]

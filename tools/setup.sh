@@ -59,7 +59,7 @@ make_venv() {
 install() {  # by uv, which takes a quarter of pip's time; by pip where uv is not to be had or fails: pip says why
     set -- install --quiet --quiet --disable-pip-version-check
     "$venv_python" -m pip "$@" 'uv>=0.9' 2>/dev/null &&
-        "$venv_python" -m uv pip install --quiet --compile-bytecode --python "$venv_python" --editable '.[dev]' 2>/dev/null ||
+        "$venv_python" -m uv pip install --quiet --python "$venv_python" --editable '.[dev]' 2>/dev/null ||
         "$venv_python" -m pip "$@" --editable '.[dev]'
 }
 
