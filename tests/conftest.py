@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,25 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MIAFORMER_PRODUCTS", "onednn")
         patched.setenv("MIAFORMER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_registry() -> Iterator[None]:
+    """PyTorch parses its thousand ONNX functions anew for each graph that is exported, which takes half of the time of
+    exporting a small model: here once. Each export gets a copy, for what it registers itself.
+    """
+    from torch.onnx._internal.exporter import _registration
+
+    parsed = functools.cache(_registration.ONNXRegistry.from_torchlib)
+
+    def copied(**settings: Any) -> Any:
+        registry = copy.copy(parsed(**settings))
+        registry.functions = {target: list(found) for target, found in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(copied))
         yield
 
 

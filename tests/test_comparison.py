@@ -31,7 +31,7 @@ from miaformer.training import RECIPES, Recipe, get_recipe, new_backbone
 from miaformer.training.progress import DURATIONS, Duration, core_seconds
 
 BUDGETS = (0.6,)
-ALL = ["learned", *BASELINES, "only-reinforce", "no-distillation", "coupled-mlp"]
+ALL = ["learned", *BASELINES, "coupled-mlp"]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def test_public_names_are_there(name: str) -> None:
     assert name in dir(miaformer)
 
 
-@pytest.mark.parametrize("old_first", [True, False])
+@pytest.mark.parametrize("old_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_modules_are_found_by_their_old_names_too(old_first: bool) -> None:
     """The very modules, whichever is imported first, and nothing of theirs changes."""
     code = ["import sys, miaformer"]

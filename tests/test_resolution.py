@@ -263,8 +263,8 @@ def test_a_recipe_of_it_ends_with_budgets(tmp_path: Path) -> None:
     "structure",
     [
         "plain",
-        "registers",
         "dinov3",
+        pytest.param("registers", marks=pytest.mark.slow),
         pytest.param("eva02", marks=pytest.mark.slow),
         pytest.param("no_class_token_avg", marks=pytest.mark.slow),
         pytest.param("map_pool", marks=pytest.mark.slow),

@@ -60,7 +60,12 @@ def entry_points(model: MIAFormer, folder: Path) -> dict[str, Call]:
 
 @pytest.mark.parametrize(
     ("config", "native"),
-    [({}, True), ({}, False), ({"looks": 2}, True), ({"grains": ("resolution",)}, False)],
+    [
+        ({}, True),
+        pytest.param({}, False, marks=pytest.mark.slow),
+        ({"looks": 2}, True),
+        ({"grains": ("resolution",)}, False),
+    ],
     ids=["one", "one, without numba", "two", "sizes"],
 )
 def test_threads_get_what_they_asked_for(
