@@ -52,8 +52,7 @@ def check_supported(backbone: nn.Module) -> Backbone:
     if type(backbone) not in CLASSES.values():
         raise TypeError(
             "adapt() takes a timm VisionTransformer, VisionTransformerDistilled or Eva, or a ViT, DeiT, DINOv2, "
-            f"DINOv3, CLIP or SigLIP of transformers, got {type(backbone).__module__}.{type(backbone).__qualname__}. "
-            + _instead_of(backbone)
+            f"DINOv3, CLIP or SigLIP of transformers, got {type(backbone).__name__}. " + _instead_of(backbone)
         )
     if not transformer_blocks(backbone):
         raise ValueError("adapt() needs a backbone with at least one block, this one has none")
@@ -90,11 +89,8 @@ def _instead_of(model: nn.Module) -> str:
     if type(model).__module__.startswith("open_clip"):
         parts = {name for name, _ in model.named_modules()}
         for tower in parts & {"trunk", "visual.trunk"}:
-            return f"Of a tower of open_clip, give its timm model, {tower}"
-        return (
-            "A CLIP that open_clip builds itself cannot be adapted: load it from transformers, as "
-            "CLIPVisionModelWithProjection"
-        )
+            return f"It is open_clip's: give its timm model, {tower}"
+        return "It is open_clip's own: load it from transformers instead, as CLIPVisionModelWithProjection"
     return "Create one with timm.create_model, e.g. 'deit_small_patch16_224'"
 
 
