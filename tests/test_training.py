@@ -70,10 +70,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    [
-        STEPS + 3,
-        *(pytest.param(s, marks=pytest.mark.slow) for s in (2, STEPS, 2 * STEPS + 1, 3 * STEPS, TOTAL - 1)),
-    ],
+    [STEPS, STEPS + 3, *(pytest.param(s, marks=pytest.mark.slow) for s in (2, 2 * STEPS + 1, 3 * STEPS, TOTAL - 1))],
 )
 def test_resumed_after_ctrl_c_equals_uninterrupted(
     step: int, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
